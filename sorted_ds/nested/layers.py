@@ -1,0 +1,195 @@
+"""Layers whose weights are stored as blocks, one per width step, and run on a prefix of them.
+
+In: activations of the drawn width. Out: the same layer's output at that width. The weight of a layer is a list of
+*blocks*, each an `nn.Module` that owns the rows that one width step adds. Where the blocks lie side by side in memory,
+a prefix of them is one matrix, used without a copy. Otherwise, and always under ZeRO-3 (`Width.join` off), each block
+is called as the module it is, so that only the drawn blocks are gathered.
+
+Legend: rows = the nested dimension (heads or feed-forward channels), always the first dimension of a block;
+a weight that is nested on its input side is therefore stored transposed, [in, out].
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Width:
+    """The drawn width of one dimension, shared by every layer that is nested in it. Changing it costs one assignment.
+
+    `sizes` are the sizes that the space trains, ascending; `num_steps` of them are drawn now.
+    """
+
+    def __init__(self, sizes: Sequence[int]):
+        self.sizes = tuple(sizes)
+        self.num_steps = len(self.sizes)
+        self.join = True
+        """Use neighbouring blocks as one matrix. Off under ZeRO-3, where a block must be called to be gathered."""
+
+    @property
+    def size(self) -> int:
+        return self.sizes[self.num_steps - 1]
+
+    def select(self, size: int) -> None:
+        self.num_steps = self.sizes.index(size) + 1
+
+
+class _Join(torch.autograd.Function):
+    """Neighbouring row blocks as one matrix, without a copy; the gradient is split back into views of itself."""
+
+    @staticmethod
+    def forward(ctx, *blocks: Tensor) -> Tensor:
+        ctx.rows = [block.shape[0] for block in blocks]
+        first = blocks[0].detach()
+        return first.as_strided((sum(ctx.rows), *first.shape[1:]), first.stride(), first.storage_offset())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad.split(ctx.rows)
+
+
+def are_adjacent(blocks: Sequence[Tensor]) -> bool:
+    """Whether the blocks follow each other, without gap, in one storage.
+
+    Asked at every use (under 1 us a block): `deepcopy`, `.to()` and reordered flat buffers change the answer, and a
+    remembered one would read other weights silently.
+    """
+    storage = blocks[0].untyped_storage().data_ptr()
+    end = blocks[0].storage_offset()
+    for block in blocks:
+        if block.storage_offset() != end or block.untyped_storage().data_ptr() != storage or not block.is_contiguous():
+            return False
+        end += block.numel()
+    return blocks[0].numel() > 0
+
+
+class Block(nn.Module):
+    """The rows that one width step adds to a layer, a module of its own so that ZeRO-3 gathers them alone."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+
+class OutputBlock(Block):
+    """[rows, in]: adds `rows` output features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class InputBlock(Block):
+    """[rows, out]: reads `rows` input features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class ScaleBlock(Block):
+    """[rows]: scales `rows` features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x
+
+
+class NestedLayer(nn.Module):
+    """What nested layers share: the blocks, and the prefix of them that is drawn."""
+
+    block_class: type[Block]
+    transposed = False
+    """Whether the blocks' rows are the columns of the Hugging Face weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, width: Width, rows_per_size: int):
+        """Cuts `weight` (rows first) into blocks that are views of it: no copy, and side by side in memory."""
+        super().__init__()
+        self.width = width
+        self.rows_per_size = rows_per_size
+        bounds = [0, *(size * rows_per_size for size in width.sizes)]
+        self.bounds = list(zip(bounds, bounds[1:], strict=False))
+        self.blocks = nn.ModuleList(
+            self.block_class(weight[start:stop], None if bias is None else bias[start:stop])
+            for start, stop in self.bounds
+        )
+
+    def drawn(self) -> list[Block]:
+        return list(self.blocks)[: self.width.num_steps]
+
+    def drawn_rows(self) -> list[int]:
+        return [stop - start for start, stop in self.bounds[: self.width.num_steps]]
+
+    def joined(self, name: str) -> Tensor | None:
+        """The drawn blocks' parameter as one tensor, or None where they must be used one by one."""
+        tensors = [getattr(block, name) for block in self.drawn()]
+        if tensors[0] is None or not self.width.join:
+            return None
+        if len(tensors) == 1:
+            return tensors[0]
+        return _Join.apply(*tensors) if are_adjacent(tensors) else None
+
+    def extra_repr(self) -> str:
+        return f"rows={[stop for _, stop in self.bounds]}"
+
+
+class OutputNestedLinear(NestedLayer):
+    """A linear layer with a prefix of its output features: query, key, value, gate and up projections.
+
+    Shapes: [..., in] -> [..., rows drawn].
+    """
+
+    block_class = OutputBlock
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.joined("weight")
+        bias = self.joined("bias")
+        has_bias = self.blocks[0].bias is not None
+        if weight is None or (has_bias and bias is None):
+            return torch.cat([block(x) for block in self.drawn()], dim=-1)
+        return F.linear(x, weight, bias)
+
+
+class InputNestedLinear(NestedLayer):
+    """A linear layer over a prefix of its input features: attention output and down projections.
+
+    Shapes: [..., rows drawn] -> [..., out]. The bias belongs to the outputs, so it is not nested.
+    """
+
+    block_class = InputBlock
+    transposed = True
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, width: Width, rows_per_size: int):
+        super().__init__(weight, None, width, rows_per_size)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.joined("weight")
+        if weight is not None:
+            y = x @ weight
+        else:
+            parts = x.split(self.drawn_rows(), dim=-1)
+            y = sum(block(part) for block, part in zip(self.drawn(), parts, strict=True))
+        return y if self.bias is None else y + self.bias
+
+
+class NestedRMSNorm(NestedLayer):
+    """The root mean square norm over all drawn heads (OLMo 2), scaled in fp32 as `Olmo2RMSNorm` does.
+
+    Shapes: [..., rows drawn] -> the same. Source: transformers 5.24, models/olmo2/modeling_olmo2.py.
+    """
+
+    block_class = ScaleBlock
+
+    def __init__(self, weight: Tensor, eps: float, width: Width, rows_per_size: int):
+        super().__init__(weight, None, width, rows_per_size)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x.float()
+        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
+        weight = self.joined("weight")
+        if weight is not None:
+            return (weight * normed).to(x.dtype)
+        parts = normed.split(self.drawn_rows(), dim=-1)
+        return torch.cat([block(part) for block, part in zip(self.drawn(), parts, strict=True)], dim=-1).to(x.dtype)

@@ -1,0 +1,86 @@
+"""Between blocks and Hugging Face tensors: one pure table, read in both directions.
+
+In: a nested model. Out: for each of its parameters, which rows (or columns) of which Hugging Face tensor it is.
+Saving, exporting, extracting and loading all go through `slices_of`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sorted_ds.nested.layers import NestedLayer
+from sorted_ds.space import SubNet
+
+LAYERS_PREFIX = "model.layers."
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which part of the Hugging Face tensor `name` a parameter holds; `stop` = 0 means all of it."""
+
+    name: str
+    start: int = 0
+    stop: int = 0
+    transposed: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This part of the whole Hugging Face tensor (or of a lazily read slice of a file), rows first."""
+        if not self.stop:
+            return tensor[:]
+        return tensor[:, self.start : self.stop].t() if self.transposed else tensor[self.start : self.stop]
+
+
+def slices_of(model: nn.Module) -> dict[str, Slice]:
+    """Parameter name -> the part of a Hugging Face tensor that it is; tied parameters once, blocks in order."""
+    nested = {path: layer for path, layer in model.named_modules() if isinstance(layer, NestedLayer)}
+    slices = {}
+    for name, _ in model.named_parameters():
+        path, _, rest = name.partition(".blocks.")
+        if not rest:
+            slices[name] = Slice(name)
+            continue
+        number, kind = rest.split(".")
+        start, stop = nested[path].bounds[int(number)]
+        slices[name] = Slice(f"{path}.{kind}", start, stop, nested[path].transposed)
+    return slices
+
+
+def is_drawn(name: str, part: Slice, subnet: SubNet, model: nn.Module) -> bool:
+    """Whether the parameter `name` belongs to the sub-network: its layer and its width step are drawn."""
+    if name.startswith(LAYERS_PREFIX) and int(name.removeprefix(LAYERS_PREFIX).split(".")[0]) >= subnet.depth:
+        return False
+    if not part.stop:
+        return True
+    layer = model.get_submodule(name.partition(".blocks.")[0])
+    size = subnet.groups if layer.width is model.group_width else subnet.ffn
+    return part.stop <= size * layer.rows_per_size
+
+
+def hf_tensors(model: nn.Module, subnet: SubNet, weight_of: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The Hugging Face tensors of a sub-network.
+
+    `weight_of(name)` gives the value of a parameter of the nested model; under ZeRO-3 it gathers.
+    """
+    parts: dict[Slice, list[Tensor]] = {}
+    for name, part in slices_of(model).items():
+        if is_drawn(name, part, subnet, model):
+            whole = Slice(part.name, transposed=part.transposed)
+            parts.setdefault(whole, []).append(weight_of(name).detach())
+    return {whole.name: _assemble(tensors, whole.transposed) for whole, tensors in parts.items()}
+
+
+def _assemble(blocks: list[Tensor], transposed: bool) -> Tensor:
+    whole = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+    return whole.t().contiguous() if transposed else whole
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], names: Iterable[str] = ()) -> None:
+    """Copies Hugging Face tensors into the nested model's parameters (all, or `names`), slice by slice."""
+    wanted = set(names)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, part in slices_of(model).items():
+            if not wanted or name in wanted:
+                parameters[name].copy_(part.of(tensors[part.name]))
