@@ -10,6 +10,8 @@ a weight that is nested on its input side is therefore stored transposed, [in, o
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -108,14 +110,14 @@ class NestedLayer(nn.Module):
         self.width = width
         self.rows_per_size = rows_per_size
         bounds = [0, *(size * rows_per_size for size in width.sizes)]
-        self.bounds = list(zip(bounds, bounds[1:], strict=False))
+        self.bounds = list(pairwise(bounds))
         self.blocks = nn.ModuleList(
             self.block_class(weight[start:stop], None if bias is None else bias[start:stop])
             for start, stop in self.bounds
         )
 
     def drawn(self) -> list[Block]:
-        return list(self.blocks)[: self.width.num_steps]
+        return cast(list[Block], list(self.blocks)[: self.width.num_steps])
 
     def drawn_rows(self) -> list[int]:
         return [stop - start for start, stop in self.bounds[: self.width.num_steps]]

@@ -4,11 +4,13 @@ In: a causal language model of a known family (real or on the meta device) and a
 nested layers swapped and its class extended by `NestedModel`. The Hugging Face API stays as it is.
 """
 
+import copy
 from collections.abc import Callable
+from os import PathLike
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from sorted_ds.errors import UserError
@@ -26,31 +28,35 @@ from sorted_ds.nested.weights import hf_tensors
 from sorted_ds.space import SubNet, SubNetSpace
 
 
-class NestedModel:
+class NestedModel(PreTrainedModel):
     """What `nest` adds to a Hugging Face class."""
 
+    hf_class: type[PreTrainedModel]
+    """The plain class, which extracted models have."""
     space: SubNetSpace
+    """Ascending in parameters."""
     subnet: SubNet
     """The sub-network that runs now."""
     group_width: Width
     ffn_width: Width
+    full_layer_lists: dict[str, list]
+    """The full network's values of the config's lists with one entry a layer."""
 
     def set_subnet(self, subnet: SubNet | str) -> None:
         """Runs `subnet` from now on. Copies nothing. Raises: UserError when it is not in the space."""
-        subnet = self.space[str(subnet)]
-        self.subnet = subnet
-        self.group_width.select(subnet.groups)
-        self.ffn_width.select(subnet.ffn)
-        self.config.num_hidden_layers = subnet.depth
-        for key, whole in self._per_layer_fields.items():
-            setattr(self.config, key, whole[: subnet.depth])
+        self.subnet = self.space[str(subnet)]
+        self.group_width.select(self.subnet.groups)
+        self.ffn_width.select(self.subnet.ffn)
+        self.config.num_hidden_layers = self.subnet.depth
+        for key, whole in self.full_layer_lists.items():
+            setattr(self.config, key, whole[: self.subnet.depth])
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> None:
         """Writes the full network as an ordinary checkpoint, whatever runs now. Arguments as in Hugging Face."""
-        extract(self, self.space.full).save_pretrained(save_directory, **kwargs)
+        extract(self, self.space.full).save_pretrained(save_directory, *args, **kwargs)
 
 
-def nest(model: PreTrainedModel, space: SubNetSpace) -> PreTrainedModel:
+def nest(model: PreTrainedModel, space: SubNetSpace) -> NestedModel:
     """Makes `model` able to run every sub-network of `space`, in place, and returns it running the full one.
 
     Output-side weights become views of the model's own; input-side ones are copied once, transposed.
@@ -61,28 +67,30 @@ def nest(model: PreTrainedModel, space: SubNetSpace) -> PreTrainedModel:
         raise UserError("the model is nested already. Nest a plain Hugging Face model.")
     family = family_of(model.config.model_type)
     check_space(space, model.config)
+    model.__class__ = nested_class(type(model))
+    assert isinstance(model, NestedModel)
+    model.space = sorted_by_cost(space, model.config)
+    model.full_layer_lists = per_layer_fields(model.config, model.config.num_hidden_layers)
     model.group_width, model.ffn_width = Width(space.groups), Width(space.ffn)
     for layer in model.model.layers:
         _nest_attention(layer.self_attn, model, family.nested_head_norms)
         _nest_mlp(layer.mlp, model.ffn_width)
-    model.space = sorted_by_cost(space, model.config)
-    model._per_layer_fields = per_layer_fields(model.config, model.config.num_hidden_layers)
-    model.__class__ = nested_class(type(model))
     model.set_subnet(model.space.full)
     return model
 
 
-_nested_classes: dict[type, type] = {}
+_nested_classes: dict[type[PreTrainedModel], type[NestedModel]] = {}
 
 
-def nested_class(hf_class: type) -> type:
+def nested_class(hf_class: type[PreTrainedModel]) -> type[NestedModel]:
     """The Hugging Face class with `NestedModel` in front; it keeps the name, which `save_pretrained` writes down."""
     if hf_class not in _nested_classes:
-        _nested_classes[hf_class] = type(hf_class.__name__, (NestedModel, hf_class), {"hf_class": hf_class})
+        fields = {"hf_class": hf_class, "config_class": hf_class.config_class}
+        _nested_classes[hf_class] = type(hf_class.__name__, (NestedModel, hf_class), fields)
     return _nested_classes[hf_class]
 
 
-def _nest_attention(attention: nn.Module, model: PreTrainedModel, norms: tuple[str, ...]) -> None:
+def _nest_attention(attention: nn.Module, model: NestedModel, norms: tuple[str, ...]) -> None:
     """q, k, v by output rows, o by input rows; a query projection has `queries_per_group` heads a group."""
     width, channels = model.group_width, head_dim(model.config)
     query_rows = channels * queries_per_group(model.config)
@@ -114,7 +122,7 @@ def _swap_input(parent: nn.Module, name: str, width: Width, rows_per_size: int) 
 
 
 def extract(
-    model: PreTrainedModel, subnet: SubNet | str, weight_of: Callable[[str], Tensor] | None = None
+    model: NestedModel, subnet: SubNet | str, weight_of: Callable[[str], Tensor] | None = None
 ) -> PreTrainedModel:
     """A plain Hugging Face model with its own weights and its own, smaller config, in the model's mode and dtype.
 
@@ -122,27 +130,28 @@ def extract(
 
     Raises: UserError when the sub-network is not in the model's space.
     """
-    subnet = model.space[str(subnet)]
+    drawn = model.space[str(subnet)]
     parameters = dict(model.named_parameters())
-    tensors = hf_tensors(model, subnet, weight_of or parameters.__getitem__)
+    tensors = hf_tensors(model, drawn, weight_of or parameters.__getitem__)
     whole = full_config(model)
-    plain = empty_model(model.hf_class, subnet_config(whole, subnet), next(iter(tensors.values())))
+    plain = empty_model(model.hf_class, subnet_config(whole, drawn), next(iter(tensors.values())))
     missing, unexpected = plain.load_state_dict(tensors, strict=False)
     tied = set(plain.all_tied_weights_keys or ())
-    assert not unexpected and set(missing) <= tied, f"unexpected {unexpected}, missing {set(missing) - tied}"
-    plain.generation_config = model.generation_config
+    assert not unexpected, unexpected
+    assert set(missing) <= tied, set(missing) - tied
+    plain.generation_config = copy.deepcopy(model.generation_config)
     return plain.train(model.training)
 
 
-def full_config(model: PreTrainedModel):
+def full_config(model: NestedModel) -> PreTrainedConfig:
     """The full network's config, whatever runs now."""
-    changed = {**model._per_layer_fields, "num_hidden_layers": model.space.full.depth}
+    changed = {**model.full_layer_lists, "num_hidden_layers": model.space.full.depth}
     config = type(model.config).from_dict({**model.config.to_dict(), **changed})
     config._attn_implementation = model.config._attn_implementation
     return config
 
 
-def empty_model(hf_class: type, config, like: Tensor) -> PreTrainedModel:
+def empty_model(hf_class: type[PreTrainedModel], config: PreTrainedConfig, like: Tensor) -> PreTrainedModel:
     """A plain model whose parameters are not set yet, with the dtype and device of `like`; its buffers are."""
     with no_init_weights(), torch.device(like.device):
         model = hf_class._from_config(config, dtype=like.dtype, attn_implementation=config._attn_implementation)

@@ -54,6 +54,7 @@ def is_drawn(name: str, part: Slice, subnet: SubNet, model: nn.Module) -> bool:
     if not part.stop:
         return True
     layer = model.get_submodule(name.partition(".blocks.")[0])
+    assert isinstance(layer, NestedLayer)
     size = subnet.groups if layer.width is model.group_width else subnet.ffn
     return part.stop <= size * layer.rows_per_size
 

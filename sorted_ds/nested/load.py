@@ -1,0 +1,209 @@
+"""Builds a nested model from a config or a checkpoint, without a plain model beside it.
+
+In: a Hugging Face config, a space, and a seed or a directory of safetensors. Out: a nested model whose blocks lie side
+by side in memory. The model is made on the meta device and nested there; then each parameter gets memory and is filled
+with its slice of a Hugging Face tensor, drawn from the family's own initialisation or read from the file. So memory
+holds the model once, and one whole tensor more.
+"""
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+
+from sorted_ds.errors import UserError
+from sorted_ds.nested.layers import NestedLayer
+from sorted_ds.nested.nest import NestedModel, nest
+from sorted_ds.nested.weights import Slice, slices_of
+from sorted_ds.space import SubNetSpace
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]
+"""Weights, configs and tokenizers. No pickles."""
+
+HF_MARK = "_is_hf_initialized"
+"""Attribute of a tensor that Hugging Face's initialisers leave alone."""
+
+
+class WeightSource(Protocol):
+    """Where Hugging Face tensors come from."""
+
+    def read(self, part: Slice, shape: torch.Size) -> Tensor:
+        """A slice of the tensor `part.name`, rows first; `shape` is what the whole tensor must have."""
+        ...
+
+
+def build(
+    config: PreTrainedConfig,
+    space: SubNetSpace,
+    source: Path | None,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> NestedModel:
+    """A nested model from scratch (`source` None), or with the weights of a Hugging Face directory.
+
+    From scratch, the full network's weights depend on the seed, the tensor's name and its shape alone: not on the
+    space's width steps, the dtype (they are rounded from fp32) or the device.
+
+    Raises: UserError for an unknown family, a space that does not fit, or weights that are missing or misshapen.
+    """
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    modules = dict(plain.named_modules())
+    model = nest(plain, space)
+    weights = _Scratch(model, modules, seed) if source is None else _Checkpoint(source)
+    materialize(model, torch.device(device))
+    _fill(model, modules, weights)
+    if source is not None and (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
+
+
+def materialize(model: NestedModel, device: torch.device) -> None:
+    """Gives a meta-device model memory: parameters unset, the blocks of a layer in one buffer; buffers as they start.
+
+    Buffers are computed by the family's own `_init_weights`, as in `from_pretrained`.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, NestedLayer):
+            _materialize_blocks(module, device)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
+    model.tie_weights()
+    for module in model.modules():
+        if buffers := dict(module.named_buffers(recurse=False)):
+            for name, buffer in buffers.items():
+                setattr(module, name, torch.empty_like(buffer, device=device))
+            _initialize(model, module, keep_parameters=True)
+
+
+def _materialize_blocks(layer: NestedLayer, device: torch.device) -> None:
+    for kind in ("weight", "bias"):
+        like = getattr(layer.blocks[0], kind)
+        if like is not None:
+            rows = layer.bounds[-1][1]
+            whole = torch.empty(rows, *like.shape[1:], dtype=like.dtype, device=device)
+            for block, (start, stop) in zip(layer.blocks, layer.bounds, strict=True):
+                setattr(block, kind, nn.Parameter(whole[start:stop]))
+
+
+def _fill(model: NestedModel, modules: dict[str, nn.Module], weights: WeightSource) -> None:
+    """Sets every parameter; `modules` are the plain model's, which know the shapes of its tensors."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, part in slices_of(model).items():
+            path, _, kind = part.name.rpartition(".")
+            parameters[name].copy_(weights.read(part, getattr(modules[path], kind).shape))
+
+
+class _Scratch:
+    """The family's own initialisation, one module at a time, each from its own random numbers."""
+
+    def __init__(self, model: NestedModel, modules: dict[str, nn.Module], seed: int):
+        self.model = model
+        self.modules = modules
+        self.seed = seed
+        self.path = ""
+        self.module = nn.Module()
+        """The module made last: its weight and bias, and all blocks of them, are asked for one after the other."""
+
+    def read(self, part: Slice, shape: torch.Size) -> Tensor:
+        path, _, kind = part.name.rpartition(".")
+        if path != self.path:
+            self.path, self.module = path, self._made(path)
+        return part.of(getattr(self.module, kind).detach())
+
+    def _made(self, path: str) -> nn.Module:
+        module = copy.deepcopy(self.modules[path]).to_empty(device="cpu").float()
+        digest = hashlib.sha256(f"{self.seed} {path}".encode()).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))  # not CUDA's
+            _initialize(self.model, module)
+        return module
+
+
+def _initialize(model: NestedModel, module: nn.Module, keep_parameters: bool = False) -> None:
+    """Hugging Face's `_init_weights`, which leaves alone what carries its mark."""
+    marked = [p for p in module.parameters(recurse=False) if keep_parameters]
+    for parameter in marked:
+        setattr(parameter, HF_MARK, True)
+    with torch.no_grad():
+        model._init_weights(module)
+    for parameter in marked:
+        delattr(parameter, HF_MARK)
+
+
+class _Checkpoint:
+    """Slices of the safetensors of a Hugging Face directory; a whole file is never read."""
+
+    def __init__(self, source: Path):
+        self.source = source
+        self.holders: dict[str, safe_open] = {}
+        for file in map(_opened, _weight_files(source)):
+            self.holders.update(dict.fromkeys(file.keys(), file))
+
+    def read(self, part: Slice, shape: torch.Size) -> Tensor:
+        if part.name not in self.holders:
+            raise UserError(f"{self.source} holds no tensor {part.name!r}. Its weights do not belong to its config.")
+        whole = self.holders[part.name].get_slice(part.name)
+        if tuple(whole.get_shape()) != tuple(shape):
+            raise UserError(
+                f"{self.source}: {part.name} has shape {tuple(whole.get_shape())}, but the config says {tuple(shape)}. "
+                "Its weights do not belong to its config."
+            )
+        return part.of(whole)
+
+
+def _weight_files(source: Path) -> list[Path]:
+    """The safetensors of a directory: the shards of its index, or the one file."""
+    index = source / INDEX_FILE
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is no index of safetensors ({error!r}). Get the file again.") from error
+        return [source / shard for shard in sorted(shards)]
+    if (source / SINGLE_FILE).is_file():
+        return [source / SINGLE_FILE]
+    raise UserError(
+        f"{source} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Pickled weights (.bin) are not read: "
+        "save the model with safetensors."
+    )
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error}). Get the file again.") from error
+
+
+def resolve_source(init: str) -> Path:
+    """The directory of a checkpoint: `init` itself, or the download of a hub id (safetensors, configs, tokenizer).
+
+    Raises: UserError when it is neither, or cannot be downloaded.
+    """
+    if Path(init).is_dir():
+        if not (Path(init) / "config.json").is_file():
+            raise UserError(f"{init} has no config.json. Name a Hugging Face model directory.")
+        return Path(init)
+    try:
+        return Path(snapshot_download(init, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{init!r} is no directory and could not be had from the Hugging Face hub ({reason}). "
+            "Name an existing directory or a hub id."
+        ) from error
