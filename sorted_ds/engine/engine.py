@@ -1,0 +1,204 @@
+"""The training engine: DeepSpeed, made exact for sub-networks that change from micro-batch to micro-batch.
+
+In: a nested model, the user's engine keys, micro-batches and draws. Out: summed losses, one optimizer step for the
+gradients of all draws, and this rank's shards of weights and optimizer state for checkpoints.
+
+What plain DeepSpeed 0.19.8 gets silently wrong here, and what is done about it (measured: docs/log.md):
+- accumulation is our own: `managed_gradient_accumulation` is off and `step()` is called once per optimizer step;
+- each step starts with clean accumulators: stage 3 copies gradients at micro-step 0, adds later and never clears, so a
+  parameter that is first used later, or not at all, would get the previous step's gradient;
+- losses are sums: DeepSpeed averages over ranks, so a loss is multiplied by their number, and the only division is by
+  the step's targets over all ranks and draws.
+
+A parameter that no draw of a step used gets a zero gradient at every stage, so its moments decay and weight decay
+applies; plain PyTorch would skip it. Ranks and stages would differ otherwise.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from sorted_ds.engine.modes import check_modes, complete, is_bf16, stage_of
+from sorted_ds.engine.shards import Shard, publish_masters, shards_of
+from sorted_ds.errors import UserError
+from sorted_ds.loss import SummedLoss
+from sorted_ds.nested import NestedModel
+from sorted_ds.nested.layout import lay_out
+from sorted_ds.ranks import Ranks
+from sorted_ds.space import SubNet
+
+
+if TYPE_CHECKING:
+    from sorted_ds.config import Optim
+
+
+class Engine:
+    """One model under DeepSpeed. `forward` and `backward` any number of times, then `step`."""
+
+    def __init__(
+        self, model: NestedModel, config: dict, where: str, optim: "Optim", micro_batch_rows: int, ranks: Ranks
+    ):
+        """Builds DeepSpeed's engine from the user's engine keys `config`, read from `where`.
+
+        Raises: UserError for a mode that is not proven exact.
+        """
+        check_modes(config, where)
+        self.model, self.ranks, self.stage, self.clip_norm = model, ranks, stage_of(config), optim.clip_norm
+        self.steps_taken = 0
+        model.group_width.join = model.ffn_width.join = self.stage < 3
+        loss = SummedLoss(model)
+        self.deepspeed_config = complete(config, micro_batch_rows, ranks.size, optim.clip_norm)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=loss,
+            optimizer=_optimizer(loss, optim, ranks.device),
+            config=copy.deepcopy(self.deepspeed_config),
+            dist_init_required=False,
+        )
+        self._norm_at_stage0: Tensor | None = None
+        if self.stage == 0:
+            lay_out(model)
+            if not is_bf16(config):
+                self.deepspeed.optimizer.register_step_pre_hook(self._clip)
+        if self.stage == 3:
+            _check_accumulators(self.deepspeed.optimizer)
+
+    # The step
+
+    def forward(self, input_ids: Tensor, labels: Tensor, subnet: SubNet) -> Tensor:
+        """The loss of one micro-batch through `subnet`, in nats summed over its targets.
+
+        Shapes: input_ids, labels [rows, row_tokens]; labels are shifted already, -100 where there is no target.
+        """
+        self.model.set_subnet(subnet)
+        self.deepspeed.train()
+        return self.deepspeed(input_ids.to(self.ranks.device), labels.to(self.ranks.device))
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a share of the step's mean loss; the shares of all ranks and draws add up to it."""
+        self.deepspeed.backward(loss * self.ranks.size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """One optimizer step with the gradients accumulated since the last. Returns their norm before clipping."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.deepspeed.step()
+        self._clean_accumulators()
+        self.steps_taken += 1
+        return float(
+            self._norm_at_stage0 if self._norm_at_stage0 is not None else self.deepspeed.get_global_grad_norm()
+        )
+
+    def _clean_accumulators(self) -> None:
+        if self.stage == 3:
+            self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+
+    def _clip(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Stage 0 in fp32, where DeepSpeed tells no norm: between its reduction and the update."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._norm_at_stage0 = nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
+
+    def warm_up(self, input_ids: Tensor, labels: Tensor) -> None:
+        """Runs the full network forward, backward and through the optimizer once at real shapes, and discards it.
+
+        Memory that will be needed is needed now, not hours later. The learning rate is zero, and the optimizer's state
+        is cleared, so nothing is changed. A collective.
+        """
+        loss = self.forward(input_ids, labels, self.model.space.full)
+        self.backward(loss / labels.numel())
+        self.step(learning_rate=0.0)
+        self.steps_taken = 0
+        for state in self._base_optimizer.state.values():
+            for value in state.values():
+                if torch.is_tensor(value):
+                    value.zero_()
+
+    # Without gradients
+
+    @torch.no_grad()
+    def evaluate(self, input_ids: Tensor, labels: Tensor, subnet: SubNet) -> tuple[Tensor, Tensor]:
+        """Summed nats and number of right next tokens of one micro-batch. Every rank calls it as often as the others."""
+        self.model.set_subnet(subnet)
+        self.deepspeed.eval()
+        device = self.ranks.device
+        return self.deepspeed(input_ids.to(device), labels.to(device), count_correct=True)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of every parameter, in the training precision, one gathered at a time. A collective."""
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                yield name, parameter.detach().cpu().clone()
+
+    # Checkpoints
+
+    @property
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
+
+    def shards(self, owned: bool = False) -> Iterator[Shard]:
+        """This rank's shards of the master weights; with `owned`, each element on exactly one rank.
+
+        The two differ at stage 0, where every rank holds all of them.
+        """
+        held = shards_of(self.deepspeed)
+        if not owned or self.stage > 0:
+            return held
+        shares = (shard.share(self.ranks.rank, self.ranks.size) for shard in held)
+        return (share for share in shares if share.num)
+
+    def state_of(self, shard: Shard) -> dict[str, Tensor]:
+        """The optimizer's tensors of the shape of the weights (AdamW: both moments), this shard of them."""
+        state = self._base_optimizer.state.get(shard.flat, {})
+        return {key: shard.view(value) for key, value in state.items() if _is_like(value, shard.flat)}
+
+    def restore(self, steps_taken: int, state_keys: list[str]) -> None:
+        """Makes room for the optimizer state of a run that took `steps_taken` steps; then fill `state_of` each shard."""
+        self.steps_taken = steps_taken
+        for flat in {id(shard.flat): shard.flat for shard in self.shards()}.values():
+            state = self._base_optimizer.state[flat]
+            state.clear()
+            if state_keys:
+                state["step"] = torch.tensor(
+                    float(steps_taken), device=flat.device if _is_fused(self._base_optimizer) else "cpu"
+                )
+            state.update({key: torch.zeros_like(flat) for key in state_keys})
+
+    def publish(self) -> None:
+        """Call after the master weights were written: the forward pass uses them from now on. A collective."""
+        publish_masters(self.deepspeed)
+
+
+def _optimizer(module: nn.Module, optim: "Optim", device: torch.device) -> torch.optim.Optimizer:
+    """AdamW or SGD. Norms, biases and embeddings are not decayed: only matrices that multiply activations are.
+
+    The order of parameters is that of the module, so that the blocks of a layer lie side by side in ZeRO's flat buffers.
+    """
+    embeddings = {p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    parameters = list(module.parameters())
+    decayed = [p for p in parameters if p.dim() > 1 and p not in embeddings]
+    others = [p for p in parameters if p.dim() <= 1 or p in embeddings]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.learning_rate)
+    betas = (optim.betas[0], optim.betas[1])
+    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=betas, eps=optim.eps, fused=device.type == "cuda")
+
+
+def _is_like(value: object, flat: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == flat.shape
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.defaults.get("fused"))
+
+
+def _check_accumulators(optimizer) -> None:
+    """The accumulators are no documented interface of DeepSpeed: without them a run would be silently wrong."""
+    if not isinstance(getattr(optimizer, "grad_partitions_flat_buffer", None), Tensor):
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} keeps its stage 3 gradients elsewhere than the tested 0.19.8. "
+            "Install deepspeed==0.19.8, or use stage 2."
+        )

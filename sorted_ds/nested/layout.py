@@ -1,0 +1,32 @@
+"""Lays the blocks of each nested layer side by side in memory, so that a prefix of them is one matrix.
+
+ZeRO stages 1 and 2 do so themselves when they flatten parameters in order; at stage 0, and after a model was moved or
+cast, we do.
+"""
+
+import torch
+from torch import nn
+
+from sorted_ds.nested.layers import NestedLayer, are_adjacent
+
+
+def lay_out(model: nn.Module) -> None:
+    """Moves the data of every nested layer's blocks into one buffer each. The Parameter objects stay the same."""
+    with torch.no_grad():
+        for parameters in _block_lists(model):
+            if not are_adjacent(parameters):
+                buffer = torch.cat([p.detach() for p in parameters])
+                for parameter, view in zip(parameters, buffer.split([len(p) for p in parameters]), strict=True):
+                    parameter.data = view
+
+
+def is_laid_out(model: nn.Module) -> bool:
+    """Whether every nested layer can use its blocks as one matrix."""
+    return all(are_adjacent(parameters) for parameters in _block_lists(model))
+
+
+def _block_lists(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The weights, and the biases, of the blocks of each nested layer."""
+    layers = [layer for layer in model.modules() if isinstance(layer, NestedLayer)]
+    lists = [[getattr(block, kind) for block in layer.blocks] for layer in layers for kind in ("weight", "bias")]
+    return [parameters for parameters in lists if parameters[0] is not None]

@@ -1,0 +1,111 @@
+"""Which rank this process is, and what ranks say to each other outside of DeepSpeed.
+
+May be imported by every stage. Ranks agree on few things: sums, a stop, and whether one of them failed. Everything
+else (rows, draws, learning rate) is a pure function of (seed, step) and needs no word.
+"""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from sorted_ds.errors import UserError
+
+LAUNCHERS = {
+    "deepspeed or torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}
+"""Environment variables that name rank, number of ranks and rank on this machine, by who sets them."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `size`, computing on `device`."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums over all ranks, in double precision. A collective: every rank calls it with as many values."""
+        if self.size == 1:
+            return [float(value) for value in values]
+        total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raises on every rank what one rank raised as a UserError or OSError, so that none waits for another."""
+        message = None
+        try:
+            yield
+        except (UserError, OSError) as error:
+            message = str(error)
+        for rank, failed in enumerate(self._gather(message)):
+            if failed is not None:
+                raise UserError(failed if self.size == 1 else f"rank {rank}: {failed}")
+
+    def _gather(self, message: str | None) -> list[str | None]:
+        messages: list[str | None] = [message] * self.size
+        if self.size > 1:
+            dist.all_gather_object(messages, message)
+        return messages
+
+
+def find_ranks() -> Ranks:
+    """Joins the process group that the launcher describes; without a launcher, one rank alone.
+
+    Raises: UserError when a launcher names ranks but no MASTER_ADDR and MASTER_PORT.
+    """
+    rank, size, local_rank = _from_environment()
+    device = _device(local_rank)
+    if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(
+            f"{size} ranks were started, but MASTER_ADDR and MASTER_PORT do not say where rank 0 listens. "
+            "Export both before the launch."
+        )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if size > 1:
+        dist.init_process_group(backend, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    return Ranks(rank, size, local_rank, device)
+
+
+def _from_environment() -> tuple[int, int, int]:
+    for names in LAUNCHERS.values():
+        if all(name in os.environ for name in names):
+            rank, size, local_rank = (int(os.environ[name]) for name in names)
+            return rank, size, local_rank
+    return 0, 1, 0
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT, so that a step ends and is saved before the process leaves."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.requested = True

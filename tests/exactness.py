@@ -1,0 +1,217 @@
+"""What the exactness tests run on each rank: the engine, and DeepSpeed with parts of the fix switched off.
+
+Everything is small, so the thresholds are down (docs/log.md, "Small tests are vacuous"): at the default ones nothing
+would be partitioned, no bucket would fill before the end of backward, and nothing would be released.
+"""
+
+import copy
+from dataclasses import dataclass
+from unittest import mock
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from types import SimpleNamespace as Optim_
+
+
+def Optim(**k):
+    return Optim_(**{**dict(betas=(0.9, 0.95), eps=1e-6), **k})
+
+
+from sorted_ds.nested import nest
+from sorted_ds.nested.layout import is_laid_out
+from sorted_ds.nested.weights import hf_tensors
+from sorted_ds.space import SubNet, SubNetSpace
+from tests import reference
+
+SPACE = SubNetSpace.grid(depths=[1, 2, 3], groups=[1, 2, 4], ffn=[16, 32, 64])
+LARGE, MIDDLE, SMALL = SPACE["d3-g4-f64"], SPACE["d2-g2-f32"], SPACE["d1-g1-f16"]
+DEEP, WIDE = SPACE["d3-g1-f16"], SPACE["d1-g4-f64"]
+SCHEDULE = (
+    (LARGE, SMALL, MIDDLE, SMALL),  # used early, not last
+    (SMALL, SMALL, MIDDLE, LARGE),  # used last, not first
+    (SMALL, SMALL, SMALL, SMALL),  # most of the network not used at all in a step
+    (DEEP, WIDE, SMALL, MIDDLE),
+    (MIDDLE, DEEP, MIDDLE, SMALL),
+    (SMALL, LARGE, SMALL, SMALL),  # used in the middle
+)
+ROWS_PER_RANK, ROW_TOKENS, VOCAB = 2, 12, 96
+SMALL_ZERO = {
+    "reduce_bucket_size": 1000,
+    "allgather_bucket_size": 1000,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_max_live_parameters": 10000,
+    "stage3_prefetch_bucket_size": 0,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mode of the engine."""
+
+    stage: int
+    precision: str = "fp32"
+    optimizer: str = "adamw"
+    overlap: bool = False
+    clip_norm: float = 0.1
+    tied: bool = False
+    checkpointing: bool = False
+    evaluate_between: bool = False
+    sub_group_size: int = 1_000_000_000
+
+    @property
+    def name(self) -> str:
+        flags = [key for key in ("overlap", "tied", "checkpointing", "evaluate_between") if getattr(self, key)]
+        flags += [f"sub_group{self.sub_group_size}"] if self.sub_group_size < 1_000_000_000 else []
+        flags += ["unclipped"] if not self.clip_norm else []
+        return "-".join([f"stage{self.stage}", self.precision, self.optimizer, *flags])
+
+    @property
+    def optim(self) -> Optim:
+        rate = 0.05 if self.optimizer == "sgd" else 0.01
+        return Optim(name=self.optimizer, learning_rate=rate, clip_norm=self.clip_norm, weight_decay=0.1)
+
+    def deepspeed(self) -> dict:
+        zero = {"stage": self.stage, "overlap_comm": self.overlap, "sub_group_size": self.sub_group_size, **SMALL_ZERO}
+        return {"zero_optimization": zero, **({"bf16": {"enabled": True}} if self.precision == "bf16" else {})}
+
+
+def plain_model(case: Case) -> PreTrainedModel:
+    """The same on every rank: every weight random, norms and biases too."""
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=VOCAB,
+        mlp_bias=True,
+        tie_word_embeddings=case.tied,
+    )
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1) * 0.5, std=0.15)
+    if case.precision == "bf16":
+        model.to(torch.bfloat16).float()  # start from values that bf16 holds, so that only the training rounds
+    return model
+
+
+def micro_batches(num_ranks: int) -> list[list[list[reference.MicroBatch]]]:
+    """[step][draw][rank]: the rows differ, and so does the number of targets of each rank."""
+    generator = torch.Generator().manual_seed(11)
+    steps = []
+    for draws in SCHEDULE:
+        step = []
+        for subnet in draws:
+            ids = torch.randint(0, VOCAB, (num_ranks, ROWS_PER_RANK, ROW_TOKENS + 1), generator=generator)
+            labels = ids[..., 1:].clone()
+            for rank in range(num_ranks):
+                hidden = torch.rand(labels[rank].shape, generator=generator) < 0.15 + 0.6 * rank / num_ranks
+                labels[rank][hidden] = -100
+            step.append([(subnet, ids[rank, :, :-1], labels[rank]) for rank in range(num_ranks)])
+        steps.append(step)
+    return steps
+
+
+def flat(step: list[list[reference.MicroBatch]]) -> list[reference.MicroBatch]:
+    return [micro_batch for draw in step for micro_batch in draw]
+
+
+def reference_weights(case: Case, num_ranks: int, num_steps: int, skip_unused: bool = False) -> dict:
+    model = plain_model(case)
+    steps = [flat(step) for step in micro_batches(num_ranks)[:num_steps]]
+    norms = reference.train(model, steps, case.optim, skip_unused)
+    return {"weights": model.state_dict(), "norms": norms}
+
+
+class Traffic:
+    """Counts DeepSpeed's collectives while they happen, so that a test can tell that they happened in mid-backward."""
+
+    GATHERS = ("all_gather", "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced")
+    REDUCES = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_base")
+
+    def __init__(self) -> None:
+        self.gathers = self.reduces = 0
+
+    def __enter__(self) -> "Traffic":
+        backend = deepspeed.comm.comm.cdb
+        self._patches = [
+            self._patch(backend, name) for name in (*self.GATHERS, *self.REDUCES) if hasattr(backend, name)
+        ]
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        for patch in self._patches:
+            patch.stop()
+
+    def _patch(self, backend, name: str):
+        original = getattr(backend, name)
+
+        def counted(*args, **kwargs):
+            self.gathers += name in self.GATHERS
+            self.reduces += name in self.REDUCES
+            return original(*args, **kwargs)
+
+        return mock.patch.object(backend, name, counted)
+
+
+def run_engine(ranks, case: Case, num_steps: int) -> dict:
+    """Trains through the engine; returns weights under Hugging Face names, norms, and what was observed on the way."""
+    from sorted_ds.engine import Engine
+
+    model = plain_model(case)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = nest(model, SPACE)
+    engine = Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks)
+    batches = micro_batches(ranks.size)
+    _, ids, labels = batches[0][0][ranks.rank]
+    engine.warm_up(ids, labels.abs() % VOCAB)
+    seen = {"laid_out": is_laid_out(model), "released": False, "reduces_in_backward": 0, "gathers": 0, "norms": []}
+    for step in batches[:num_steps]:
+        num_targets = sum(int((labels != -100).sum()) for _, _, labels in flat(step))
+        for draw in step:
+            _one_micro_batch(engine, draw[ranks.rank], num_targets, seen)
+            if case.evaluate_between:
+                engine.evaluate(*draw[ranks.rank][1:], LARGE)
+        seen["norms"].append(engine.step(case.optim.learning_rate))
+    masters = gather_masters(engine, ranks)
+    return {**seen, "weights": hf_tensors(model, model.space.full, masters.__getitem__)}
+
+
+def _one_micro_batch(engine, micro_batch: reference.MicroBatch, num_targets: int, seen: dict) -> None:
+    subnet, ids, labels = micro_batch
+    with Traffic() as traffic:
+        loss = engine.forward(ids, labels, subnet)
+        seen["gathers"] += traffic.gathers
+        seen["released"] |= engine.model.model.layers[0].mlp.up_proj.blocks[0].weight.numel() == 0
+        before = traffic.reduces
+        engine.backward(loss / num_targets)
+        seen["reduces_in_backward"] = max(seen["reduces_in_backward"], traffic.reduces - before)
+
+
+def gather_masters(engine, ranks) -> dict[str, torch.Tensor]:
+    """The fp32 master weights under the nested model's names, put together from every rank's shards."""
+    pieces = [(s.name, s.start, s.view(s.flat).cpu().clone()) for s in engine.shards()]
+    everyone: list = [None] * ranks.size
+    dist.all_gather_object(everyone, pieces)
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.model.named_parameters()}
+    masters = {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
+    for name, start, values in (piece for pieces in everyone for piece in pieces):
+        masters[name].view(-1)[start : start + len(values)] = values
+    return masters
+
+
+def run_cases(ranks, cases: list[Case], num_steps: int) -> dict[str, dict]:
+    """Every case in one process: engines are rebuilt inside."""
+    return {case.name: copy.deepcopy(run_engine(ranks, case, num_steps)) for case in cases}
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)

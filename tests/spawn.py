@@ -1,0 +1,86 @@
+"""Runs a function of a test module on real ranks, each a process of its own, and returns what rank 0 returns.
+
+File rendezvous instead of a port search; a hang limit ends all ranks; any rank's failure fails the test with its text.
+"""
+
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HANG_SECONDS = 420
+ROOT = Path(__file__).parent.parent
+
+
+def on_ranks(num_ranks: int, function, *args, folder: Path):
+    """`function(ranks, *args)` on `num_ranks` gloo ranks; the result of rank 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    call = folder / "call.pickle"
+    call.write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
+    for old in folder.glob("rendezvous*"):
+        old.unlink()
+    processes, logs = [], []
+    for rank in range(num_ranks):
+        logs.append(folder / f"rank{rank}.log")
+        processes.append(_start(rank, num_ranks, folder, logs[-1]))
+    _wait(processes, logs)
+    return pickle.loads((folder / "result.pickle").read_bytes())
+
+
+def _start(rank: int, num_ranks: int, folder: Path, log: Path) -> subprocess.Popen:
+    env = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions")),
+    }
+    with log.open("w") as out:
+        command = [sys.executable, "-m", "tests.spawn", str(folder)]
+        return subprocess.Popen(command, env=env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+
+
+def _wait(processes: list[subprocess.Popen], logs: list[Path]) -> None:
+    end = time.monotonic() + HANG_SECONDS
+    try:
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() not in (None, 0) for process in processes) or time.monotonic() > end:
+                break
+            time.sleep(0.05)
+        failed = [n for n, process in enumerate(processes) if process.poll() != 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    if failed:
+        texts = "\n".join(f"--- rank {n}\n{logs[n].read_text()[-6000:]}" for n in failed)
+        raise AssertionError(f"ranks {failed} failed or hung:\n{texts}")
+
+
+def _rank_main(folder: Path) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from sorted_ds.ranks import Ranks
+
+    torch.set_num_threads(1)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    module, name, args = pickle.loads((folder / "call.pickle").read_bytes())
+    result = getattr(importlib.import_module(module), name)(Ranks(rank, size, rank, torch.device("cpu")), *args)
+    if rank == 0:
+        (folder / "result.pickle").write_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # a gloo thread sometimes aborts at interpreter exit, after the work is done
+
+
+if __name__ == "__main__":
+    _rank_main(Path(sys.argv[1]))
