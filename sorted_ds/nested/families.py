@@ -8,6 +8,7 @@ Source: transformers 5.24, models/*/modeling_*.py. How to add one: CONTRIBUTING.
 import copy
 from dataclasses import dataclass
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from sorted_ds.errors import UserError
@@ -73,7 +74,7 @@ def full_size(config: PreTrainedConfig) -> SubNet:
 def subnet_config(config: PreTrainedConfig, subnet: SubNet) -> PreTrainedConfig:
     """The plain Hugging Face config of a sub-network; `head_dim` is written out, lists of layers are cut.
 
-    Raises: whatever the family's config class refuses with (a ValueError in transformers 5).
+    Raises: whatever the family's config class refuses with (ValueError or StrictDataclassError).
     """
     fields = copy.deepcopy(config.to_dict())
     fields.update(per_layer_fields(config, subnet.depth))
@@ -115,7 +116,7 @@ def _is_valid(config: PreTrainedConfig, groups: int) -> bool:
     """Whether the family's own config class takes this number of groups. Only its architecture check can refuse it."""
     try:
         subnet_config(config, SubNet(config.num_hidden_layers, groups, config.intermediate_size))
-    except ValueError:
+    except (ValueError, StrictDataclassError):
         return False
     return True
 

@@ -171,10 +171,9 @@ def _weight_files(source: Path) -> list[Path]:
     index = source / INDEX_FILE
     if index.is_file():
         try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+            return [source / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is no index of safetensors ({error!r}). Get the file again.") from error
-        return [source / shard for shard in sorted(shards)]
     if (source / SINGLE_FILE).is_file():
         return [source / SINGLE_FILE]
     raise UserError(
