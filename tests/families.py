@@ -56,7 +56,9 @@ def tiny_config(variant: str, **changes) -> PreTrainedConfig:
 def tiny_model(variant: str, attention: str = "eager", seed: int = 0, **changes) -> PreTrainedModel:
     """A plain model in fp32. Its logits are of the order of 1, so that a cap or a missing divisor shows."""
     config = tiny_config(variant, **changes)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
