@@ -5,6 +5,7 @@ would be partitioned, no bucket would fill before the end of backward, and nothi
 """
 
 import copy
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
@@ -20,10 +21,12 @@ def Optim(**k):
     return Optim_(**{**dict(betas=(0.9, 0.95), eps=1e-6), **k})
 
 
+from sorted_ds.engine import Engine
+from sorted_ds.engine.modes import complete
 from sorted_ds.nested import nest
 from sorted_ds.nested.layout import is_laid_out
 from sorted_ds.nested.weights import hf_tensors
-from sorted_ds.space import SubNet, SubNetSpace
+from sorted_ds.space import SubNetSpace
 from tests import reference
 
 SPACE = SubNetSpace.grid(depths=[1, 2, 3], groups=[1, 2, 4], ffn=[16, 32, 64])
@@ -61,17 +64,23 @@ class Case:
     checkpointing: bool = False
     evaluate_between: bool = False
     sub_group_size: int = 1_000_000_000
+    without: str = ""
+    """The part of the fix that is switched off: see `PARTS`."""
+    static: bool = False
+    """Every draw is the full network: what rounding alone does in this mode."""
 
     @property
     def name(self) -> str:
         flags = [key for key in ("overlap", "tied", "checkpointing", "evaluate_between") if getattr(self, key)]
         flags += [f"sub_group{self.sub_group_size}"] if self.sub_group_size < 1_000_000_000 else []
         flags += ["unclipped"] if not self.clip_norm else []
+        flags += ["static"] if self.static else []
+        flags += [f"without_{self.without}"] if self.without else []
         return "-".join([f"stage{self.stage}", self.precision, self.optimizer, *flags])
 
     @property
     def optim(self) -> Optim:
-        rate = 0.05 if self.optimizer == "sgd" else 0.01
+        rate = 1.0 if self.optimizer == "sgd" else 0.01
         return Optim(name=self.optimizer, learning_rate=rate, clip_norm=self.clip_norm, weight_decay=0.1)
 
     def deepspeed(self) -> dict:
@@ -100,7 +109,7 @@ def plain_model(case: Case) -> PreTrainedModel:
     return model
 
 
-def micro_batches(num_ranks: int) -> list[list[list[reference.MicroBatch]]]:
+def micro_batches(case: Case, num_ranks: int) -> list[list[list[reference.MicroBatch]]]:
     """[step][draw][rank]: the rows differ, and so does the number of targets of each rank."""
     generator = torch.Generator().manual_seed(11)
     steps = []
@@ -112,6 +121,7 @@ def micro_batches(num_ranks: int) -> list[list[list[reference.MicroBatch]]]:
             for rank in range(num_ranks):
                 hidden = torch.rand(labels[rank].shape, generator=generator) < 0.15 + 0.6 * rank / num_ranks
                 labels[rank][hidden] = -100
+            subnet = LARGE if case.static else subnet
             step.append([(subnet, ids[rank, :, :-1], labels[rank]) for rank in range(num_ranks)])
         steps.append(step)
     return steps
@@ -123,7 +133,7 @@ def flat(step: list[list[reference.MicroBatch]]) -> list[reference.MicroBatch]:
 
 def reference_weights(case: Case, num_ranks: int, num_steps: int, skip_unused: bool = False) -> dict:
     model = plain_model(case)
-    steps = [flat(step) for step in micro_batches(num_ranks)[:num_steps]]
+    steps = [flat(step) for step in micro_batches(case, num_ranks)[:num_steps]]
     norms = reference.train(model, steps, case.optim, skip_unused)
     return {"weights": model.state_dict(), "norms": norms}
 
@@ -161,31 +171,78 @@ class Traffic:
         return mock.patch.object(backend, name, counted)
 
 
+PARTS = ("own_accumulation", "clean_accumulators", "both", "summed_loss")
+"""Own accumulation and clean accumulators matter at stage 3, alone and together; the summed loss at every stage."""
+
+
+@contextmanager
+def parts_off(case: Case):
+    """DeepSpeed as its users use it, in the named part."""
+    with ExitStack() as stack:
+        if case.without in ("clean_accumulators", "both"):
+            stack.enter_context(mock.patch.object(Engine, "_clean_accumulators", lambda self: None))
+        if case.without in ("own_accumulation", "both"):
+            stack.enter_context(mock.patch("sorted_ds.engine.engine.complete", _managed))
+            stack.enter_context(mock.patch("sorted_ds.engine.engine.check_modes"))
+        yield
+
+
+def _managed(*args) -> dict:
+    config = complete(*args)
+    num_draws = len(SCHEDULE[0])
+    config.update(
+        managed_gradient_accumulation=True,
+        gradient_accumulation_steps=num_draws,
+        train_batch_size=config["train_batch_size"] * num_draws,
+    )
+    return config
+
+
 def run_engine(ranks, case: Case, num_steps: int) -> dict:
     """Trains through the engine; returns weights under Hugging Face names, norms, and what was observed on the way."""
-    from sorted_ds.engine import Engine
-
     model = plain_model(case)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = nest(model, SPACE)
-    engine = Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks)
-    batches = micro_batches(ranks.size)
-    _, ids, labels = batches[0][0][ranks.rank]
-    engine.warm_up(ids, labels.abs() % VOCAB)
-    seen = {"laid_out": is_laid_out(model), "released": False, "reduces_in_backward": 0, "gathers": 0, "norms": []}
-    for step in batches[:num_steps]:
-        num_targets = sum(int((labels != -100).sum()) for _, _, labels in flat(step))
-        for draw in step:
-            _one_micro_batch(engine, draw[ranks.rank], num_targets, seen)
-            if case.evaluate_between:
-                engine.evaluate(*draw[ranks.rank][1:], LARGE)
-        seen["norms"].append(engine.step(case.optim.learning_rate))
+    with parts_off(case):
+        engine = Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks)
+        seen = _train(engine, ranks, case, num_steps)
     masters = gather_masters(engine, ranks)
     return {**seen, "weights": hf_tensors(model, model.space.full, masters.__getitem__)}
 
 
-def _one_micro_batch(engine, micro_batch: reference.MicroBatch, num_targets: int, seen: dict) -> None:
+def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
+    batches = micro_batches(case, ranks.size)
+    is_managed = case.without in ("own_accumulation", "both")
+    if not is_managed:
+        _, ids, labels = batches[0][0][ranks.rank]
+        engine.warm_up(ids, labels.abs() % VOCAB)
+    seen = {
+        "laid_out": is_laid_out(engine.model),
+        "released": False,
+        "reduces_in_backward": 0,
+        "gathers": 0,
+        "norms": [],
+    }
+    for step in batches[:num_steps]:
+        num_targets = sum(int((labels != -100).sum()) for _, _, labels in flat(step))
+        for draw in step:
+            own_targets = int((draw[ranks.rank][2] != -100).sum()) * len(step) * ranks.size
+            _one_micro_batch(
+                engine, draw[ranks.rank], own_targets if case.without == "summed_loss" else num_targets, seen
+            )
+            if case.evaluate_between:
+                engine.evaluate(*draw[ranks.rank][1:], LARGE)
+            if is_managed:
+                engine.deepspeed.step()
+        if is_managed:
+            engine._clean_accumulators()
+        else:
+            seen["norms"].append(engine.step(case.optim.learning_rate))
+    return seen
+
+
+def _one_micro_batch(engine: Engine, micro_batch: reference.MicroBatch, num_targets: int, seen: dict) -> None:
     subnet, ids, labels = micro_batch
     with Traffic() as traffic:
         loss = engine.forward(ids, labels, subnet)
