@@ -148,7 +148,7 @@ def save(where: ModelDir, measured: Sequence[Measured], unigram_nats: float) -> 
     from sorted_ds.figure import draw_pareto
 
     table = where.add_measured(measured, unigram_nats)
-    draw_pareto(table, unigram_nats, where.root)
+    draw_pareto(table, unigram_nats, len(where.read().space), where.root)
     return Evaluation(table, unigram_nats)
 
 

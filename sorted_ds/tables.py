@@ -1,0 +1,47 @@
+"""The tables that commands print, and numbers as people read them."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from sorted_ds.model_dir import Measured
+
+UNITS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
+
+
+def human(number: float) -> str:
+    """Three digits and a unit: 1.24M, 350k."""
+    for unit, size in UNITS:
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def measured_table(rows: Sequence[Measured], unigram_nats: float) -> Table:
+    """Every measured sub-network, ascending in parameters, and the unigram model as the last line."""
+    table = _table(
+        "sub-network", "loss (nats)", "perplexity", "accuracy", "params", "non-emb.", "FLOPs/tok", "KV B/tok"
+    )
+    for row in rows:
+        table.add_row(
+            row.subnet,
+            f"{row.loss:.4f}",
+            f"{row.perplexity:.2f}",
+            f"{row.accuracy:.1%}",
+            human(row.parameters),
+            human(row.non_embedding_parameters),
+            human(row.flops_per_token),
+            f"{row.kv_bytes_per_token:,}",
+        )
+    table.add_section()
+    table.add_row("unigram model", f"{unigram_nats:.4f}", *[""] * 6)
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    """One column of names, the others numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for title in others:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
