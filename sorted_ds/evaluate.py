@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from sorted_ds.errors import UserError
 from sorted_ds.loss import SummedLoss
@@ -85,11 +85,20 @@ def load_nested(folder: Path, dtype: torch.dtype | None = None, device: torch.de
     """
     where = ModelDir.find(folder)
     space = SubNetSpace.of(where.read().space)
+    config = _config(where)
+    return build(config, space, where.model, seed=0, dtype=dtype or stored_dtype(where), device=device).eval()
+
+
+def stored_dtype(where: ModelDir) -> torch.dtype:
+    """The precision of the weights on disk, as the config says."""
+    dtype = _config(where).dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _config(where: ModelDir) -> PreTrainedConfig:
     if not (where.model / "config.json").is_file():
         raise UserError(f"{where.model} has a {SORTED_JSON} but no config.json. Get the model's files again.")
-    config = AutoConfig.from_pretrained(where.model, local_files_only=True)
-    precision = dtype or config.dtype or torch.float32
-    return build(config, space, where.model, seed=0, dtype=precision, device=device).eval()
+    return AutoConfig.from_pretrained(where.model, local_files_only=True)
 
 
 @dataclass(frozen=True)

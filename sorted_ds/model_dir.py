@@ -82,8 +82,8 @@ class ModelDir:
             rows = tuple(Measured(**row) for row in fields.pop("subnets", ()))
             found = Sorted(**{**fields, "space": tuple(fields["space"])}, subnets=rows)
             SubNetSpace.of(found.space)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is no {SORTED_JSON} ({error!r}). Train again, or get the file again.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+            raise UserError(f"{path} is no {SORTED_JSON} ({error}). Train again, or get the file again.") from error
         return found
 
     def write(self, contents: Sorted) -> None:

@@ -10,7 +10,7 @@ from sorted_ds.errors import UserError
 from sorted_ds.model_dir import Measured
 from sorted_ds.tables import UNITS, human
 
-SIZES = {"": 1.0, "K": 1e3, "G": 1e9} | {unit.upper(): size for unit, size in UNITS}
+SIZES = {"": 1.0, "G": 1e9} | {unit.upper(): size for unit, size in UNITS}
 
 
 def parse_amount(text: str) -> float:

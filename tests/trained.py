@@ -1,0 +1,57 @@
+"""A run's directory as training leaves it: a tiny random llama, its tokenizer, sorted.json. Nothing is trained."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from sorted_ds.model_dir import Measured, ModelDir, Sorted
+from sorted_ds.nested import costs_of, sorted_by_cost
+from tests.families import SPACE, tiny_config, tiny_model
+
+ROW_TOKENS = 16
+UNIGRAM_NATS = 4.5
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One id for each ASCII character; 128 for everything else, 129 at the end."""
+    vocabulary = {chr(n): n for n in range(128)} | {"<unk>": 128, "<eos>": 129}
+    plain = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    plain.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="<eos>")
+
+
+def trained_run(folder: Path, variant: str = "llama", dtype: torch.dtype = torch.float32, tokens_dir: str = "") -> Path:
+    """RUN_DIR with model/ and no measurements."""
+    tiny_model(variant).to(dtype).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    space = sorted_by_cost(SPACE, tiny_config(variant))
+    names = tuple(subnet.name for subnet in space)
+    data: dict[str, object] = {"tokens_dir": tokens_dir}
+    ModelDir(folder, folder / "model").write(Sorted(names, data, row_tokens=ROW_TOKENS, eval_rows=8))
+    return folder
+
+
+def measured_run(folder: Path, **kwargs) -> Path:
+    """RUN_DIR with a made-up table: the loss falls with the parameters."""
+    ModelDir.find(trained_run(folder, **kwargs)).add_measured(made_up_table(), UNIGRAM_NATS)
+    return folder
+
+
+def made_up_table() -> list[Measured]:
+    costs = costs_of(SPACE, tiny_config("llama"), ROW_TOKENS)
+    return [
+        Measured(
+            subnet.name,
+            loss=4.0 - costs[subnet].parameters / 1e6,
+            perplexity=50.0,
+            accuracy=0.25,
+            num_targets=128,
+            parameters=costs[subnet].parameters,
+            non_embedding_parameters=costs[subnet].non_embedding_parameters,
+            flops_per_token=costs[subnet].flops_per_token,
+            kv_bytes_per_token=costs[subnet].kv_bytes_per_token,
+        )
+        for subnet in SPACE
+    ]
