@@ -1,0 +1,172 @@
+"""The command line: `sorted-ds plan | prepare | train | eval | select | export`.
+
+In: arguments. Out: an exit code: 0, 1 for a failure of the program, 2 for what the user can mend (one line on stderr,
+no traceback), 130 after Ctrl-C. Each command's work is in `commands/`, imported when it is called: `--help` loads no
+torch.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sorted_ds.errors import UserError
+
+INTERRUPTED = 130
+Commands = argparse._SubParsersAction
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. Usage errors leave through argparse with code 2."""
+    args = _parse(argv)
+    try:
+        return importlib.import_module(f"sorted_ds.commands.{args.command}").run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may also follow the flags: argparse leaves those over."""
+    parser = _parser()
+    args, left = parser.parse_known_args(argv)
+    if left and (not hasattr(args, "overrides") or any(text.startswith("-") for text in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        args.overrides += left
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sorted-ds",
+        description="Train one large language model that holds many smaller ones, and take out the one that fits.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_plan(commands)
+    _add_prepare(commands)
+    _add_train(commands)
+    _add_eval(commands)
+    _add_select(commands)
+    _add_export(commands)
+    return parser
+
+
+def _add(commands: Commands, name: str, does: str, more: str, example: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=does,
+        description=f"{does[0].upper()}{does[1:]}. {more}",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_plan(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "plan",
+        "show and check what a run will cost, before it costs anything",
+        "Trains nothing, needs no GPU.",
+        "sorted-ds plan launch/runs/tiny.toml train.steps=1000 --ranks 8",
+    )
+    _add_run_file(parser)
+    _add_ranks(parser)
+    _add_json(parser)
+
+
+def _add_prepare(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "prepare",
+        "turn a run's text into tokens on disk",
+        "Does nothing where they are there already. `train` prepares by itself.",
+        "sorted-ds prepare launch/runs/tiny.toml",
+    )
+    _add_run_file(parser)
+    _add_json(parser)
+
+
+def _add_train(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "train",
+        "train on this machine, through the deepspeed launcher",
+        "Goes on from the run's last checkpoint.\nOn Ctrl-C or SIGTERM the step ends and is saved; a second one kills.",
+        "sorted-ds train launch/runs/tiny.toml optim.learning_rate=1e-3 --ranks 2",
+    )
+    _add_run_file(parser)
+    _add_ranks(parser)
+
+
+def _add_eval(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "eval",
+        "measure sub-networks on the validation rows",
+        "Writes subnets.json, pareto.png and the table in model/sorted.json.",
+        "sorted-ds eval runs/tiny --subnets d8-g4-f384,d2-g1-f96",
+    )
+    _add_dir(parser)
+    parser.add_argument("--subnets", metavar="NAME,NAME", help="these alone (default: all of the space)")
+    parser.add_argument("--rows", type=_positive, metavar="N", help="validation rows (default: the run's eval.rows)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
+    _add_json(parser)
+
+
+def _add_select(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "select",
+        "name the best measured sub-network within a budget",
+        "A look-up in the measured table. Prints the name alone on stdout, the reason on stderr.",
+        "sorted-ds select runs/tiny --max-params 1.5M",
+    )
+    _add_dir(parser)
+    parser.add_argument("--max-params", metavar="N", help="parameters at most, like 2.5B, 300M or 1e6")
+    parser.add_argument("--max-flops", metavar="N", help="forward FLOPs per token at most, like 5G")
+    _add_json(parser)
+
+
+def _add_export(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "export",
+        "write a sub-network as an ordinary Hugging Face model directory",
+        "Refuses to write when its logits differ from the nested model's. Prints the path.",
+        "sorted-ds export runs/tiny --subnet d4-g2-f96 --out exported/small",
+    )
+    _add_dir(parser)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--subnet", metavar="NAME", help="which one")
+    which.add_argument("--all", action="store_true", help="each of the space, into OUT/NAME")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
+    parser.add_argument("--store-logits", action="store_true", help="also write logits.safetensors, to compare with")
+
+
+def _add_run_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_file", type=Path, metavar="RUN.toml", help="the run file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys of the run file to replace")
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    text = "processes, one per GPU (default: the number of GPUs, else 1)"
+    parser.add_argument("--ranks", type=_positive, metavar="N", help=text)
+
+
+def _add_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", type=Path, metavar="DIR", help="the run's directory, or the model directory in it")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable output on stdout")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number

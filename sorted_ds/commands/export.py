@@ -1,0 +1,22 @@
+"""`sorted-ds export`: one or all sub-networks as ordinary Hugging Face directories."""
+
+import argparse
+import sys
+
+from transformers.utils.logging import disable_progress_bar
+
+from sorted_ds.export import LogitsDifferError, export
+from sorted_ds.model_dir import ModelDir
+
+
+def run(args: argparse.Namespace) -> int:
+    disable_progress_bar()
+    names = list(ModelDir.find(args.dir).read().space) if args.all else [args.subnet]
+    outs = [args.out / name for name in names] if args.all else [args.out]
+    try:
+        written = export(args.dir, names, outs, args.store_logits)
+    except LogitsDifferError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(*written, sep="\n")
+    return 0

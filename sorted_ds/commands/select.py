@@ -1,0 +1,18 @@
+"""`sorted-ds select`: the best measured sub-network within a budget."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from sorted_ds.model_dir import ModelDir
+from sorted_ds.select import parse_amount, reason, select
+
+
+def run(args: argparse.Namespace) -> int:
+    budgets = [parse_amount(text) if text else None for text in (args.max_params, args.max_flops)]
+    table = ModelDir.find(args.dir).table()
+    chosen = select(table, *budgets)
+    print(reason(chosen, table), file=sys.stderr)
+    print(json.dumps(asdict(chosen)) if args.json else chosen.subnet)
+    return 0
