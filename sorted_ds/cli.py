@@ -14,6 +14,8 @@ from pathlib import Path
 from sorted_ds.errors import UserError
 
 INTERRUPTED = 130
+LIGHT = ("select",)
+"""Commands that need no torch, so no accelerator."""
 Commands = argparse._SubParsersAction
 
 
@@ -21,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Usage errors leave through argparse with code 2."""
     args = _parse(argv)
     try:
+        if args.command not in LIGHT:
+            importlib.import_module("sorted_ds.launcher").settle_accelerator()
         return importlib.import_module(f"sorted_ds.commands.{args.command}").run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,10 +1,16 @@
 """The tables that commands print, and numbers as people read them."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from sorted_ds.model_dir import Measured
+
+if TYPE_CHECKING:
+    from sorted_ds.plan import Memory, Plan
+
+GIB = 2**30
 
 UNITS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 
@@ -44,4 +50,32 @@ def _table(first: str, *others: str) -> Table:
     table.add_column(first, no_wrap=True)
     for title in others:
         table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def plan_table(plan: "Plan") -> Table:
+    """Every sub-network of a plan, ascending in parameters."""
+    table = _table("sub-network", "params", "non-emb.", "FLOPs/tok", "KV B/tok", "visits", "tokens")
+    for row in plan.subnets:
+        table.add_row(
+            row.subnet,
+            human(row.parameters),
+            human(row.non_embedding_parameters),
+            human(row.flops_per_token),
+            f"{row.kv_bytes_per_token:,}",
+            f"{row.visits:,.0f}",
+            human(row.tokens),
+        )
+    return table
+
+
+def memory_table(memory: "Memory") -> Table:
+    """Model states per rank, a line for each ZeRO stage; the run's own is marked."""
+    table = _table("ZeRO stage", "weights", "gradients", "optimizer", "per rank")
+    for stage, size in memory.bytes_per_parameter.items():
+        table.add_row(
+            f"{stage}{'  (this run)' if stage == memory.chosen_stage else ''}",
+            *(f"{part} B" for part in (size.weights, size.gradients, size.optimizer)),
+            f"{memory.bytes_per_rank[stage] / GIB:,.3g} GiB",
+        )
     return table

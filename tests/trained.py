@@ -22,9 +22,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="<eos>")
 
 
-def trained_run(folder: Path, variant: str = "llama", dtype: torch.dtype = torch.float32, tokens_dir: str = "") -> Path:
+def trained_run(
+    folder: Path, variant: str = "llama", dtype: torch.dtype = torch.float32, tokens_dir: str = "", **changes
+) -> Path:
     """RUN_DIR with model/ and no measurements."""
-    tiny_model(variant).to(dtype).save_pretrained(folder / "model")
+    tiny_model(variant, **changes).to(dtype).save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
     space = sorted_by_cost(SPACE, tiny_config(variant))
     names = tuple(subnet.name for subnet in space)

@@ -1,0 +1,111 @@
+"""Starts ranks on this machine through the real deepspeed launcher, and passes signals on to them.
+
+In: a module and a number of ranks. Out: the launcher's exit code. The launcher runs in a session of its own, and
+signals go to the ranks alone: the launcher itself would kill them after 30 s, in the middle of a checkpoint.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import psutil
+import torch
+
+from sorted_ds.errors import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALLED = 128
+"""The shell's exit code of a process that a signal ended is this and the signal's number."""
+
+
+def num_devices() -> int:
+    """GPUs that ranks will use: none where DeepSpeed was told to compute on the CPU."""
+    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+
+
+def settle_accelerator() -> None:
+    """Tells DeepSpeed to use the CPU where there is no GPU. transformers imports it, and it would warn on stdout."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def launch(module: Sequence[str], num_ranks: int) -> int:
+    """Runs `python -m module` on `num_ranks` ranks of this machine, and returns the launcher's exit code.
+
+    The first SIGTERM, SIGINT or SIGHUP reaches the ranks as SIGTERM: they end the step, save and leave. A second kills.
+    """
+    env, devices = launch_environment(num_ranks)
+    flags = ["--no_local_rank", f"--master_port={free_port()}", "--log_level=critical", *devices]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *flags, "--module", *module]
+    # A session of its own, or the terminal's Ctrl-C would reach the launcher, which kills.
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    signals_seen = 0
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal signals_seen
+        signals_seen += 1
+        targets = ranks_of(process.pid) if signals_seen == 1 else tree_of(process.pid)
+        for target in targets:
+            _send(target, signal.SIGTERM if signals_seen == 1 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        code = process.wait()
+        return code if code >= 0 else SIGNALLED - code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def launch_environment(num_ranks: int) -> tuple[dict[str, str], list[str]]:
+    """Environment of the launcher, and its flags that choose the devices.
+
+    Raises: UserError when there are fewer GPUs than ranks.
+    """
+    env = dict(os.environ)
+    if not num_devices():
+        env["DS_ACCELERATOR"] = "cpu"
+        env.setdefault("OMP_NUM_THREADS", "1")
+        env.pop("CUDA_VISIBLE_DEVICES", None)
+        return env, [f"--num_accelerators={num_ranks}"]
+    if num_ranks > num_devices():
+        raise UserError(f"--ranks {num_ranks} needs as many GPUs, and this machine shows {num_devices()}.")
+    # The launcher reads the devices from here only where no number is given, and otherwise takes the first ones.
+    visible = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_devices())))
+    env["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:num_ranks])
+    return env, []
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def tree_of(launcher: int) -> list[psutil.Process]:
+    """The launcher's process and all below it."""
+    try:
+        top = psutil.Process(launcher)
+        return [*top.children(recursive=True), top]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    """The ranks: children of the launcher's own child. All processes while there are none yet."""
+    try:
+        ranks = [rank for starter in psutil.Process(launcher).children() for rank in starter.children()]
+    except psutil.NoSuchProcess:
+        return []
+    return ranks or tree_of(launcher)
+
+
+def _send(target: psutil.Process, number: int) -> None:
+    try:
+        target.send_signal(number)
+    except psutil.NoSuchProcess:
+        return

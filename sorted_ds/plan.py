@@ -1,0 +1,179 @@
+"""The plan: what a run will do and cost, before any of it is spent.
+
+In: a run file and a number of ranks. Out: a `Plan`: each sub-network with its expected visits and tokens; the step's
+arithmetic; training FLOPs against training every size by itself; memory of the model states for each ZeRO stage; and
+warnings. Nothing is tokenised or trained, and no weight gets memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sorted_ds.config import Run, load_engine_config
+from sorted_ds.data.loader import deal
+from sorted_ds.engine.modes import STAGES, is_bf16, stage_of
+from sorted_ds.nested import costs_of
+from sorted_ds.schedule import SubNetSchedule
+from sorted_ds.space import SubNetSpace
+
+FEWEST_VISITS = 100
+"""Below this many expected draws a sub-network's own weights have hardly been trained."""
+FORWARD_AND_BACKWARD = 3
+"""Times the forward pass's FLOPs: the backward pass costs two."""
+
+
+@dataclass(frozen=True)
+class PlannedSubNet:
+    """One sub-network, what it costs, and how often it will be drawn."""
+
+    subnet: str
+    parameters: int
+    non_embedding_parameters: int
+    flops_per_token: int
+    kv_bytes_per_token: int
+    visits: float
+    """Expected draws over the run."""
+    tokens: float
+    """Expected training tokens over the run."""
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """Forward and backward passes of the whole run, without the optimizer; expected values."""
+
+    run: float
+    """This run: 3 x forward FLOPs x tokens, summed over the expected draws. Training each sub-network by itself for as
+    many tokens as this run draws it costs exactly as much."""
+    full_alone: float
+    """The full network by itself on all of the run's tokens."""
+    each_alone: float
+    """Every sub-network by itself, each on all of the run's tokens."""
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes per parameter of the model states: ZeRO's formula with this project's settings.
+
+    Stage 0 keeps all of it on each rank; 1 shares out the optimizer's part, 2 the gradients too, 3 the weights too.
+    Source: ZeRO, arXiv 1910.02054, section 5.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """fp32 master weights (none at stage 0 in fp32) and the moments."""
+
+    def per_rank(self, stage: int, num_parameters: int, num_ranks: int) -> float:
+        parts = (self.optimizer, self.gradients, self.weights)
+        shared, kept = sum(parts[:stage]), sum(parts[stage:])
+        return num_parameters * (kept + shared / num_ranks)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Model states per GPU at each stage. Activations, buffers and gathered layers come on top."""
+
+    precision: str
+    chosen_stage: int
+    bytes_per_parameter: dict[int, StateBytes]
+    bytes_per_rank: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `sorted-ds plan` prints."""
+
+    subnets: tuple[PlannedSubNet, ...]
+    num_ranks: int
+    steps: int
+    draws: int
+    rows_per_draw: int
+    tokens_per_step: int
+    forwards_per_draw: int
+    """Forward passes of each rank for one draw."""
+    rows_per_forward: int
+    padded_fraction: float
+    """Rows without targets among those that run."""
+    flops: TrainingFlops
+    memory: Memory
+    warnings: tuple[str, ...]
+
+
+def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
+    """The plan of a checked run; `space` and `config` as `resolve` gives them."""
+    costs = costs_of(space, config, run.batch.row_tokens)
+    schedule = SubNetSchedule(
+        [costs[s].flops_per_token for s in space], list(space), run.schedule.draws, run.schedule.strategy, run.seed
+    )
+    dealt = deal(run.batch.step_rows, run.schedule.draws, run.batch.micro_batch_rows, num_ranks)
+    rows_per_draw = run.batch.step_rows // run.schedule.draws
+    planned = []
+    for subnet, visits in zip(space, schedule.expected_visits(run.train.steps), strict=True):
+        cost = costs[subnet]
+        planned.append(
+            PlannedSubNet(
+                subnet.name,
+                cost.parameters,
+                cost.non_embedding_parameters,
+                cost.flops_per_token,
+                cost.kv_bytes_per_token,
+                float(visits),
+                float(visits) * rows_per_draw * run.batch.row_tokens,
+            )
+        )
+    return Plan(
+        subnets=tuple(planned),
+        num_ranks=num_ranks,
+        steps=run.train.steps,
+        draws=run.schedule.draws,
+        rows_per_draw=rows_per_draw,
+        tokens_per_step=run.batch.step_rows * run.batch.row_tokens,
+        forwards_per_draw=dealt.forwards,
+        rows_per_forward=dealt.rows_per_forward,
+        padded_fraction=dealt.padded_fraction,
+        flops=training_flops(planned, run.train.steps * run.batch.step_rows * run.batch.row_tokens),
+        memory=memory(load_engine_config(run.engine.deepspeed), run.optim.name, planned[-1].parameters, num_ranks),
+        warnings=warnings(planned),
+    )
+
+
+def training_flops(subnets: Sequence[PlannedSubNet], num_tokens: int) -> TrainingFlops:
+    """`subnets` ascending, the full one last; `num_tokens` of the whole run."""
+    return TrainingFlops(
+        run=FORWARD_AND_BACKWARD * sum(s.flops_per_token * s.tokens for s in subnets),
+        full_alone=FORWARD_AND_BACKWARD * float(subnets[-1].flops_per_token) * num_tokens,
+        each_alone=FORWARD_AND_BACKWARD * float(sum(s.flops_per_token for s in subnets)) * num_tokens,
+    )
+
+
+def memory(engine: dict, optimizer: str, num_parameters: int, num_ranks: int) -> Memory:
+    """Model states per rank at each ZeRO stage, in the precision of the engine's settings."""
+    bf16 = is_bf16(engine)
+    sizes = {stage: state_bytes(stage, bf16, optimizer) for stage in STAGES}
+    return Memory(
+        precision="bf16" if bf16 else "fp32",
+        chosen_stage=stage_of(engine),
+        bytes_per_parameter=sizes,
+        bytes_per_rank={stage: size.per_rank(stage, num_parameters, num_ranks) for stage, size in sizes.items()},
+    )
+
+
+def state_bytes(stage: int, bf16: bool, optimizer: str) -> StateBytes:
+    """fp32 weights and gradients are 4 bytes; bf16 weights 2, gradients 4 (accumulated in fp32; at stage 0 in bf16: 2).
+
+    AdamW keeps two fp32 moments, SGD none. DeepSpeed keeps fp32 master weights, except at stage 0 in fp32.
+    """
+    moments = 8 if optimizer == "adamw" else 0
+    masters = 4 if bf16 or stage else 0
+    return StateBytes(2 if bf16 else 4, 2 if bf16 and stage == 0 else 4, masters + moments)
+
+
+def warnings(subnets: Sequence[PlannedSubNet]) -> tuple[str, ...]:
+    """What the user should know before starting."""
+    few = [s for s in subnets if s.visits < FEWEST_VISITS]
+    if not few:
+        return ()
+    fewest = min(few, key=lambda s: s.visits)
+    return (
+        f"{len(few)} of {len(subnets)} sub-networks are expected fewer than {FEWEST_VISITS} visits (fewest: "
+        f"{fewest.subnet}, {fewest.visits:.0f}). Train more steps, raise schedule.draws, or make the space smaller.",
+    )
