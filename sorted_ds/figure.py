@@ -154,7 +154,7 @@ def _annotate_ends(axes: Axes, table: Sequence[Measured], measured: str) -> None
             fontsize=11,
             color=INK,
             arrowprops={"arrowstyle": "-", "color": PALE, "linewidth": 0.8, "shrinkB": 6},
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 1.5},
             zorder=4,
         )
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 
 from sorted_ds.model_dir import Measured
@@ -11,8 +12,15 @@ if TYPE_CHECKING:
     from sorted_ds.plan import Memory, Plan
 
 GIB = 2**30
+WIDTH_IN_A_FILE = 120
 
 UNITS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
+
+
+def console() -> Console:
+    """Standard output; wide enough for every column where it is no terminal."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=max(out.width, WIDTH_IN_A_FILE))
 
 
 def human(number: float) -> str:
@@ -46,7 +54,7 @@ def measured_table(rows: Sequence[Measured], unigram_nats: float) -> Table:
 
 def _table(first: str, *others: str) -> Table:
     """One column of names, the others numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")  # fits 80 columns
     table.add_column(first, no_wrap=True)
     for title in others:
         table.add_column(title, justify="right", no_wrap=True)

@@ -141,6 +141,7 @@ def test_prepare_then_eval_measures_a_directory(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "unigram model" in printed.out
     assert printed.out.count("-g") == 27
+    assert "…" not in printed.out
     before, after = evaluation["measured"], json.loads((run / "subnets.json").read_text())["subnets"]
     assert before == after
 

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from sorted_ds.errors import UserError
 from sorted_ds.evaluate import Evaluation, evaluate_directory
 from sorted_ds.model_dir import PARETO_PNG, SUBNETS_JSON, ModelDir
-from sorted_ds.tables import measured_table
+from sorted_ds.tables import console, measured_table
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,19 +22,19 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(evaluation)))
         return 0
-    Console().print(measured_table(evaluation.measured, evaluation.unigram_nats))
+    console().print(measured_table(evaluation.measured, evaluation.unigram_nats))
     print(f"\nWritten: {where.root / SUBNETS_JSON}, {where.root / PARETO_PNG}", file=sys.stderr)
     return 0
 
 
 def _evaluate(args: argparse.Namespace, names: list[str] | None, num_subnets: int) -> Evaluation:
     """A progress bar on a terminal, a line for each sub-network elsewhere; both on stderr."""
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
+    errors = Console(stderr=True)
+    with Progress(console=errors, disable=not errors.is_terminal) as progress:
         task = progress.add_task("evaluating", total=num_subnets, start=True)
 
         def report(name: str) -> None:
-            if console.is_terminal:
+            if errors.is_terminal:
                 progress.update(task, advance=1, description=f"evaluating {name}")
             else:
                 print(f"evaluating {name}", file=sys.stderr)

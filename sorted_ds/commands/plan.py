@@ -5,13 +5,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from rich.console import Console
-
 from sorted_ds.config import load_run
 from sorted_ds.launcher import num_devices
 from sorted_ds.plan import Plan, make_plan
 from sorted_ds.resolve import check_run
-from sorted_ds.tables import human, memory_table, plan_table
+from sorted_ds.tables import console, human, memory_table, plan_table
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,10 +19,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(plan)))
         return 0
-    console = Console(highlight=False)
-    console.print(plan_table(plan), "", *lines(plan), "", memory_table(plan.memory), sep="\n", soft_wrap=True)
+    out = console()
+    out.print(plan_table(plan), "", *lines(plan), "", memory_table(plan.memory), sep="\n", soft_wrap=True)
     for warning in plan.warnings:
-        console.print(f"\nwarning: {warning}", style="yellow", soft_wrap=True)
+        out.print(f"\nwarning: {warning}", style="yellow", soft_wrap=True)
     return 0
 
 
