@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def train_main() -> int:
+    """One rank, started by any launcher: what launch/train.py calls."""
+    return importlib.import_module("sorted_ds.train").main(sys.argv[1:])
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may also follow the flags: argparse leaves those over."""
     parser = _parser()
