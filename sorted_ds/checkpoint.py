@@ -1,8 +1,8 @@
 """Checkpoints: complete or invisible, and independent of ZeRO stage and number of ranks.
 
     RUN_DIR/checkpoints/step_00000200/
-        rank_0000.safetensors ...   this rank's shards: fp32 master weights and optimizer state, flat, by parameter name
-        checkpoint.json             step, number of ranks, state keys, the run's fingerprint, size and sha256 of each file
+        rank_0000.safetensors ...   its shards: fp32 master weights and optimizer state, flat, by parameter name
+        checkpoint.json             step, ranks, state keys, the run's fingerprint, size and sha256 of each file
 
 Written into a hidden folder, synced, then renamed: a killed run leaves either the whole checkpoint or none. A shard is
 (parameter, start, values) of the flattened parameter, so any number of ranks at any stage reads just what it holds.
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sorted_ds.engine.shards import MASTER, Shard
-from sorted_ds.errors import UserError
+from sorted_ds.errors import AgreedError, UserError
 from sorted_ds.ranks import Ranks
 
 INDEX = "checkpoint.json"
@@ -77,7 +77,9 @@ class Checkpoints:
         except UserError as error:
             if self.ranks.is_first:
                 shutil.rmtree(hidden, ignore_errors=True)
-            raise UserError(f"step {step}: the checkpoint could not be written: {error}. {self._last_good()}") from None
+            raise AgreedError(
+                f"step {step}: the checkpoint could not be written: {error}. {self.last_good()}"
+            ) from None
         return final
 
     def restore_latest(self, engine: Sharded) -> int:
@@ -102,7 +104,8 @@ class Checkpoints:
         """The published checkpoints, oldest first."""
         return sorted(self.folder.glob("step_*"))
 
-    def _last_good(self) -> str:
+    def last_good(self) -> str:
+        """A sentence for an error message."""
         complete = self.complete()
         return f"Last good checkpoint: {complete[-1]}." if complete else "There is no earlier checkpoint."
 

@@ -12,7 +12,7 @@ from sorted_ds.config import Run, load_engine_config
 from sorted_ds.data.loader import deal
 from sorted_ds.engine.modes import STAGES, is_bf16, stage_of
 from sorted_ds.nested import costs_of
-from sorted_ds.schedule import SubNetSchedule
+from sorted_ds.resolve import schedule_of
 from sorted_ds.space import SubNetSpace
 
 FEWEST_VISITS = 100
@@ -101,13 +101,11 @@ class Plan:
 def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
     """The plan of a checked run; `space` and `config` as `resolve` gives them."""
     costs = costs_of(space, config, run.batch.row_tokens)
-    schedule = SubNetSchedule(
-        [costs[s].flops_per_token for s in space], list(space), run.schedule.draws, run.schedule.strategy, run.seed
-    )
+    visits = schedule_of(run, costs).expected_visits(run.train.steps)
     dealt = deal(run.batch.step_rows, run.schedule.draws, run.batch.micro_batch_rows, num_ranks)
     rows_per_draw = run.batch.step_rows // run.schedule.draws
     planned = []
-    for subnet, visits in zip(space, schedule.expected_visits(run.train.steps), strict=True):
+    for subnet in space:
         cost = costs[subnet]
         planned.append(
             PlannedSubNet(
@@ -116,8 +114,8 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
                 cost.non_embedding_parameters,
                 cost.flops_per_token,
                 cost.kv_bytes_per_token,
-                float(visits),
-                float(visits) * rows_per_draw * run.batch.row_tokens,
+                visits[subnet],
+                visits[subnet] * rows_per_draw * run.batch.row_tokens,
             )
         )
     return Plan(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from sorted_ds.errors import UserError
+from sorted_ds.errors import AgreedError, UserError
 
 LAUNCHERS = {
     "deepspeed or torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -46,21 +46,38 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raises on every rank what one rank raised as a UserError or OSError, so that none waits for another."""
-        message = None
+        """Raises on every rank what one rank raised as a UserError or OSError, so that none waits for another.
+
+        Raises: AgreedError, with the rank's number where not all failed alike.
+        """
+        message = ""
         try:
             yield
         except (UserError, OSError) as error:
-            message = str(error)
-        for rank, failed in enumerate(self._gather(message)):
-            if failed is not None:
-                raise UserError(failed if self.size == 1 else f"rank {rank}: {failed}")
+            message = str(error) or repr(error)
+        told = self.gather(message)
+        for rank, failed in enumerate(told):
+            if failed:
+                raise AgreedError(failed if set(told) == {failed} else f"rank {rank}: {failed}")
 
-    def _gather(self, message: str | None) -> list[str | None]:
-        messages: list[str | None] = [message] * self.size
+    def gather(self, text: str) -> list[str]:
+        """Every rank's text, in the order of ranks. A collective."""
+        texts = [text] * self.size
         if self.size > 1:
-            dist.all_gather_object(messages, message)
-        return messages
+            dist.all_gather_object(texts, text)
+        return texts
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The process group for as long as it is needed. Ranks that all succeeded leave together."""
+    ranks = find_ranks()
+    try:
+        yield ranks
+        if ranks.size > 1:
+            dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 def find_ranks() -> Ranks:

@@ -14,13 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from types import SimpleNamespace as Optim_
-
-
-def Optim(**k):
-    return Optim_(**{**dict(betas=(0.9, 0.95), eps=1e-6), **k})
-
-
+from sorted_ds.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.nested import nest
@@ -81,7 +75,7 @@ class Case:
     @property
     def optim(self) -> Optim:
         rate = 1.0 if self.optimizer == "sgd" else 0.01
-        return Optim(name=self.optimizer, learning_rate=rate, clip_norm=self.clip_norm, weight_decay=0.1)
+        return Optim(name=self.optimizer, learning_rate=rate, clip_norm=self.clip_norm, weight_decay=0.1, eps=1e-6)
 
     def deepspeed(self) -> dict:
         zero = {"stage": self.stage, "overlap_comm": self.overlap, "sub_group_size": self.sub_group_size, **SMALL_ZERO}
@@ -180,7 +174,7 @@ def parts_off(case: Case):
     """DeepSpeed as its users use it, in the named part."""
     with ExitStack() as stack:
         if case.without in ("clean_accumulators", "both"):
-            stack.enter_context(mock.patch.object(Engine, "_clean_accumulators", lambda self: None))
+            stack.enter_context(mock.patch.object(Engine, "_clean_accumulators", return_value=None))
         if case.without in ("own_accumulation", "both"):
             stack.enter_context(mock.patch("sorted_ds.engine.engine.complete", _managed))
             stack.enter_context(mock.patch("sorted_ds.engine.engine.check_modes"))

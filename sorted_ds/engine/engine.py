@@ -16,12 +16,12 @@ applies; plain PyTorch would skip it. Ranks and stages would differ otherwise.
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
+from sorted_ds.config import Optim
 from sorted_ds.engine.modes import check_modes, complete, is_bf16, stage_of
 from sorted_ds.engine.shards import Shard, publish_masters, shards_of
 from sorted_ds.errors import UserError
@@ -32,16 +32,10 @@ from sorted_ds.ranks import Ranks
 from sorted_ds.space import SubNet
 
 
-if TYPE_CHECKING:
-    from sorted_ds.config import Optim
-
-
 class Engine:
     """One model under DeepSpeed. `forward` and `backward` any number of times, then `step`."""
 
-    def __init__(
-        self, model: NestedModel, config: dict, where: str, optim: "Optim", micro_batch_rows: int, ranks: Ranks
-    ):
+    def __init__(self, model: NestedModel, config: dict, where: str, optim: Optim, micro_batch_rows: int, ranks: Ranks):
         """Builds DeepSpeed's engine from the user's engine keys `config`, read from `where`.
 
         Raises: UserError for a mode that is not proven exact.
@@ -120,7 +114,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor, subnet: SubNet) -> tuple[Tensor, Tensor]:
-        """Summed nats and number of right next tokens of one micro-batch. Every rank calls it as often as the others."""
+        """Summed nats and number of right next tokens of one micro-batch. Every rank calls it equally often."""
         self.model.set_subnet(subnet)
         self.deepspeed.eval()
         device = self.ranks.device
@@ -155,7 +149,7 @@ class Engine:
         return {key: shard.view(value) for key, value in state.items() if _is_like(value, shard.flat)}
 
     def restore(self, steps_taken: int, state_keys: list[str]) -> None:
-        """Makes room for the optimizer state of a run that took `steps_taken` steps; then fill `state_of` each shard."""
+        """Makes room for the optimizer state after `steps_taken` steps; then fill `state_of` each shard."""
         self.steps_taken = steps_taken
         for flat in {id(shard.flat): shard.flat for shard in self.shards()}.values():
             state = self._base_optimizer.state[flat]
@@ -171,10 +165,10 @@ class Engine:
         publish_masters(self.deepspeed)
 
 
-def _optimizer(module: nn.Module, optim: "Optim", device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(module: nn.Module, optim: Optim, device: torch.device) -> torch.optim.Optimizer:
     """AdamW or SGD. Norms, biases and embeddings are not decayed: only matrices that multiply activations are.
 
-    The order of parameters is that of the module, so that the blocks of a layer lie side by side in ZeRO's flat buffers.
+    The order of parameters is that of the module, so that a layer's blocks lie side by side in ZeRO's flat buffers.
     """
     embeddings = {p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     parameters = list(module.parameters())

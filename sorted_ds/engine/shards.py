@@ -2,8 +2,8 @@
 
 DeepSpeed keeps them in flat tensors whose layout differs by stage; a `Shard` says which elements of which parameter a
 piece of a flat tensor is. Saving reads through shards and loading writes through them, so a checkpoint knows neither
-stage nor number of ranks. Source of the layouts: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py,
-runtime/bf16_optimizer.py, runtime/fp16/unfused_optimizer.py.
+stage nor number of ranks. Source of the layouts: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py,
+runtime/zero/stage3.py, runtime/bf16_optimizer.py, runtime/fp16/unfused_optimizer.py.
 """
 
 from collections.abc import Iterator

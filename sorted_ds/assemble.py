@@ -1,0 +1,56 @@
+"""What training builds from a resolved run: the model with its first weights, and this rank's rows.
+
+In: a `Run`, its space and tokens, and which rank this is. Out: the values that the loop in `train.py` runs on.
+"""
+
+import torch
+from transformers import PreTrainedConfig
+
+from sorted_ds.config import SCRATCH, Run, load_engine_config
+from sorted_ds.data.loader import Loader, MicroBatch, validation_batches
+from sorted_ds.data.prepare import TokenizedText
+from sorted_ds.data.rows import PackedRows
+from sorted_ds.engine import Engine
+from sorted_ds.engine.modes import is_bf16, stage_of
+from sorted_ds.evaluate import choose_spread
+from sorted_ds.nested import NestedModel
+from sorted_ds.nested.load import build, resolve_source
+from sorted_ds.ranks import Ranks
+from sorted_ds.space import SubNet, SubNetSpace
+
+
+def load_model(run: Run, config: PreTrainedConfig, space: SubNetSpace, device: torch.device) -> NestedModel:
+    """The nested model with its first weights, in the training precision; under ZeRO-3 on the CPU until partitioned."""
+    engine = load_engine_config(run.engine.deepspeed)
+    source = None if run.model.init == SCRATCH else resolve_source(run.model.init)
+    dtype = torch.bfloat16 if is_bf16(engine) else torch.float32
+    model = build(config, space, source, run.seed, dtype, "cpu" if stage_of(engine) == 3 else device)
+    if run.model.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def engine_of(run: Run, model: NestedModel, ranks: Ranks) -> Engine:
+    """DeepSpeed's engine around the model. A collective."""
+    path = run.engine.deepspeed
+    return Engine(model, load_engine_config(path), str(path), run.optim, run.batch.micro_batch_rows, ranks)
+
+
+def training_loader(run: Run, tokens: TokenizedText, ranks: Ranks) -> Loader:
+    """This rank's rows of any step."""
+    rows = PackedRows(tokens.train, run.batch.row_tokens)
+    batch = run.batch
+    return Loader(rows, run.seed, batch.step_rows, run.schedule.draws, batch.micro_batch_rows, ranks.rank, ranks.size)
+
+
+def validation_of(run: Run, tokens: TokenizedText, ranks: Ranks) -> list[MicroBatch]:
+    """This rank's validation rows."""
+    rows = PackedRows(tokens.validation, run.batch.row_tokens)
+    num_rows = min(run.eval.rows, len(rows))
+    return list(validation_batches(rows, num_rows, run.batch.micro_batch_rows, ranks.rank, ranks.size))
+
+
+def eval_subnets(run: Run, space: SubNetSpace) -> list[SubNet]:
+    """Those that are evaluated during training; the full network is always one of them."""
+    named = {space[name] for name in run.eval.subnets} | {space.full}
+    return sorted(named, key=space.index) if run.eval.subnets else choose_spread(space)

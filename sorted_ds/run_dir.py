@@ -1,0 +1,134 @@
+"""What training writes into RUN_DIR beside checkpoints and curves: run.json, and at the end the trained model.
+
+    RUN_DIR/run.json         the resolved run file, DeepSpeed's whole dictionary, versions and commit
+    RUN_DIR/model/           the full network as an ordinary Hugging Face directory, and sorted.json (model_dir.py)
+
+Also what defines a run's result, its fingerprint: checkpoints of a run with another one are refused.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from sorted_ds.config import Run
+from sorted_ds.data.prepare import TokenizedText
+from sorted_ds.data.tokenizer import load_tokenizer
+from sorted_ds.engine import Engine
+from sorted_ds.evaluate import save
+from sorted_ds.model_dir import Measured, ModelDir, Sorted
+from sorted_ds.nested import extract
+from sorted_ds.ranks import Ranks
+from sorted_ds.space import SubNetSpace
+
+RUN_JSON = "run.json"
+PACKAGES = ("sorted-ds", "torch", "deepspeed", "transformers", "tokenizers", "safetensors")
+
+IDENTITY = ("seed", "model", "space", "schedule", "batch.step_rows", "batch.row_tokens", "optim.name")
+"""Sections and keys that a run cannot change and still be the same run. Others may: each change is reported."""
+NOT_THE_RESULT = ("model.attention", "model.activation_checkpointing")
+"""Keys of those sections that change how it is computed, not what."""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The directory of one run."""
+
+    run: Run
+    tokens: TokenizedText
+    ranks: Ranks
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run.run_dir / "checkpoints"
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What defines the run's result, key by key."""
+        keys = {key: value for key, value in flat(self.run.model_dump(mode="json")).items() if _is_identity(key)}
+        return {**keys, "data": self.tokens.key}
+
+    def open(self, deepspeed_config: Mapping) -> list[str]:
+        """Writes run.json, and returns what the run file says otherwise than at the last start. A collective."""
+        path = self.run.run_dir / RUN_JSON
+        with self.ranks.together():
+            changes = _changes(path, self.run) if self.ranks.is_first else []
+            if self.ranks.is_first:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                contents = {
+                    "run": self.run.model_dump(mode="json"),
+                    "deepspeed": deepspeed_config,
+                    "num_ranks": self.ranks.size,
+                    "fingerprint": self.fingerprint,
+                    "versions": {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
+                    "commit": _commit(),
+                }
+                path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+        return changes
+
+    def write_model(self, engine: Engine, space: SubNetSpace) -> None:
+        """RUN_DIR/model in the training precision, complete or not at all. A collective."""
+        weights = {name: value for name, value in engine.weights() if self.ranks.is_first}
+        with self.ranks.together():
+            if self.ranks.is_first:
+                final, hidden = self.run.run_dir / "model", self.run.run_dir / ".writing_model"
+                shutil.rmtree(hidden, ignore_errors=True)
+                extract(engine.model, space.full, weights.__getitem__).save_pretrained(hidden)
+                load_tokenizer(str(self.tokens.tokenizer_dir)).save_pretrained(hidden)
+                ModelDir(self.run.run_dir, hidden).write(self._sorted(space))
+                shutil.rmtree(final, ignore_errors=True)
+                hidden.rename(final)
+
+    def _sorted(self, space: SubNetSpace) -> Sorted:
+        data = {"tokens_dir": str(self.tokens.tokenizer_dir.parent), "key": self.tokens.key}
+        names = tuple(subnet.name for subnet in space)
+        return Sorted(names, data, row_tokens=self.run.batch.row_tokens, eval_rows=self.run.eval.rows)
+
+    def write_table(self, measured: Sequence[Measured]) -> None:
+        """The measured table and its figure. A collective."""
+        with self.ranks.together():
+            if self.ranks.is_first:
+                save(ModelDir.find(self.run.run_dir), measured, self.tokens.unigram_nats)
+
+
+def flat(fields: Mapping, prefix: str = "") -> dict[str, str]:
+    """Nested keys joined by dots, values as JSON."""
+    found: dict[str, str] = {}
+    for key, value in fields.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: json.dumps(value)}
+    return found
+
+
+def _is_identity(key: str) -> bool:
+    return key not in NOT_THE_RESULT and any(key == name or key.startswith(f"{name}.") for name in IDENTITY)
+
+
+def _changes(path: Path, run: Run) -> list[str]:
+    """`optim.learning_rate: 0.001 before, 0.0005 now`, for each key. None at the first start."""
+    if not path.is_file():
+        return []
+    try:
+        before = flat(json.loads(path.read_text(encoding="utf-8"))["run"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [f"{path} could not be read, so changes of the run file are not listed"]
+    return list(_differences(before, flat(run.model_dump(mode="json"))))
+
+
+def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            yield f"{key}: {before.get(key, 'not set')} before, {now.get(key, 'not set')} now"
+
+
+def _commit() -> str:
+    """The commit of the code, where it runs from a repository; else empty."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""

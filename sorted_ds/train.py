@@ -1,0 +1,162 @@
+"""Training: the loop, and how a rank comes to it.
+
+In: a run file, on every rank. Out, in RUN_DIR: run.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end
+model/ with the measured table, subnets.json and pareto.png. The step number is the only cursor: rows, draws and
+learning rate follow from it, so a run that is started again goes on as if it had not stopped.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from sorted_ds.assemble import engine_of, eval_subnets, load_model, training_loader, validation_of
+from sorted_ds.checkpoint import Checkpoints
+from sorted_ds.config import Run, load_run
+from sorted_ds.data.loader import MicroBatch
+from sorted_ds.data.prepare import TokenizedText, find_prepared
+from sorted_ds.engine import Engine
+from sorted_ds.errors import AgreedError, UserError
+from sorted_ds.evaluate import measure
+from sorted_ds.launcher import settle_accelerator
+from sorted_ds.learning_rate import lr_at
+from sorted_ds.model_dir import Measured
+from sorted_ds.monitor import LossSums, Monitor
+from sorted_ds.nested import costs_of
+from sorted_ds.ranks import Ranks, StopSignal, joined_ranks
+from sorted_ds.resolve import check_run, data_spec, schedule_of
+from sorted_ds.run_dir import RunDir
+from sorted_ds.space import Cost, SubNet
+
+
+def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
+    """Trains from the last checkpoint, or from step 0, to the end or until a stop is asked for. A collective.
+
+    Raises: UserError, on all ranks, for what the user can mend.
+    """
+    stop = StopSignal()
+    with ranks.together():
+        config, space = check_run(run)
+        model = load_model(run, config, space, ranks.device)
+        loader = training_loader(run, tokens, ranks)
+        validation = validation_of(run, tokens, ranks)
+    costs = costs_of(space, config, run.batch.row_tokens)
+    schedule = schedule_of(run, costs)
+    engine = engine_of(run, model, ranks)
+    engine.warm_up(*loader.warm_up_batch())
+    folder = RunDir(run, tokens, ranks)
+    checkpoints = Checkpoints(folder.checkpoints, run.checkpoint.keep_last, folder.fingerprint, ranks)
+    step = saved_step = checkpoints.restore_latest(engine)
+    sums = LossSums(space, loader.draw_share, ranks.device)
+
+    with Monitor(run, space, step, ranks) as monitor:
+        monitor.started(step, folder.open(engine.deepspeed_config))
+        while step < run.train.steps:
+            batches = loader.batches(step)
+            num_targets, num_stops = ranks.sum([count_targets(batches), stop.requested])
+            if num_stops:
+                break
+            learning_rate = lr_at(step, run.train.steps, run.optim)
+            losses = []
+            for subnet, batch in micro_batches(schedule.draw(step), batches):
+                nll = engine.forward(batch.input_ids, batch.labels, subnet)
+                engine.backward(nll / num_targets)
+                losses.append((subnet, nll.detach(), batch.num_targets))
+            norm = engine.step(learning_rate)
+            check_finite(step, losses, norm, checkpoints, ranks)
+            sums.add(losses)
+            step += 1
+            if is_due(step, run.log.every_steps) or step == run.train.steps:
+                monitor.trained(step, sums.take(ranks), learning_rate, norm)
+            if is_due(step, run.eval.every_steps) and step < run.train.steps:
+                monitor.evaluated(step, *evaluate(engine, eval_subnets(run, space), validation, costs))
+            if is_due(step, run.checkpoint.every_steps):
+                monitor.saved(*save(checkpoints, engine, step))
+                saved_step = step
+
+        if step > saved_step:
+            monitor.saved(*save(checkpoints, engine, step))
+        if step == run.train.steps:
+            folder.write_model(engine, space)
+            measured, seconds = evaluate(engine, space, validation, costs)
+            folder.write_table(measured)
+            monitor.evaluated(step, measured, seconds)
+        monitor.ended(step)
+
+
+def is_due(step: int, every_steps: int) -> bool:
+    """Never where `every_steps` is 0."""
+    return every_steps > 0 and step % every_steps == 0
+
+
+def count_targets(batches: Sequence[Sequence[MicroBatch]]) -> int:
+    """Of this rank, over all draws of a step."""
+    return sum(batch.num_targets for draw in batches for batch in draw)
+
+
+def micro_batches(
+    draws: Sequence[SubNet], batches: Sequence[Sequence[MicroBatch]]
+) -> Iterator[tuple[SubNet, MicroBatch]]:
+    """The forward passes of this rank, draw after draw."""
+    for subnet, draw in zip(draws, batches, strict=True):
+        yield from ((subnet, batch) for batch in draw)
+
+
+def check_finite(
+    step: int, losses: Sequence[tuple[SubNet, Tensor, int]], norm: float, checkpoints: Checkpoints, ranks: Ranks
+) -> None:
+    """Raises: UserError on all ranks when the step's gradient is not finite, naming the draw whose loss is not.
+
+    The norm is the same on all ranks, and a loss that is not finite makes it so.
+    """
+    if norm - norm == 0:
+        return
+    bad = [(subnet, float(nll)) for subnet, nll, _ in losses if float(nll) - float(nll) != 0]
+    told = ranks.gather(f"the loss of {bad[0][0]} is {bad[0][1]}" if bad else "")
+    what = next(filter(None, told), "the gradient is not finite")
+    raise AgreedError(f"step {step}: {what} (gradient norm {norm}). Nothing was saved. {checkpoints.last_good()}")
+
+
+def evaluate(
+    engine: Engine, subnets: Iterable[SubNet], batches: Sequence[MicroBatch], costs: Mapping[SubNet, Cost]
+) -> tuple[list[Measured], float]:
+    """Validation of some sub-networks, and the seconds it took. A collective."""
+    start = time.perf_counter()
+
+    def forward(batch: MicroBatch, subnet: SubNet) -> tuple[Tensor, Tensor]:
+        return engine.evaluate(batch.input_ids, batch.labels, subnet)
+
+    measured = measure(forward, subnets, batches, engine.ranks.sum, costs)
+    return measured, time.perf_counter() - start
+
+
+def save(checkpoints: Checkpoints, engine: Engine, step: int) -> tuple[Path, float]:
+    """A checkpoint, and the seconds it took. A collective."""
+    start = time.perf_counter()
+    return checkpoints.save(engine, step), time.perf_counter() - start
+
+
+def main(arguments: Sequence[str]) -> int:
+    """One rank: RUN.toml and overrides. Returns the exit code; 2 for what the user can mend."""
+    settle_accelerator()
+    try:
+        with joined_ranks() as ranks:
+            with ranks.together():
+                run = load_run(Path(arguments[0]), arguments[1:])
+                tokens = find_prepared(data_spec(run), run.data.cache_dir)
+            train(run, tokens, ranks)
+    except AgreedError as error:
+        if ranks.is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except UserError as error:
+        print(f"error (rank {os.environ.get('RANK', '0')}): {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
