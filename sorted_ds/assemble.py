@@ -6,7 +6,7 @@ In: a `Run`, its space and tokens, and which rank this is. Out: the values that 
 import torch
 from transformers import PreTrainedConfig
 
-from sorted_ds.config import SCRATCH, Run, load_engine_config
+from sorted_ds.config import SCRATCH, Run
 from sorted_ds.data.loader import Loader, MicroBatch, validation_batches
 from sorted_ds.data.prepare import TokenizedText
 from sorted_ds.data.rows import PackedRows
@@ -16,6 +16,7 @@ from sorted_ds.evaluate import choose_spread
 from sorted_ds.nested import NestedModel
 from sorted_ds.nested.load import build, resolve_source
 from sorted_ds.ranks import Ranks
+from sorted_ds.run_file import load_engine_config
 from sorted_ds.space import SubNet, SubNetSpace
 
 

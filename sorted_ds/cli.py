@@ -80,7 +80,7 @@ def _add_plan(commands: Commands) -> None:
         "plan",
         "show and check what a run will cost, before it costs anything",
         "Trains nothing, needs no GPU.",
-        "sorted-ds plan launch/runs/tiny.toml train.steps=1000 --ranks 8",
+        "sorted-ds plan launch/runs/demo.toml train.steps=1000 --ranks 8",
     )
     _add_run_file(parser)
     _add_ranks(parser)
@@ -93,7 +93,7 @@ def _add_prepare(commands: Commands) -> None:
         "prepare",
         "turn a run's text into tokens on disk",
         "Does nothing where they are there already. `train` prepares by itself.",
-        "sorted-ds prepare launch/runs/tiny.toml",
+        "sorted-ds prepare launch/runs/demo.toml",
     )
     _add_run_file(parser)
     _add_json(parser)
@@ -105,7 +105,7 @@ def _add_train(commands: Commands) -> None:
         "train",
         "train on this machine, through the deepspeed launcher",
         "Goes on from the run's last checkpoint.\nOn Ctrl-C or SIGTERM the step ends and is saved; a second one kills.",
-        "sorted-ds train launch/runs/tiny.toml optim.learning_rate=1e-3 --ranks 2",
+        "sorted-ds train launch/runs/demo.toml optim.learning_rate=1e-3 --ranks 2",
     )
     _add_run_file(parser)
     _add_ranks(parser)
@@ -117,7 +117,7 @@ def _add_eval(commands: Commands) -> None:
         "eval",
         "measure sub-networks on the validation rows",
         "Writes subnets.json, pareto.png and the table in model/sorted.json.",
-        "sorted-ds eval runs/tiny --subnets d8-g4-f384,d2-g1-f96",
+        "sorted-ds eval demo/run --subnets d8-g4-f384,d2-g1-f96",
     )
     _add_dir(parser)
     parser.add_argument("--subnets", metavar="NAME,NAME", help="these alone (default: all of the space)")
@@ -132,7 +132,7 @@ def _add_select(commands: Commands) -> None:
         "select",
         "name the best measured sub-network within a budget",
         "A look-up in the measured table. Prints the name alone on stdout, the reason on stderr.",
-        "sorted-ds select runs/tiny --max-params 1.5M",
+        "sorted-ds select demo/run --max-params 1.5M",
     )
     _add_dir(parser)
     parser.add_argument("--max-params", metavar="N", help="parameters at most, like 2.5B, 300M or 1e6")
@@ -146,7 +146,7 @@ def _add_export(commands: Commands) -> None:
         "export",
         "write a sub-network as an ordinary Hugging Face model directory",
         "Refuses to write when its logits differ from the nested model's. Prints the path.",
-        "sorted-ds export runs/tiny --subnet d4-g2-f96 --out exported/small",
+        "sorted-ds export demo/run --subnet d4-g2-f96 --out exported/small",
     )
     _add_dir(parser)
     which = parser.add_mutually_exclusive_group(required=True)

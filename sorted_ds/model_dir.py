@@ -9,7 +9,7 @@ Training writes sorted.json, evaluation the table; selection and export read the
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Sorted:
 
     space: tuple[str, ...]
     """Names of the sub-networks, ascending in parameters."""
-    data: dict[str, object]
+    data: Mapping[str, object]
     """The run's data settings, and `tokens_dir`, where the prepared tokens are."""
     row_tokens: int
     eval_rows: int

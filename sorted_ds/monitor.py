@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import torch
 from rich.console import Console
@@ -24,6 +24,7 @@ from sorted_ds.config import Run
 from sorted_ds.model_dir import Measured
 from sorted_ds.ranks import Ranks
 from sorted_ds.space import SubNet, SubNetSpace
+from sorted_ds.tables import console, measured_table
 
 GIB = 2**30
 
@@ -71,7 +72,7 @@ class Monitor:
         self._reported_step = first_step
         if not self._is_on:
             return
-        self._console = Console(file=_Patient(sys.stderr), highlight=False, soft_wrap=True)
+        self._console = Console(file=cast(IO[str], _Patient(sys.stderr)), highlight=False, soft_wrap=True)
         self._run_dir = run.run_dir
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._file = _opened_until(self._run_dir / "metrics.jsonl", first_step)
@@ -139,6 +140,11 @@ class Monitor:
             self._console.print(f"stopped after step {step} of {self._num_steps}; start the run again to go on")
         elif self._is_on:
             self._console.print(f"trained {step} steps; model, table and figure are in {self._run_dir}")
+
+    def table(self, measured: Sequence[Measured], unigram_nats: float) -> None:
+        """Every sub-network, on standard output."""
+        if self._is_on:
+            console().print(measured_table(measured, unigram_nats))
 
     def __enter__(self) -> "Monitor":
         return self

@@ -8,11 +8,12 @@ warnings. Nothing is tokenised or trained, and no weight gets memory.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sorted_ds.config import Run, load_engine_config
+from sorted_ds.config import Run
 from sorted_ds.data.loader import deal
 from sorted_ds.engine.modes import STAGES, is_bf16, stage_of
 from sorted_ds.nested import costs_of
 from sorted_ds.resolve import schedule_of
+from sorted_ds.run_file import load_engine_config
 from sorted_ds.space import SubNetSpace
 
 FEWEST_VISITS = 100

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from transformers import AutoConfig, PreTrainedConfig
 
-from sorted_ds.config import SCRATCH, TRAIN_TOKENIZER, Run, load_engine_config
+from sorted_ds.config import SCRATCH, TRAIN_TOKENIZER, Run
 from sorted_ds.data.loader import deal
 from sorted_ds.data.prepare import DataSpec, TokenizedText, prepare
 from sorted_ds.data.sources import find_files
@@ -19,6 +19,7 @@ from sorted_ds.errors import UserError
 from sorted_ds.nested import costs_of, sorted_by_cost
 from sorted_ds.nested.families import check_space, family_of
 from sorted_ds.nested.load import resolve_source
+from sorted_ds.run_file import load_engine_config
 from sorted_ds.schedule import SubNetSchedule
 from sorted_ds.space import Cost, SubNet, SubNetSpace
 

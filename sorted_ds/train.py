@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from sorted_ds.assemble import engine_of, eval_subnets, load_model, training_loader, validation_of
 from sorted_ds.checkpoint import Checkpoints
-from sorted_ds.config import Run, load_run
+from sorted_ds.config import Run
 from sorted_ds.data.loader import MicroBatch
 from sorted_ds.data.prepare import TokenizedText, find_prepared
 from sorted_ds.engine import Engine
@@ -29,6 +30,7 @@ from sorted_ds.nested import costs_of
 from sorted_ds.ranks import Ranks, StopSignal, joined_ranks
 from sorted_ds.resolve import check_run, data_spec, schedule_of
 from sorted_ds.run_dir import RunDir
+from sorted_ds.run_file import load_run
 from sorted_ds.space import Cost, SubNet
 
 
@@ -46,11 +48,11 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
     costs = costs_of(space, config, run.batch.row_tokens)
     schedule = schedule_of(run, costs)
     engine = engine_of(run, model, ranks)
-    engine.warm_up(*loader.warm_up_batch())
+    engine.warm_up(loader.dealt.rows_per_forward, run.batch.row_tokens)
     folder = RunDir(run, tokens, ranks)
     checkpoints = Checkpoints(folder.checkpoints, run.checkpoint.keep_last, folder.fingerprint, ranks)
     step = saved_step = checkpoints.restore_latest(engine)
-    sums = LossSums(space, loader.draw_share, ranks.device)
+    sums = LossSums(space, 1 / (loader.dealt.forwards * ranks.size), ranks.device)
 
     with Monitor(run, space, step, ranks) as monitor:
         monitor.started(step, folder.open(engine.deepspeed_config))
@@ -84,6 +86,7 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
             measured, seconds = evaluate(engine, space, validation, costs)
             folder.write_table(measured)
             monitor.evaluated(step, measured, seconds)
+            monitor.table(measured, tokens.unigram_nats)
         monitor.ended(step)
 
 
@@ -142,6 +145,7 @@ def save(checkpoints: Checkpoints, engine: Engine, step: int) -> tuple[Path, flo
 def main(arguments: Sequence[str]) -> int:
     """One rank: RUN.toml and overrides. Returns the exit code; 2 for what the user can mend."""
     settle_accelerator()
+    disable_progress_bar()
     try:
         with joined_ranks() as ranks:
             with ranks.together():

@@ -209,8 +209,7 @@ def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
     batches = micro_batches(case, ranks.size)
     is_managed = case.without in ("own_accumulation", "both")
     if not is_managed:
-        _, ids, labels = batches[0][0][ranks.rank]
-        engine.warm_up(ids, labels.abs() % VOCAB)
+        engine.warm_up(ROWS_PER_RANK, ROW_TOKENS)
     seen = {
         "laid_out": is_laid_out(engine.model),
         "released": False,

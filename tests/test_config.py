@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from sorted_ds.config import Run, load_engine_config, load_run
+from sorted_ds.config import Run
 from sorted_ds.errors import UserError
+from sorted_ds.run_file import load_engine_config, load_run
 from tests.runs import run_file
 
 ROOT = Path(__file__).parent.parent

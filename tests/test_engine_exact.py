@@ -75,7 +75,7 @@ def test_gradient_norms_equal_the_reference(trained, case):
     assert trained[case.name]["norms"] == pytest.approx(expected(case)["norms"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("case", "static"), zip(BF16, STATIC, strict=True), ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "static"), list(zip(BF16, STATIC, strict=True)), ids=names)
 def test_bf16_is_as_close_as_a_static_network_in_the_same_mode(trained, case, static):
     assert error(trained, case) <= 2 * error(trained, static)
 

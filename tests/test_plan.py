@@ -4,11 +4,11 @@ import json
 import time
 
 import pytest
-from sorted_ds.config import load_run
 
 from sorted_ds.errors import UserError
 from sorted_ds.plan import make_plan, state_bytes
 from sorted_ds.resolve import check_run
+from sorted_ds.run_file import load_run
 from tests.runs import run_file
 
 SPACE_SIZE = 8

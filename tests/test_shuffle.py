@@ -1,6 +1,7 @@
 """Keyed numbers and permutations."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_all_orders_of_three_come_about_equally_often():
 def test_neighbours_are_scattered():
     """The mean distance of two neighbours' places is a third of the size, as for random places."""
     places = list(map(Shuffle(10_000, (1,)), range(10_000)))
-    distances = [abs(a - b) for a, b in zip(places, places[1:], strict=False)]
+    distances = [abs(a - b) for a, b in pairwise(places)]
     assert sum(distances) / len(distances) == pytest.approx(3333, rel=0.05)
 
 

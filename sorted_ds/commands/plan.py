@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from sorted_ds.config import load_run
 from sorted_ds.launcher import num_devices
 from sorted_ds.plan import Plan, make_plan
 from sorted_ds.resolve import check_run
+from sorted_ds.run_file import load_run
 from sorted_ds.tables import console, human, memory_table, plan_table
 
 

@@ -15,7 +15,10 @@ applies; plain PyTorch would skip it. Ranks and stages would differ otherwise.
 """
 
 import copy
+import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 
 import deepspeed
 import torch
@@ -30,6 +33,8 @@ from sorted_ds.nested import NestedModel
 from sorted_ds.nested.layout import lay_out
 from sorted_ds.ranks import Ranks
 from sorted_ds.space import SubNet
+
+warnings.filterwarnings("ignore", r".*torch\.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
 
 
 class Engine:
@@ -46,12 +51,13 @@ class Engine:
         model.group_width.join = model.ffn_width.join = self.stage < 3
         loss = SummedLoss(model)
         self.deepspeed_config = complete(config, micro_batch_rows, ranks.size, optim.clip_norm)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=loss,
-            optimizer=_optimizer(loss, optim, ranks.device),
-            config=copy.deepcopy(self.deepspeed_config),
-            dist_init_required=False,
-        )
+        with redirect_stdout(StringIO()):  # on the CPU it tells that it built its ops
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=loss,
+                optimizer=_optimizer(loss, optim, ranks.device),
+                config=copy.deepcopy(self.deepspeed_config),
+                dist_init_required=False,
+            )
         self._norm_at_stage0: Tensor | None = None
         if self.stage == 0:
             lay_out(model)
@@ -95,14 +101,14 @@ class Engine:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._norm_at_stage0 = nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
 
-    def warm_up(self, input_ids: Tensor, labels: Tensor) -> None:
-        """Runs the full network forward, backward and through the optimizer once at real shapes, and discards it.
+    def warm_up(self, rows: int, row_tokens: int) -> None:
+        """Runs the full network forward, backward and through the optimizer once at a micro-batch's shape.
 
         Memory that will be needed is needed now, not hours later. The learning rate is zero, and the optimizer's state
         is cleared, so nothing is changed. A collective.
         """
-        loss = self.forward(input_ids, labels, self.model.space.full)
-        self.backward(loss / labels.numel())
+        ids = torch.zeros(rows, row_tokens, dtype=torch.int64)
+        self.backward(self.forward(ids, ids, self.model.space.full) / (ids.numel() * self.ranks.size))
         self.step(learning_rate=0.0)
         self.steps_taken = 0
         for state in self._base_optimizer.state.values():

@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all their own set-up: Python 3.11 or newer, its headers and a C++ compiler are enough.
+
+PYTHON ?= python3
+# The version this project is tested with. For another CUDA: make setup TORCH="torch --index-url ...".
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+
+.PHONY: help setup demo test check bench clean
+
+help:
+	@echo "make setup  .venv with everything that is needed"
+	@echo "make demo   train one network on the Python standard library and take a small one out (10 minutes)"
+	@echo "make test   every test"
+	@echo "make check  lint, format and types"
+	@echo "make bench  the exactness and parity tables"
+
+setup: .venv/.complete
+
+.venv/.complete: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/python tools/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m tests.parity
+	$(BIN)/python -m tests.test_engine_exact
+
+clean:
+	rm -rf demo .cache build dist *.egg-info

@@ -1,0 +1,5 @@
+"""One rank of a run, for any launcher: `deepspeed [flags] launch/train.py RUN.toml [section.key=value ...]`."""
+
+from sorted_ds.cli import train_main
+
+raise SystemExit(train_main())

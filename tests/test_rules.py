@@ -1,0 +1,154 @@
+"""The project's rules as tests: who may import whom, deepspeed in one place, documents that are complete."""
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sorted_ds.engine.modes import check_modes
+from sorted_ds.resolve import model_config, space_of, vocabulary
+from sorted_ds.run_file import known_keys, load_engine_config, load_run
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "sorted_ds"
+
+LINE = [
+    *("errors", "shuffle", "space", "config", "run_file", "ranks", "schedule", "learning_rate"),
+    *("nested", "data", "loss", "engine", "checkpoint"),
+    *("resolve", "plan", "model_dir", "tables", "figure", "evaluate", "select", "model_card", "export"),
+    *("assemble", "launcher", "monitor", "run_dir", "train", "commands", "cli"),
+]
+"""Whoever stands later may import from earlier, never the reverse."""
+
+KNOWS_ONLY = {
+    "shuffle": set(),
+    "space": {"errors"},
+    "schedule": {"errors", "shuffle", "space"},
+    "nested": {"errors", "space"},
+    "data": {"errors", "shuffle"},
+    "loss": {"nested"},
+    "engine": {"errors", "space", "config", "ranks", "nested", "loss"},
+    "checkpoint": {"errors", "ranks", "engine"},
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def component(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def own(path: Path) -> set[str]:
+    """The components of this package that a file imports."""
+    names = {name.split(".")[1] for name in imported(path) if name.startswith("sorted_ds.")}
+    return names - {component(path)}
+
+
+def test_every_module_stands_on_the_line():
+    assert {component(path) for path in modules()} - {"__init__"} == set(LINE)
+
+
+def test_imports_go_one_way():
+    for path in modules():
+        if component(path) != "__init__":
+            later = {name for name in own(path) if LINE.index(name) > LINE.index(component(path))}
+            assert not later, f"{path.relative_to(ROOT)} imports {later}"
+
+
+@pytest.mark.parametrize("name", KNOWS_ONLY)
+def test_the_core_knows_only_what_it_needs(name):
+    for path in modules():
+        if component(path) == name:
+            assert own(path) <= KNOWS_ONLY[name], path
+
+
+def test_deepspeed_is_imported_in_one_place():
+    importers = {component(p) for p in modules() if any(n.split(".")[0] == "deepspeed" for n in imported(p))}
+    assert importers == {"engine"}
+
+
+def test_nothing_is_unpickled_and_no_remote_code_is_trusted():
+    for path in modules():
+        text = path.read_text()
+        assert "pickle" not in imported(path), path
+        assert not re.search(r"torch\.load|trust_remote_code=True|shell=True|weights_only=False", text), path
+
+
+def function(path: Path, name: str) -> ast.FunctionDef:
+    return next(n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef) and n.name == name)
+
+
+def test_the_loop_stays_short_and_knows_no_deepspeed():
+    loop = function(PACKAGE / "train.py", "train")
+    assert loop.end_lineno - loop.lineno < 65
+    assert "deepspeed." not in re.sub(r"engine\.deepspeed_config", "", ast.unparse(loop))
+
+
+def test_files_and_functions_stay_small():
+    for path in modules():
+        tree = ast.parse(path.read_text())
+        assert len(path.read_text().splitlines()) <= 320, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 65, f"{path}: {node.name}"
+
+
+def test_every_public_module_says_where_it_stands():
+    assert [path for path in modules() if path.read_text() and not ast.get_docstring(ast.parse(path.read_text()))] == []
+
+
+def tracked() -> list[str]:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_readme_lists_every_file_in_one_line():
+    readme = (ROOT / "README.md").read_text()
+    files = [name for name in tracked() if not name.endswith("__init__.py") and name != "README.md"]
+    assert [name for name in files if f"`{name}`" not in readme and f"`{Path(name).name}`" not in readme] == []
+
+
+def test_readme_holds_the_reference_of_the_config_as_it_is():
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "tools" / "reference.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    readme = (ROOT / "README.md").read_text()
+    assert tool.reference() in readme, "run `python tools/reference.py`"
+    assert all(f"`{path[-1]}`" in readme or f"`[{path[-1]}]`" in readme for path in known_keys())
+
+
+def test_readme_names_every_command():
+    readme = (ROOT / "README.md").read_text()
+    for name in (path.stem for path in (PACKAGE / "commands").glob("*.py") if path.stem != "__init__"):
+        assert f"sorted-ds {name}" in readme
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "runs").glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_run_file_is_valid(path):
+    run = load_run(path)
+    config = model_config(run, vocabulary(run))
+    assert len(space_of(run, config)) > 1
+    check_modes(load_engine_config(run.engine.deepspeed), run.engine.deepspeed.name)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_every_shipped_deepspeed_json_is_a_proven_mode(path):
+    check_modes(load_engine_config(path), path.name)
+    assert json.loads(path.read_text()).get("zero_optimization", {}).get("stage", 0) == int(path.stem[4])
