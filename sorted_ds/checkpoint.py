@@ -158,9 +158,8 @@ class Checkpoints:
             raise UserError(f"{folder} has no {INDEX}. Delete the folder to go on from the one before.")
         index = json.loads(path.read_text())
         there = index["fingerprint"]
-        differing = [
-            key for key in sorted(there.keys() | self.fingerprint.keys()) if there.get(key) != self.fingerprint.get(key)
-        ]
+        keys = dict.fromkeys([*self.fingerprint, *there])
+        differing = [key for key in keys if there.get(key) != self.fingerprint.get(key)]
         if differing:
             key = differing[0]
             more = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""

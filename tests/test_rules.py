@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -114,23 +115,23 @@ def test_every_public_module_says_where_it_stands():
     assert [path for path in modules() if path.read_text() and not ast.get_docstring(ast.parse(path.read_text()))] == []
 
 
-def tracked() -> list[str]:
-    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+def reference_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "tools" / "reference.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
 
 
 def test_readme_lists_every_file_in_one_line():
     readme = (ROOT / "README.md").read_text()
-    files = [name for name in tracked() if not name.endswith("__init__.py") and name != "README.md"]
-    assert [name for name in files if f"`{name}`" not in readme and f"`{Path(name).name}`" not in readme] == []
+    assert reference_tool().files() in readme, "run `python tools/reference.py`"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert [n for n in tracked if n.endswith(".py") and f"`{n}`" not in readme] == []
 
 
 def test_readme_holds_the_reference_of_the_config_as_it_is():
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "tools" / "reference.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     readme = (ROOT / "README.md").read_text()
-    assert tool.reference() in readme, "run `python tools/reference.py`"
+    assert reference_tool().reference() in readme, "run `python tools/reference.py`"
     assert all(f"`{path[-1]}`" in readme or f"`[{path[-1]}]`" in readme for path in known_keys())
 
 

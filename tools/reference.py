@@ -1,5 +1,10 @@
-"""Writes README's reference of run-file keys from sorted_ds/config.py: `python tools/reference.py`."""
+"""Writes README's reference of run-file keys and its list of files: `python tools/reference.py`.
 
+The keys come from sorted_ds/config.py, a file's line from its docstring.
+"""
+
+import ast
+import subprocess
 from pathlib import Path
 from typing import get_args
 
@@ -7,8 +12,20 @@ from pydantic.fields import FieldInfo
 
 from sorted_ds.config import Run, Section
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- reference: begin, made by tools/reference.py -->\n", "<!-- reference: end -->\n"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- {}: begin, made by tools/reference.py -->\n", "<!-- {}: end -->\n"
+NOT_LISTED = ("README.md", "LICENSE", ".gitignore")
+OTHER_FILES = {
+    ".ci/run": "what must pass before a change lands",
+    "CONTRIBUTING.md": "how to add a family, a strategy, a mode, a key",
+    "Makefile": "set-up, demo, tests, checks",
+    "docs/log.md": "what was measured, and what did not work",
+    "docs/pareto.png": "the demo's figure",
+    "ds_configs": "DeepSpeed JSON: ZeRO stage, and bf16 where the name says so, else fp32",
+    "launch/runs/demo.toml": "the run of `make demo`",
+    "pyproject.toml": "packaging, and why each dependency is there",
+}
 
 
 def reference() -> str:
@@ -76,10 +93,36 @@ def _one_line(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
+def files() -> str:
+    """Markdown: a line for every file that is kept."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    names = sorted(name for name in listed.stdout.split() if name not in NOT_LISTED and (ROOT / name).exists())
+    rows = dict.fromkeys(f"| `{name}` | {_job(name)} |" for name in map(_folded, names))
+    return "\n".join(["| file | job |", "|---|---|", *rows]) + "\n"
+
+
+def _folded(name: str) -> str:
+    """The DeepSpeed configs are one line: each is three lines itself."""
+    return "ds_configs" if name.startswith("ds_configs/") else name
+
+
+def _job(name: str) -> str:
+    """The first sentence of a file's docstring."""
+    if not name.endswith(".py"):
+        return OTHER_FILES[name]
+    text = ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8"))) or "marks a package"
+    sentence = _one_line(text.split("\n\n")[0]).split(". ")[0].rstrip(".:").replace("|", "\\|")
+    keeps_capital = sentence.split()[0].rstrip("'s,") in ("DeepSpeed", "Hugging")
+    return sentence if keeps_capital else sentence[0].lower() + sentence[1:]
+
+
 def main() -> None:
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{reference()}\n{END}{after}", encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    for name, made in (("reference", reference()), ("files", files())):
+        before, _, rest = text.partition(BEGIN.format(name))
+        _, _, after = rest.partition(END.format(name))
+        text = f"{before}{BEGIN.format(name)}\n{made}\n{END.format(name)}{after}"
+    README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
