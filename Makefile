@@ -36,8 +36,8 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m tests.parity
-	$(BIN)/python -m tests.test_engine_exact
+	$(BIN)/python -m benchmarks.parity
+	$(BIN)/python -m benchmarks.exactness
 
 clean:
 	rm -rf demo .cache build dist *.egg-info

@@ -79,7 +79,7 @@ class Data(Section):
     cache_dir: Path = Path("cache")
     """Where prepared tokens are kept, each under a key of its content."""
     workers: Positive = 2
-    """Processes that prepare the text."""
+    """Processes that prepare the text. One alone tokenizes with threads; for a few MB, more are no faster."""
 
 
 class Batch(Section):

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoConfig, PreTrainedConfig
 
 from sorted_ds.config import SCRATCH, TRAIN_TOKENIZER, Run
@@ -23,6 +24,7 @@ from sorted_ds.run_file import load_engine_config
 from sorted_ds.schedule import SubNetSchedule
 from sorted_ds.space import Cost, SubNet, SubNetSpace
 
+PROGRESS_COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
 ROTARY_KEYS = ("rope_theta", "rope_scaling")
 """Config keys that Hugging Face takes and keeps as `rope_parameters`."""
 
@@ -111,8 +113,15 @@ def data_spec(run: Run) -> DataSpec:
 
 
 def prepare_data(run: Run, console: Console) -> TokenizedText:
-    """The run's tokens on disk, made where they are not there yet, and a line about them."""
-    tokens = prepare(data_spec(run), run.data.cache_dir, run.data.workers)
+    """The run's tokens on disk, made where they are not there yet, with a progress bar, and a line about them."""
+    with Progress(*PROGRESS_COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("tokenizing", total=None)
+        tokens = prepare(
+            data_spec(run),
+            run.data.cache_dir,
+            run.data.workers,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
     console.print(
         f"data: {len(tokens.train):,} training and {len(tokens.validation):,} validation tokens, vocabulary "
         f"{tokens.vocab_size:,}, in {tokens.tokenizer_dir.parent}",

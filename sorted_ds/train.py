@@ -18,7 +18,7 @@ from sorted_ds.assemble import engine_of, eval_subnets, load_model, training_loa
 from sorted_ds.checkpoint import Checkpoints
 from sorted_ds.config import Run
 from sorted_ds.data.loader import MicroBatch
-from sorted_ds.data.prepare import TokenizedText, find_prepared
+from sorted_ds.data.prepare import TokenizedText, find_prepared, open_tokens
 from sorted_ds.engine import Engine
 from sorted_ds.errors import AgreedError, UserError
 from sorted_ds.evaluate import measure
@@ -142,6 +142,18 @@ def save(checkpoints: Checkpoints, engine: Engine, step: int) -> tuple[Path, flo
     return checkpoints.save(engine, step), time.perf_counter() - start
 
 
+def shared_tokens(run: Run, ranks: Ranks) -> TokenizedText:
+    """The prepared tokens that rank 0 finds. Tokenising here would let collectives time out. A collective.
+
+    Raises: UserError, on all ranks, when they are not prepared.
+    """
+    with ranks.together():
+        found = find_prepared(data_spec(run), run.data.cache_dir) if ranks.is_first else None
+    folder = ranks.gather(str(found.tokens_dir) if found else "")[0]
+    with ranks.together():
+        return open_tokens(Path(folder))
+
+
 def main(arguments: Sequence[str]) -> int:
     """One rank: RUN.toml and overrides. Returns the exit code; 2 for what the user can mend."""
     settle_accelerator()
@@ -150,8 +162,7 @@ def main(arguments: Sequence[str]) -> int:
         with joined_ranks() as ranks:
             with ranks.together():
                 run = load_run(Path(arguments[0]), arguments[1:])
-                tokens = find_prepared(data_spec(run), run.data.cache_dir)
-            train(run, tokens, ranks)
+            train(run, shared_tokens(run, ranks), ranks)
     except AgreedError as error:
         if ranks.is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Three ways to run one sub-network, and how far they are apart. `python -m tests.parity` prints the table.
+"""Three ways to run one sub-network, and how far they are apart. `python -m benchmarks.parity` prints the table.
 
 Nested: the nested model. Extracted: the plain model cut out of it. Reference: the plain full model, which knows nothing
 of `sorted_ds.nested`: run to the drawn depth, the undrawn heads and channels zeroed before the output projections.
@@ -142,7 +142,3 @@ def print_table() -> None:
             by_tensor = max(grads_difference(o, reference)[0] for o in outcomes.values())
             overall = max(grads_difference(o, reference)[1] for o in outcomes.values())
             print(f"{variant:24}{attention:11}{subnet.name:13}{logits:9.1e}{overall:9.1e}{by_tensor:11.1e}")
-
-
-if __name__ == "__main__":
-    print_table()

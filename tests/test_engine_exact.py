@@ -4,7 +4,6 @@ Real gloo ranks; one launch a number of ranks, engines rebuilt inside. The sched
 not last, last but not first, and not at all in a step; ranks have unequal numbers of targets (tests/exactness.py).
 """
 
-import os
 from functools import cache
 from pathlib import Path
 
@@ -139,11 +138,7 @@ def test_other_numbers_of_ranks_equal_the_reference(tmp_path, num_ranks):
 
 
 def print_table(folder: Path) -> None:
-    """`python -m tests.test_engine_exact`: stage x precision x optimizer, and each part of the fix off."""
+    """Stage x precision x optimizer, and each part of the fix off: `python -m benchmarks.exactness`."""
     trained = on_ranks(2, exactness.run_cases, ALL, NUM_STEPS, folder=folder)
     for case in ALL:
         print(f"{case.name:75s} {error(trained, case):.1e}")
-
-
-if __name__ == "__main__":
-    print_table(Path(os.environ.get("TMPDIR", "/tmp")) / f"exactness_{os.getpid()}")

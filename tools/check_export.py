@@ -13,11 +13,13 @@ sys.modules["sorted_ds"] = sys.modules["deepspeed"] = None  # importing either i
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 LARGEST_RELATIVE_DIFFERENCE = 1e-5
 
 
 def main(folder: Path, prompt: str) -> None:
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     stored = load_file(folder / "logits.safetensors")
