@@ -46,7 +46,7 @@ def training_loader(run: Run, tokens: TokenizedText, ranks: Ranks) -> Loader:
 
 def validation_of(run: Run, tokens: TokenizedText, ranks: Ranks) -> list[MicroBatch]:
     """This rank's validation rows."""
-    rows = PackedRows(tokens.validation, run.batch.row_tokens)
+    rows = PackedRows(tokens.validation, run.batch.row_tokens, "validation")
     num_rows = min(run.eval.rows, len(rows))
     return list(validation_batches(rows, num_rows, run.batch.micro_batch_rows, ranks.rank, ranks.size))
 

@@ -146,18 +146,30 @@ class Checkpoints:
         _sync(folder)
 
     def _publish(self, hidden: Path, final: Path) -> None:
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _delete(final)
         hidden.rename(final)
         _sync(self.folder)
+        for left in self.folder.glob(".deleting_*"):
+            shutil.rmtree(left, ignore_errors=True)
         for old in self.complete()[: -self.keep_last]:
-            shutil.rmtree(old)
+            _delete(old)
 
     def _checked_index(self, folder: Path) -> dict:
         path = folder / INDEX
         if not path.is_file():
             raise UserError(f"{folder} has no {INDEX}. Delete the folder to go on from the one before.")
-        index = json.loads(path.read_text())
-        there = index["fingerprint"]
+        try:
+            index = json.loads(path.read_text())
+            there, found_format = index["fingerprint"], index["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is damaged ({error!r}). Delete {folder.name} to go on from the one before."
+            ) from None
+        if found_format != FORMAT:
+            raise UserError(
+                f"{path} is of format {found_format}, and this version reads {FORMAT}. Set another run_dir."
+            )
         keys = dict.fromkeys([*self.fingerprint, *there])
         differing = [key for key in keys if there.get(key) != self.fingerprint.get(key)]
         if differing:
@@ -224,6 +236,16 @@ def _copy(pieces: list[_Piece], shard: Shard, key: str, target: Tensor) -> None:
             filled += stop - start
     if filled != shard.num:
         raise UserError(f"the checkpoint holds {filled} of {shard.num} elements of {shard.name}: another model's.")
+
+
+def _delete(folder: Path) -> None:
+    """Out of sight first: a kill in the middle leaves no half checkpoint. A failure costs space, never the run."""
+    hidden = folder.with_name(f".deleting_{folder.name}")
+    try:
+        folder.rename(hidden)
+    except OSError:
+        return
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_main() -> int:
-    """One rank, started by any launcher: what launch/train.py calls."""
-    return importlib.import_module("sorted_ds.train").main(sys.argv[1:])
+    """One rank, started by any launcher: what launch/train.py calls. deepspeed adds --local_rank=N, which we know."""
+    arguments = [text for text in sys.argv[1:] if not text.startswith("--local_rank")]
+    return importlib.import_module("sorted_ds.train").main(arguments)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -84,6 +85,8 @@ def _add_plan(commands: Commands) -> None:
     )
     _add_run_file(parser)
     _add_ranks(parser)
+    help_tflops = "TFLOP/s that one rank is expected to reach: prints the hours (default: no estimate)"
+    parser.add_argument("--tflops", type=float, metavar="N", help=help_tflops)
     _add_json(parser)
 
 

@@ -31,8 +31,8 @@ class Model(Section):
     config: dict[str, Any] = {}
     """From scratch: keys of the family's Hugging Face config. The vocabulary and its special ids follow from the
     tokenizer."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Hugging Face's attention implementation."""
+    attention: Literal["", "sdpa", "eager"] = ""
+    """Hugging Face's attention implementation. Default: `"sdpa"` where the family has it (gemma2 has not)."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third more compute."""
 

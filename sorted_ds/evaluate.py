@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sorted_ds.errors import UserError
 from sorted_ds.loss import SummedLoss
-from sorted_ds.model_dir import SORTED_JSON, Measured, ModelDir
+from sorted_ds.model_dir import SORTED_JSON, Measured, ModelDir, Sorted
 from sorted_ds.nested import NestedModel, costs_of
 from sorted_ds.nested.load import build
 from sorted_ds.space import Cost, SubNet, SubNetSpace
@@ -131,12 +131,23 @@ def evaluate_directory(
     subnets = [model.space[name] for name in names] if names else list(model.space)
     tokens = open_tokens(_tokens_dir(where, contents.data))
     batches = _validation_batches(tokens, contents.row_tokens, rows or contents.eval_rows)
+    _check_rows(contents, names, sum(batch.num_targets for batch in batches))
     costs = costs_of(model.space, model.config, contents.row_tokens)
     measured = []
     for subnet in subnets:
         report(subnet.name)
         measured += measure(forward_of(model), [subnet], batches, list, costs)
     return save(where, measured, tokens.unigram_nats)
+
+
+def _check_rows(contents: Sorted, names: Sequence[str] | None, num_targets: int) -> None:
+    """Raises: UserError when measuring some on other rows would cost the table those that it has."""
+    others = {row.subnet for row in contents.subnets if row.num_targets != num_targets} - set(names or contents.space)
+    if others:
+        raise UserError(
+            f"the table holds {len(others)} sub-networks that were measured on other rows, which cannot be compared. "
+            "Leave out --rows, or measure all: leave out --subnets."
+        )
 
 
 def forward_of(model: NestedModel) -> Forward:
@@ -162,18 +173,23 @@ def save(where: ModelDir, measured: Sequence[Measured], unigram_nats: float) -> 
 
 
 def _tokens_dir(where: ModelDir, data: Mapping[str, object]) -> Path:
+    """Where they were at training, or at the same place as seen from the run's directory, if both were moved."""
     folder = data.get("tokens_dir")
     if not isinstance(folder, str):
         raise UserError(f"{where.model / SORTED_JSON} names no data.tokens_dir. Train again, or get the file again.")
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}, the prepared tokens of {where.root}, is gone. Run `sorted-ds prepare RUN.toml`.")
-    return Path(folder)
+    for found in (Path(folder), where.root / str(data.get("from_run_dir", folder))):
+        if found.is_dir():
+            return found
+    raise UserError(
+        f"the prepared tokens of {where.root} are not in {folder}. Put them there, or run `sorted-ds prepare RUN.toml` "
+        "with the same data.cache_dir."
+    )
 
 
 def _validation_batches(tokens, row_tokens: int, num_rows: int) -> list["MicroBatch"]:
     from sorted_ds.data.loader import validation_batches
     from sorted_ds.data.rows import PackedRows
 
-    packed = PackedRows(tokens.validation, row_tokens)
+    packed = PackedRows(tokens.validation, row_tokens, "validation")
     micro_batch_rows = max(1, MICRO_BATCH_TOKENS // row_tokens)
     return list(validation_batches(packed, min(num_rows, len(packed)), micro_batch_rows, rank=0, world_size=1))

@@ -2,7 +2,7 @@
 
 In: sums of the steps since the last report, and measured sub-networks. Out, on rank 0 alone: one JSON object a line in
 RUN_DIR/metrics.jsonl, the same scalars for TensorBoard in RUN_DIR/tensorboard, a progress bar on a terminal or plain
-lines elsewhere. Sums travel, means are printed.
+lines elsewhere. Sums travel, means are printed. TensorBoard sorts by name: the full network's validation loss is first.
 """
 
 import json
@@ -22,9 +22,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sorted_ds.config import Run
 from sorted_ds.model_dir import Measured
+from sorted_ds.plan import Plan
 from sorted_ds.ranks import Ranks
 from sorted_ds.space import SubNet, SubNetSpace
-from sorted_ds.tables import console, measured_table
+from sorted_ds.tables import console, measured_table, plan_table, step_lines
 
 GIB = 2**30
 
@@ -80,16 +81,17 @@ class Monitor:
         self._board = SummaryWriter(board, purge_step=first_step + 1) if run.log.tensorboard else None
         self._progress = _progress(self._console) if self._console.is_terminal else None
 
-    def started(self, step: int, changes: Sequence[str]) -> None:
-        """Training begins: time counts from now. `changes`: what the run file says otherwise than at the last start."""
+    def started(self, step: int, plan: Plan, changes: Sequence[str]) -> None:
+        """Training begins: time counts from now. `changes`: what the run says otherwise than at the last start."""
         self._last = time.perf_counter()
         if not self._is_on:
             return
-        self._console.print(f"writing to {self._run_dir}")
+        told = [f"changed since the last start: {change}" for change in changes]
+        told += [f"warning: {warning}" for warning in plan.warnings]
+        for line in (plan_table(plan), *step_lines(plan), *told, f"writing to {self._run_dir}"):
+            self._console.print(line)
         if step:
             self._console.print(f"going on from the checkpoint of step {step}")
-        for change in changes:
-            self._console.print(f"changed since the last start: {change}")
         if self._progress:
             self._task = self._progress.add_task("", total=self._num_steps, completed=step, note="")
             self._progress.start()
@@ -102,16 +104,16 @@ class Monitor:
             return
         num_targets = sum(row.num_targets for row in sums.values())
         values = {
-            "train/loss": sum(row.nll for row in sums.values()) / num_targets,
-            "train/learning_rate": learning_rate,
-            "train/gradient_norm": gradient_norm,
-            "train/tokens_per_second": num_targets / seconds,
-            "train/step_seconds": seconds / steps,
-            "train/memory_gib": memory_gib(),
+            "loss/training": sum(row.nll for row in sums.values()) / num_targets,
+            "optimizer/learning_rate": learning_rate,
+            "optimizer/gradient_norm": gradient_norm,
+            "speed/tokens_per_second": num_targets / seconds,
+            "speed/step_seconds": seconds / steps,
+            "speed/memory_gib": memory_gib(),
         }
         for subnet, row in sums.items():
-            values[f"train_loss/{subnet}"] = row.nll / row.num_targets
-            values[f"draws/{subnet}"] = row.num_draws
+            values[f"subnets_training_loss/{subnet}"] = row.nll / row.num_targets
+            values[f"subnets_draws/{subnet}"] = row.num_draws
         self._write(step, values)
         self._show(step, values)
 
@@ -122,8 +124,8 @@ class Monitor:
             return
         losses = {row.subnet: row.loss for row in measured}
         full = losses.pop(self._full.name)
-        values = {"validation/loss": full, "validation/seconds": seconds}
-        values |= {f"validation_loss/{name}": loss for name, loss in {self._full.name: full, **losses}.items()}
+        values = {"loss/full_validation": full, "speed/validation_seconds": seconds}
+        values |= {f"subnets_validation_loss/{name}": loss for name, loss in {self._full.name: full, **losses}.items()}
         self._write(step, values)
         spread = f"; {len(losses)} others {min(losses.values()):.4f} to {max(losses.values()):.4f}" if losses else ""
         self._console.print(f"step {step}: validation loss {full:.4f} (full){spread}; took {seconds:.1f} s")
@@ -160,19 +162,23 @@ class Monitor:
             self._board.close()
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """A full disk costs the curves, never the run."""
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._console.print(f"warning: {self._file.name} could not be written: {error}")
         if self._board:
             for key, value in values.items():
                 self._board.add_scalar(key, value, step)
 
     def _show(self, step: int, values: dict[str, float]) -> None:
-        note = f"loss {values['train/loss']:.4f}  {values['train/tokens_per_second']:,.0f} tokens/s"
+        note = f"loss {values['loss/training']:.4f}  {values['speed/tokens_per_second']:,.0f} tokens/s"
         if self._progress:
             self._progress.update(self._task, completed=step, note=note)
             return
-        left = _minutes((self._num_steps - step) * values["train/step_seconds"])
-        rate, norm = values["train/learning_rate"], values["train/gradient_norm"]
+        left = _minutes((self._num_steps - step) * values["speed/step_seconds"])
+        rate, norm = values["optimizer/learning_rate"], values["optimizer/gradient_norm"]
         self._console.print(f"step {step}/{self._num_steps}  {note}  rate {rate:.2e}  norm {norm:.2f}  {left} left")
 
 
@@ -202,7 +208,9 @@ def _opened_until(path: Path, first_step: int) -> IO[str]:
     """The metrics file, without what a killed run wrote after the checkpoint that it resumes from."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
-        path.write_text("".join(f"{line}\n" for line in lines))
+        hidden = path.with_name(f".writing_{path.name}")
+        hidden.write_text("".join(f"{line}\n" for line in lines))
+        hidden.replace(path)
     return path.open("a")
 
 

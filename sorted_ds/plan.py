@@ -8,9 +8,11 @@ warnings. Nothing is tokenised or trained, and no weight gets memory.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from sorted_ds.config import Run
 from sorted_ds.data.loader import deal
-from sorted_ds.engine.modes import STAGES, is_bf16, stage_of
+from sorted_ds.engine.modes import STAGES, is_bf16, mode_warnings, stage_of
 from sorted_ds.nested import costs_of
 from sorted_ds.resolve import schedule_of
 from sorted_ds.run_file import load_engine_config
@@ -31,6 +33,7 @@ class PlannedSubNet:
     non_embedding_parameters: int
     flops_per_token: int
     kv_bytes_per_token: int
+    share_of_draws: float
     visits: float
     """Expected draws over the run."""
     tokens: float
@@ -105,6 +108,7 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
     visits = schedule_of(run, costs).expected_visits(run.train.steps)
     dealt = deal(run.batch.step_rows, run.schedule.draws, run.batch.micro_batch_rows, num_ranks)
     rows_per_draw = run.batch.step_rows // run.schedule.draws
+    engine = load_engine_config(run.engine.deepspeed)
     planned = []
     for subnet in space:
         cost = costs[subnet]
@@ -115,6 +119,7 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
                 cost.non_embedding_parameters,
                 cost.flops_per_token,
                 cost.kv_bytes_per_token,
+                visits[subnet] / (run.train.steps * run.schedule.draws),
                 visits[subnet],
                 visits[subnet] * rows_per_draw * run.batch.row_tokens,
             )
@@ -130,8 +135,8 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
         rows_per_forward=dealt.rows_per_forward,
         padded_fraction=dealt.padded_fraction,
         flops=training_flops(planned, run.train.steps * run.batch.step_rows * run.batch.row_tokens),
-        memory=memory(load_engine_config(run.engine.deepspeed), run.optim.name, planned[-1].parameters, num_ranks),
-        warnings=warnings(planned),
+        memory=memory(engine, run.optim.name, planned[-1].parameters, num_ranks),
+        warnings=(*warnings(planned), *mode_warnings(engine, torch.cuda.is_available())),
     )
 
 

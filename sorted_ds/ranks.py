@@ -4,9 +4,10 @@ May be imported by every stage. Ranks agree on few things: sums, a stop, and whe
 else (rows, draws, learning rate) is a pure function of (seed, step) and needs no word.
 """
 
+import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -46,19 +47,35 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raises on every rank what one rank raised as a UserError or OSError, so that none waits for another.
+        """Raises on every rank what one rank raised, so that none waits for another.
 
-        Raises: AgreedError, with the rank's number where not all failed alike.
+        Raises: AgreedError, with the rank's number where not all failed alike. A rank whose error is neither a
+        UserError nor an OSError raises its own, with its traceback: that is a defect.
         """
-        message = ""
+        message, defect = "", None
         try:
             yield
         except (UserError, OSError) as error:
             message = str(error) or repr(error)
+        except Exception as error:
+            message, defect = f"unexpected {error!r}; its traceback is above", error
         told = self.gather(message)
+        if defect is not None:
+            raise defect
         for rank, failed in enumerate(told):
             if failed:
                 raise AgreedError(failed if set(told) == {failed} else f"rank {rank}: {failed}")
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Raises: AgreedError, on all ranks, when one rank's facts differ from rank 0's. A collective."""
+        told = [json.loads(text) for text in self.gather(json.dumps(dict(facts)))]
+        for rank, others in enumerate(told):
+            for key in dict.fromkeys([*told[0], *others]):
+                if told[0].get(key) != others.get(key):
+                    raise AgreedError(
+                        f"rank {rank} has {key} = {others.get(key)}, rank 0 has {told[0].get(key)}. Start all ranks "
+                        "with the same run file, DeepSpeed JSON, packages and code."
+                    )
 
     def gather(self, text: str) -> list[str]:
         """Every rank's text, in the order of ranks. A collective."""

@@ -3,89 +3,28 @@
 In: a `Run`. Out: values that `plan`, `prepare` and `train` share, or one error that says what to change.
 """
 
-import difflib
 from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from sorted_ds.config import SCRATCH, TRAIN_TOKENIZER, Run
+from sorted_ds.config import TRAIN_TOKENIZER, Run
 from sorted_ds.data.loader import deal
 from sorted_ds.data.prepare import DataSpec, TokenizedText, prepare
+from sorted_ds.data.rows import PackedRows
 from sorted_ds.data.sources import find_files
 from sorted_ds.data.tokenizer import Vocabulary, load_tokenizer, trained_vocabulary, vocabulary_of
 from sorted_ds.engine.modes import check_modes
 from sorted_ds.errors import UserError
+from sorted_ds.model_config import model_config
 from sorted_ds.nested import costs_of, sorted_by_cost
-from sorted_ds.nested.families import check_space, family_of
-from sorted_ds.nested.load import resolve_source
+from sorted_ds.nested.families import check_space
 from sorted_ds.run_file import load_engine_config
 from sorted_ds.schedule import SubNetSchedule
 from sorted_ds.space import Cost, SubNet, SubNetSpace
 
 PROGRESS_COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-ROTARY_KEYS = ("rope_theta", "rope_scaling")
-"""Config keys that Hugging Face takes and keeps as `rope_parameters`."""
-
-
-def model_config(run: Run, vocabulary: Vocabulary) -> PreTrainedConfig:
-    """The full network's config: that of `model.init`, or of `model.family` with `model.config` filled in.
-
-    Raises: UserError for an unknown family, a key that it does not have, or a value that it refuses.
-    """
-    config = _scratch_config(run, vocabulary) if run.model.init == SCRATCH else _checkpoint_config(run, vocabulary)
-    config._attn_implementation = run.model.attention
-    longest = getattr(config, "max_position_embeddings", run.batch.row_tokens)
-    if run.batch.row_tokens > longest:
-        raise UserError(
-            f"batch.row_tokens = {run.batch.row_tokens}, but the model's max_position_embeddings is {longest}. "
-            f"Raise that in model.config, or set row_tokens to {longest} at most."
-        )
-    return config
-
-
-def _checkpoint_config(run: Run, vocabulary: Vocabulary) -> PreTrainedConfig:
-    if run.model.family or run.model.config:
-        raise UserError(
-            f"model.init = {run.model.init!r} brings its own config. Remove model.family and model.config, "
-            f'or set model.init = "{SCRATCH}".'
-        )
-    config = AutoConfig.from_pretrained(resolve_source(run.model.init), local_files_only=True)
-    family_of(config.model_type)
-    if vocabulary.size > config.vocab_size:
-        raise UserError(
-            f"data.tokenizer = {run.data.tokenizer!r} has {vocabulary.size} tokens, but {run.model.init} knows "
-            f"{config.vocab_size}. Remove data.tokenizer to use the checkpoint's own."
-        )
-    return config
-
-
-def _scratch_config(run: Run, vocabulary: Vocabulary) -> PreTrainedConfig:
-    family_of(run.model.family)
-    known = {*AutoConfig.for_model(run.model.family).to_dict(), *ROTARY_KEYS}
-    for key in run.model.config:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            instead = f"Did you mean {near[0]!r}?" if near else "Remove it."
-            raise UserError(f"model.config sets {key!r}, which {run.model.family}'s config does not have. {instead}")
-    derived = {
-        "vocab_size": vocabulary.size,
-        "bos_token_id": vocabulary.bos_id,
-        "eos_token_id": vocabulary.eos_id,
-        "pad_token_id": None,
-        "use_cache": True,
-    }
-    try:
-        config = AutoConfig.for_model(run.model.family, **{**derived, **run.model.config})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"model.config is refused by {run.model.family}: {str(error).splitlines()[0]}.") from error
-    if vocabulary.size > config.vocab_size:
-        raise UserError(
-            f"model.config sets vocab_size = {config.vocab_size}, but the tokenizer has {vocabulary.size} tokens. "
-            "Remove it from model.config: it follows from the tokenizer."
-        )
-    return config
 
 
 def space_of(run: Run, config: PreTrainedConfig) -> SubNetSpace:
@@ -113,7 +52,10 @@ def data_spec(run: Run) -> DataSpec:
 
 
 def prepare_data(run: Run, console: Console) -> TokenizedText:
-    """The run's tokens on disk, made where they are not there yet, with a progress bar, and a line about them."""
+    """The run's tokens on disk, made where they are not there yet, with a progress bar, and a line about them.
+
+    Raises: UserError when text or tokenizer cannot be used, or one side of the text is shorter than a row.
+    """
     with Progress(*PROGRESS_COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("tokenizing", total=None)
         tokens = prepare(
@@ -122,6 +64,8 @@ def prepare_data(run: Run, console: Console) -> TokenizedText:
             run.data.workers,
             lambda done, total: progress.update(task, completed=done, total=total),
         )
+    for side, found in (("training", tokens.train), ("validation", tokens.validation)):
+        PackedRows(found, run.batch.row_tokens, side)
     console.print(
         f"data: {len(tokens.train):,} training and {len(tokens.validation):,} validation tokens, vocabulary "
         f"{tokens.vocab_size:,}, in {tokens.tokenizer_dir.parent}",

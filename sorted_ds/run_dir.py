@@ -6,7 +6,9 @@
 Also what defines a run's result, its fingerprint: checkpoints of a run with another one are refused.
 """
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,23 +17,28 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig, PreTrainedModel
+
 from sorted_ds.config import Run
 from sorted_ds.data.prepare import TokenizedText
-from sorted_ds.data.tokenizer import load_tokenizer
+from sorted_ds.data.tokenizer import load_tokenizer, save_tokenizer
 from sorted_ds.engine import Engine
+from sorted_ds.errors import UserError
 from sorted_ds.evaluate import save
 from sorted_ds.model_dir import Measured, ModelDir, Sorted
 from sorted_ds.nested import extract
 from sorted_ds.ranks import Ranks
+from sorted_ds.run_file import load_engine_config
 from sorted_ds.space import SubNetSpace
 
 RUN_JSON = "run.json"
 PACKAGES = ("sorted-ds", "torch", "deepspeed", "transformers", "tokenizers", "safetensors")
 
-IDENTITY = ("seed", "model", "space", "schedule", "batch.step_rows", "batch.row_tokens", "optim.name")
+IDENTITY = ("seed", "space.", "schedule.", "batch.step_rows", "batch.row_tokens", "optim.name")
 """Sections and keys that a run cannot change and still be the same run. Others may: each change is reported."""
-NOT_THE_RESULT = ("model.attention", "model.activation_checkpointing")
-"""Keys of those sections that change how it is computed, not what."""
+NOT_THE_MODEL = ("transformers_version", "dtype", "use_cache", "architectures", "_name_or_path")
+"""Keys of a Hugging Face config that say nothing of the network."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class RunDir:
     """The directory of one run."""
 
     run: Run
+    config: PreTrainedConfig
     tokens: TokenizedText
     ranks: Ranks
 
@@ -49,22 +57,28 @@ class RunDir:
     @property
     def fingerprint(self) -> dict[str, str]:
         """What defines the run's result, key by key."""
-        keys = {key: value for key, value in flat(self.run.model_dump(mode="json")).items() if _is_identity(key)}
-        return {**keys, "data": self.tokens.key}
+        keys = flat(self.run.model_dump(mode="json"))
+        model = flat({key: value for key, value in self.config.to_dict().items() if key not in NOT_THE_MODEL})
+        return {
+            **{key: value for key, value in keys.items() if key.startswith(IDENTITY)},
+            **{f"model.{key}": value for key, value in model.items()},
+            "data": self.tokens.key,
+        }
 
-    def open(self, deepspeed_config: Mapping) -> list[str]:
-        """Writes run.json, and returns what the run file says otherwise than at the last start. A collective."""
+    def open(self, engine_config: Mapping, deepspeed_config: Mapping) -> list[str]:
+        """Writes run.json, and returns what the run says otherwise than at the last start. A collective."""
         path = self.run.run_dir / RUN_JSON
         with self.ranks.together():
-            changes = _changes(path, self.run) if self.ranks.is_first else []
+            run = {**self.run.model_dump(mode="json"), self.run.engine.deepspeed.name: engine_config}
+            changes = _changes(path, run) if self.ranks.is_first else []
             if self.ranks.is_first:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 contents = {
-                    "run": self.run.model_dump(mode="json"),
+                    "run": run,
                     "deepspeed": deepspeed_config,
                     "num_ranks": self.ranks.size,
                     "fingerprint": self.fingerprint,
-                    "versions": {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
+                    "versions": versions(),
                     "commit": _commit(),
                 }
                 path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
@@ -75,16 +89,27 @@ class RunDir:
         weights = {name: value for name, value in engine.weights() if self.ranks.is_first}
         with self.ranks.together():
             if self.ranks.is_first:
-                final, hidden = self.run.run_dir / "model", self.run.run_dir / ".writing_model"
-                shutil.rmtree(hidden, ignore_errors=True)
-                extract(engine.model, space.full, weights.__getitem__).save_pretrained(hidden)
-                load_tokenizer(str(self.tokens.tokenizer_dir)).save_pretrained(hidden)
-                ModelDir(self.run.run_dir, hidden).write(self._sorted(space))
-                shutil.rmtree(final, ignore_errors=True)
-                hidden.rename(final)
+                self._write_model(extract(engine.model, space.full, weights.__getitem__), space)
+
+    def _write_model(self, model: PreTrainedModel, space: SubNetSpace) -> None:
+        final, hidden = self.run.run_dir / "model", self.run.run_dir / ".writing_model"
+        shutil.rmtree(hidden, ignore_errors=True)
+        try:
+            model.save_pretrained(hidden)
+            save_tokenizer(load_tokenizer(str(self.tokens.tokenizer_dir)), hidden)
+            ModelDir(self.run.run_dir, hidden).write(self._sorted(space))
+            shutil.rmtree(final, ignore_errors=True)
+            hidden.rename(final)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{final} could not be written: {error}. Free the space, and start the run again."
+            ) from error
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
 
     def _sorted(self, space: SubNetSpace) -> Sorted:
-        data = {"tokens_dir": str(self.tokens.tokenizer_dir.parent), "key": self.tokens.key}
+        tokens_dir = self.tokens.tokens_dir
+        data = {"tokens_dir": str(tokens_dir), "from_run_dir": os.path.relpath(tokens_dir, self.run.run_dir)}
         names = tuple(subnet.name for subnet in space)
         return Sorted(names, data, row_tokens=self.run.batch.row_tokens, eval_rows=self.run.eval.rows)
 
@@ -104,11 +129,26 @@ def flat(fields: Mapping, prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _is_identity(key: str) -> bool:
-    return key not in NOT_THE_RESULT and any(key == name or key.startswith(f"{name}.") for name in IDENTITY)
+def versions() -> dict[str, str]:
+    """Of this package, of those that it computes with, and of Python."""
+    return {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
 
 
-def _changes(path: Path, run: Run) -> list[str]:
+def facts(run: Run) -> dict[str, str]:
+    """What every rank must have alike: the run, DeepSpeed's settings, versions and code."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    engine = load_engine_config(run.engine.deepspeed)
+    return {
+        **flat(run.model_dump(mode="json")),
+        **flat({"deepspeed": engine}),
+        **versions(),
+        "code": digest.hexdigest()[:16],
+    }
+
+
+def _changes(path: Path, run: Mapping) -> list[str]:
     """`optim.learning_rate: 0.001 before, 0.0005 now`, for each key. None at the first start."""
     if not path.is_file():
         return []
@@ -116,7 +156,7 @@ def _changes(path: Path, run: Run) -> list[str]:
         before = flat(json.loads(path.read_text(encoding="utf-8"))["run"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{path} could not be read, so changes of the run file are not listed"]
-    return list(_differences(before, flat(run.model_dump(mode="json"))))
+    return list(_differences(before, flat(run)))
 
 
 def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:

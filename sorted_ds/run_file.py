@@ -52,9 +52,21 @@ def _override(fields: dict[str, Any], text: str) -> None:
         if not isinstance(fields, dict):
             raise UserError(f"override {text!r}: {section!r} is no section.")
     try:
-        fields[key] = tomllib.loads(f"value = {value}")["value"]
+        read = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        fields[key] = value
+        read = value
+    fields[key] = value if _is_text((*sections, key)) and not isinstance(read, str) else read
+
+
+def _is_text(path: tuple[str, ...]) -> bool:
+    """Whether the key takes a string or a path: `run_dir=2024` is a name, not a number."""
+    section: type[Section] = Run
+    for name in path[:-1]:
+        field = section.model_fields.get(name)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, Section):
+            return False
+        section = field.annotation
+    return path[-1] in section.model_fields and section.model_fields[path[-1]].annotation in (str, Path)
 
 
 def _explain(error: ValidationError) -> str:

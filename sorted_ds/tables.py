@@ -1,6 +1,6 @@
 """The tables that commands print, and numbers as people read them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -63,7 +63,7 @@ def _table(first: str, *others: str) -> Table:
 
 def plan_table(plan: "Plan") -> Table:
     """Every sub-network of a plan, ascending in parameters."""
-    table = _table("sub-network", "params", "non-emb.", "FLOPs/tok", "KV B/tok", "visits", "tokens")
+    table = _table("sub-network", "params", "non-emb.", "FLOPs/tok", "KV B/tok", "share", "visits", "tokens")
     for row in plan.subnets:
         table.add_row(
             row.subnet,
@@ -71,6 +71,7 @@ def plan_table(plan: "Plan") -> Table:
             human(row.non_embedding_parameters),
             human(row.flops_per_token),
             f"{row.kv_bytes_per_token:,}",
+            f"{row.share_of_draws:.1%}",
             f"{row.visits:,.0f}",
             human(row.tokens),
         )
@@ -87,3 +88,44 @@ def memory_table(memory: "Memory") -> Table:
             f"{memory.bytes_per_rank[stage] / GIB:,.3g} GiB",
         )
     return table
+
+
+def step_lines(plan: "Plan") -> Iterator[str]:
+    """The step's arithmetic."""
+    total = plan.steps * plan.tokens_per_step
+    yield (
+        f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens, {human(total)} in all; {plan.draws} draws a step of "
+        f"{plan.rows_per_draw} rows each"
+    )
+    yield (
+        f"ranks: {plan.num_ranks}; forward passes of each for one draw: {plan.forwards_per_draw}; rows in each: "
+        f"{plan.rows_per_forward}; rows that are padding: {plan.padded_fraction:.1%}"
+    )
+
+
+def compute_lines(plan: "Plan", tflops: float | None) -> Iterator[str]:
+    """Training FLOPs against training each size by itself; hours at `tflops` TFLOP/s of each rank."""
+    flops, total = plan.flops, plan.steps * plan.tokens_per_step
+    yield "Compute of forward and backward (3 x forward; without the optimizer), expected:"
+    num, tokens = len(plan.subnets), human(total)
+    full, each = human(flops.full_alone), human(flops.each_alone)
+    yield f"  this run, {num} sub-networks: {human(flops.run)} FLOPs; each by itself on the tokens it is drawn for"
+    yield "    costs the same in sum, since a draw costs its own size"
+    yield f"  the full network alone on all {tokens} tokens: {full}, {_times(flops.full_alone, flops.run)}"
+    yield f"  each by itself on all {tokens} tokens: {each}, {_times(flops.each_alone, flops.run)}"
+    if tflops:
+        hours = flops.run / (tflops * 1e12 * plan.num_ranks) / 3600
+        yield f"  hours of this run at {tflops:g} TFLOP/s of each of {plan.num_ranks} ranks: {hours:,.3g}"
+
+
+def memory_line(plan: "Plan") -> str:
+    """What the memory table counts."""
+    return (
+        f"Model states per GPU in {plan.memory.precision}, bytes per parameter, {human(plan.subnets[-1].parameters)} "
+        f"parameters on {plan.num_ranks} ranks. Stage 1 shares out the optimizer's part, 2 the gradients too, "
+        "3 the weights too; activations and buffers come on top."
+    )
+
+
+def _times(other: float, this: float) -> str:
+    return f"{other / this:.3g} x this run"

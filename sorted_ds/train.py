@@ -27,10 +27,11 @@ from sorted_ds.learning_rate import lr_at
 from sorted_ds.model_dir import Measured
 from sorted_ds.monitor import LossSums, Monitor
 from sorted_ds.nested import costs_of
+from sorted_ds.plan import make_plan
 from sorted_ds.ranks import Ranks, StopSignal, joined_ranks
 from sorted_ds.resolve import check_run, data_spec, schedule_of
-from sorted_ds.run_dir import RunDir
-from sorted_ds.run_file import load_run
+from sorted_ds.run_dir import RunDir, facts
+from sorted_ds.run_file import load_engine_config, load_run
 from sorted_ds.space import Cost, SubNet
 
 
@@ -49,13 +50,16 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
     schedule = schedule_of(run, costs)
     engine = engine_of(run, model, ranks)
     engine.warm_up(loader.dealt.rows_per_forward, run.batch.row_tokens)
-    folder = RunDir(run, tokens, ranks)
+    folder = RunDir(run, config, tokens, ranks)
     checkpoints = Checkpoints(folder.checkpoints, run.checkpoint.keep_last, folder.fingerprint, ranks)
-    step = saved_step = checkpoints.restore_latest(engine)
+    step = saved_step = restore(checkpoints, engine, run.train.steps)
     sums = LossSums(space, 1 / (loader.dealt.forwards * ranks.size), ranks.device)
+    changes = folder.open(load_engine_config(run.engine.deepspeed), engine.deepspeed_config)
+    with ranks.together():
+        monitor = Monitor(run, space, step, ranks)
 
-    with Monitor(run, space, step, ranks) as monitor:
-        monitor.started(step, folder.open(engine.deepspeed_config))
+    with monitor:
+        monitor.started(step, make_plan(run, space, config, ranks.size), changes)
         while step < run.train.steps:
             batches = loader.batches(step)
             num_targets, num_stops = ranks.sum([count_targets(batches), stop.requested])
@@ -123,6 +127,16 @@ def check_finite(
     raise AgreedError(f"step {step}: {what} (gradient norm {norm}). Nothing was saved. {checkpoints.last_good()}")
 
 
+def restore(checkpoints: Checkpoints, engine: Engine, num_steps: int) -> int:
+    """The step of the last checkpoint, loaded. Raises: UserError when the run should have ended before it."""
+    step = checkpoints.restore_latest(engine)
+    if step > num_steps:
+        raise AgreedError(
+            f"train.steps = {num_steps}, but {checkpoints.folder} goes to step {step}. Raise train.steps."
+        )
+    return step
+
+
 def evaluate(
     engine: Engine, subnets: Iterable[SubNet], batches: Sequence[MicroBatch], costs: Mapping[SubNet, Cost]
 ) -> tuple[list[Measured], float]:
@@ -162,6 +176,8 @@ def main(arguments: Sequence[str]) -> int:
         with joined_ranks() as ranks:
             with ranks.together():
                 run = load_run(Path(arguments[0]), arguments[1:])
+                known = facts(run)
+            ranks.agree(known)
             train(run, shared_tokens(run, ranks), ranks)
     except AgreedError as error:
         if ranks.is_first:

@@ -58,6 +58,8 @@ class Case:
     checkpointing: bool = False
     evaluate_between: bool = False
     sub_group_size: int = 1_000_000_000
+    default_thresholds: bool = False
+    """DeepSpeed's own: at stage 3 nothing so small is partitioned, all of it is persistent."""
     without: str = ""
     """The part of the fix that is switched off: see `PARTS`."""
     static: bool = False
@@ -65,7 +67,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        flags = [key for key in ("overlap", "tied", "checkpointing", "evaluate_between") if getattr(self, key)]
+        keys = ("overlap", "tied", "checkpointing", "evaluate_between", "default_thresholds")
+        flags = [key for key in keys if getattr(self, key)]
         flags += [f"sub_group{self.sub_group_size}"] if self.sub_group_size < 1_000_000_000 else []
         flags += ["unclipped"] if not self.clip_norm else []
         flags += ["static"] if self.static else []
@@ -78,7 +81,8 @@ class Case:
         return Optim(name=self.optimizer, learning_rate=rate, clip_norm=self.clip_norm, weight_decay=0.1, eps=1e-6)
 
     def deepspeed(self) -> dict:
-        zero = {"stage": self.stage, "overlap_comm": self.overlap, "sub_group_size": self.sub_group_size, **SMALL_ZERO}
+        zero = {"stage": self.stage, "overlap_comm": self.overlap, "sub_group_size": self.sub_group_size}
+        zero |= {} if self.default_thresholds else SMALL_ZERO
         return {"zero_optimization": zero, **({"bf16": {"enabled": True}} if self.precision == "bf16" else {})}
 
 
@@ -208,7 +212,10 @@ def run_engine(ranks, case: Case, num_steps: int) -> dict:
 def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
     batches = micro_batches(case, ranks.size)
     is_managed = case.without in ("own_accumulation", "both")
-    if not is_managed:
+    if is_managed:
+        for group in engine.deepspeed.optimizer.param_groups:
+            group["lr"] = case.optim.learning_rate
+    else:
         engine.warm_up(ROWS_PER_RANK, ROW_TOKENS)
     seen = {
         "laid_out": is_laid_out(engine.model),

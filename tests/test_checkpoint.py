@@ -50,6 +50,8 @@ def continued(folder: Path, first: tuple[int, Case], second: tuple[int, Case]) -
 
 
 MODES = [Case(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+MODES += [Case(3, precision, default_thresholds=True) for precision in ("fp32", "bf16")]
+MODES += [Case(3, sub_group_size=1500)]
 
 
 def both_ways(ranks, cases: list[Case], folder: str) -> dict[str, tuple[dict, dict]]:
@@ -121,6 +123,11 @@ def test_damage_and_other_runs_are_named_in_one_line(tmp_path, saved):
     assert "was changed since it was written" in message()
     shard.unlink()
     assert "rank_0001.safetensors is missing. Delete step_00000010" in message()
+    index = (newest / INDEX).read_text()
+    (newest / INDEX).write_text(index[:-20])
+    assert "checkpoint.json is damaged" in message()
+    (newest / INDEX).write_text(index.replace('"format": 1', '"format": 99'))
+    assert "is of format 99, and this version reads 1" in message()
     (newest / INDEX).unlink()
     assert "has no checkpoint.json" in message()
 

@@ -43,14 +43,14 @@ def test_overrides_are_toml_values_or_plain_strings(tmp_path):
         "schedule.strategy=uniform",
         'space.subnets=["d1-g1-f32"]',
         "model.config.hidden_size=128",
-        "run_dir=elsewhere",
+        "run_dir=2024",
         "log.tensorboard=false",
     ]
     run = load_run(run_file(tmp_path), changes)
     assert (run.train.steps, run.optim.learning_rate, run.schedule.strategy) == (7, 1e-3, "uniform")
     assert run.space.subnets == ["d1-g1-f32"]
     assert run.model.config["hidden_size"] == 128
-    assert run.run_dir == tmp_path / "elsewhere"
+    assert run.run_dir == tmp_path / "2024"
     assert run.log.tensorboard is False
 
 

@@ -51,7 +51,7 @@ def test_rows_are_the_text_cut_every_row_tokens_each_position_with_a_target(num_
 
 def test_less_than_one_row_is_refused():
     with pytest.raises(
-        UserError, match=r"batch\.row_tokens = 5 is too long: the text has 5 tokens, and one row needs 6"
+        UserError, match=r"batch\.row_tokens = 5 is too long: the training text has 5 tokens, and one row needs 6"
     ):
         PackedRows(np.arange(5), 5)
 

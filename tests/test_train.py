@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sorted_ds.checkpoint import read_master_weights
+from sorted_ds.cli import main
 from sorted_ds.data.prepare import find_prepared
+from sorted_ds.launcher import free_port
 from sorted_ds.learning_rate import lr_at
 from sorted_ds.nested import costs_of
 from sorted_ds.resolve import check_run, data_spec, schedule_of
@@ -125,7 +127,7 @@ def initial_model(run: Path):
 
 
 def test_losses_are_those_of_plain_pytorch_on_the_same_rows_and_draws(whole):
-    found = [row["train/loss"] for row in metrics(whole) if "train/loss" in row]
+    found = [row["loss/training"] for row in metrics(whole) if "loss/training" in row]
     assert found == pytest.approx(
         reference_losses(whole), rel=2e-5
     )  # AdamW amplifies rounding: tests/test_engine_exact
@@ -148,17 +150,17 @@ def test_everything_is_written(whole):
 
 def test_metrics_hold_losses_rates_speeds_and_visits(whole):
     rows = metrics(whole)
-    trained = [row for row in rows if "train/loss" in row]
+    trained = [row for row in rows if "loss/training" in row]
     assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
-    for key in ("learning_rate", "gradient_norm", "tokens_per_second", "step_seconds", "memory_gib"):
-        assert all(row[f"train/{key}"] > 0 for row in trained)
-    draws = [sum(value for key, value in row.items() if key.startswith("draws/")) for row in trained]
+    for key in ("optimizer/learning_rate", "optimizer/gradient_norm", "speed/tokens_per_second", "speed/memory_gib"):
+        assert all(row[key] > 0 for row in trained)
+    draws = [sum(value for key, value in row.items() if key.startswith("subnets_draws/")) for row in trained]
     assert draws == pytest.approx([4] * STEPS)
-    evaluated = [row for row in rows if "validation/loss" in row]
+    evaluated = [row for row in rows if "loss/full_validation" in row]
     assert [row["step"] for row in evaluated] == [3, 6, STEPS]
     assert next(iter(evaluated[0])) == "step"
-    assert list(evaluated[0])[1] == "validation/loss"
-    assert evaluated[0]["validation/loss"] == evaluated[0]["validation_loss/d3-g2-f64"]
+    assert list(evaluated[0])[1] == "loss/full_validation"
+    assert evaluated[0]["loss/full_validation"] == evaluated[0]["subnets_validation_loss/d3-g2-f64"]
 
 
 def test_tensorboard_shows_the_same_numbers(whole):
@@ -166,8 +168,8 @@ def test_tensorboard_shows_the_same_numbers(whole):
 
     board = EventAccumulator(str(run_dir(whole) / "tensorboard"))
     board.Reload()
-    found = [(event.step, event.value) for event in board.Scalars("train/loss")]
-    expected = [(row["step"], pytest.approx(row["train/loss"])) for row in metrics(whole) if "train/loss" in row]
+    found = [(event.step, event.value) for event in board.Scalars("loss/training")]
+    expected = [(row["step"], pytest.approx(row["loss/training"])) for row in metrics(whole) if "loss/training" in row]
     assert found == expected
 
 
@@ -178,7 +180,7 @@ def test_an_interrupted_run_ends_bit_equal(whole, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     exported = [load_file(run_dir(r) / "model" / "model.safetensors") for r in (whole, run)]
     assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
-    strip = ("train/tokens_per_second", "train/step_seconds", "train/memory_gib", "validation/seconds")
+    strip = ("speed/tokens_per_second", "speed/step_seconds", "speed/memory_gib", "speed/validation_seconds")
     lines = [[{k: v for k, v in row.items() if k not in strip} for row in metrics(r)] for r in (whole, run)]
     assert lines[0] == lines[1]
 
@@ -246,7 +248,7 @@ def test_every_stage_ends_with_the_same_weights_to_rounding(whole, tmp_path, eng
 def test_bf16_with_activation_checkpointing_learns(tmp_path):
     run = run_file(tmp_path, engine={"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}})
     train(run, "model.activation_checkpointing=true", "train.steps=20", "log.every_steps=5")
-    losses = [row["train/loss"] for row in metrics(run) if "train/loss" in row]
+    losses = [row["loss/training"] for row in metrics(run) if "loss/training" in row]
     assert losses[-1] < losses[0] - 0.3
     assert AutoModelForCausalLM.from_pretrained(run_dir(run) / "model").dtype == torch.bfloat16
 
@@ -307,6 +309,74 @@ def test_a_truncated_token_file_is_named(whole, tmp_path):
     path = next((tmp_path / "cache").glob("*/train.bin"))
     path.write_bytes(path.read_bytes()[:-10])
     assert "train.bin" in one_error(train(run, code=2))
+
+
+LAUNCHERS = {
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "{port}"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "{port}"],
+}
+
+
+def by_launcher(name: str, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    flags = [flag.format(port=free_port()) for flag in LAUNCHERS[name]]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *flags, script, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_script_of_a_cluster_gives_the_same_weights_under_each_launcher(whole, tmp_path, name):
+    run = copied(whole, tmp_path, keep_steps=0)
+    done = by_launcher(name, "launch/train.py", str(run), *SETTINGS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = masters(whole), masters(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+LYING = """
+import os, sys
+from sorted_ds.train import main
+settings = ["schedule.strategy=uniform"] if os.environ["RANK"] == "1" else []
+sys.exit(main([*sys.argv[1:], *settings]))
+"""
+
+
+def test_ranks_that_disagree_are_one_error_before_anything_is_trained(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=0)
+    (tmp_path / "lying.py").write_text(LYING)
+    done = by_launcher("torchrun", str(tmp_path / "lying.py"), str(run), *SETTINGS)
+    assert done.returncode != 0
+    assert 'rank 1 has schedule.strategy = "uniform", rank 0 has "stratified"' in done.stderr
+    assert not list((run_dir(run) / "checkpoints").iterdir())
+
+
+def test_a_run_shorter_than_its_checkpoint_is_refused(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=STEPS)
+    assert "train.steps = 5, but" in one_error(train(run, "train.steps=5", code=2))
+
+
+def test_before_training_the_plan_and_its_warnings_are_told(whole, tmp_path):
+    said = train(run_file(tmp_path), "train.steps=1")
+    assert "8 of 8 sub-networks are expected fewer than 100 visits" in said
+    assert all(name in said for name in ("d1-g1-f32", "d3-g2-f64", "rows that are padding: 0.0%"))
+
+
+def test_a_run_can_be_moved_and_goes_on(whole, tmp_path):
+    run = copied(whole, tmp_path / "before", keep_steps=4)
+    run = (tmp_path / "before").rename(tmp_path / "after") / run.name
+    train(run)
+    before, after = masters(whole), masters(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    moved = run_dir((tmp_path / "after").rename(tmp_path / "again") / run.name)
+    assert main(["eval", str(moved), "--subnets", "d1-g1-f32"]) == 0
+    assert len(json.loads((moved / "subnets.json").read_text())["subnets"]) == 8
+
+
+def test_a_changed_precision_is_told(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=4)
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}))
+    assert "changed since the last start: zero.json.bf16.enabled: not set before, true now" in train(run)
 
 
 def test_a_rank_alone_is_told_to_prepare_first(tmp_path):

@@ -24,6 +24,7 @@ OTHER_FILES = {
     "docs/pareto.png": "the demo's figure",
     "ds_configs": "DeepSpeed JSON: ZeRO stage, and bf16 where the name says so, else fp32",
     "launch/runs/demo.toml": "the run of `make demo`",
+    "launch/runs/text.toml": "a start for your own text",
     "pyproject.toml": "packaging, and why each dependency is there",
 }
 

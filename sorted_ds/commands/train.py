@@ -14,5 +14,6 @@ def run(args: argparse.Namespace) -> int:
     check_run(settings)
     console, num_ranks = Console(stderr=True, soft_wrap=True), args.ranks or num_devices() or 1
     prepare_data(settings, console)
-    console.print(f"starting {num_ranks} ranks (DeepSpeed compiles its operations at the first start, a minute)")
+    ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
+    console.print(f"starting {ranks} (at the first start DeepSpeed compiles its operations: a minute)")
     return launch(["sorted_ds.train", str(args.run_file), *args.overrides], num_ranks)

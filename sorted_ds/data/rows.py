@@ -14,14 +14,15 @@ class PackedRows:
     Shapes: int64 [row_tokens + 1].
     """
 
-    def __init__(self, tokens: np.ndarray, row_tokens: int):
-        """Raises: UserError when the tokens do not fill one row."""
+    def __init__(self, tokens: np.ndarray, row_tokens: int, side: str = "training"):
+        """`side` of the text, for the message. Raises: UserError when the tokens do not fill one row."""
         self.tokens = tokens
         self.row_tokens = row_tokens
         if len(self) < 1:
             raise UserError(
-                f"batch.row_tokens = {row_tokens} is too long: the text has {len(tokens)} tokens, and one row needs "
-                f"{row_tokens + 1}. Use more text, or shorter rows."
+                f"batch.row_tokens = {row_tokens} is too long: the {side} text has {len(tokens)} tokens, and one row "
+                f"needs {row_tokens + 1}. Use more text, {'a larger data.validation_fraction, ' * (side != 'training')}"
+                "or shorter rows."
             )
 
     def __len__(self) -> int:

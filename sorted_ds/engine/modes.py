@@ -5,11 +5,13 @@ error that names what is not proven and what to use instead. Proven means: compa
 by tests/test_engine_exact.py.
 """
 
+from typing import Any
+
 from sorted_ds.errors import UserError
 
 STAGES = (0, 1, 2, 3)
 
-ANY = object()
+ANY, NUMBER = object(), object()
 TOP_KEYS = {
     "zero_optimization": ANY,
     "bf16": ANY,
@@ -24,13 +26,18 @@ ZERO_KEYS = {
     "reduce_scatter": (True,),
     "allgather_partitions": (True,),
     "round_robin_gradients": (False,),
-    "reduce_bucket_size": ANY,
-    "allgather_bucket_size": ANY,
-    "sub_group_size": ANY,
+    "reduce_bucket_size": NUMBER,
+    "allgather_bucket_size": NUMBER,
+    "sub_group_size": NUMBER,
     "stage3_prefetch_bucket_size": (0,),
-    "stage3_max_live_parameters": ANY,
-    "stage3_max_reuse_distance": ANY,
-    "stage3_param_persistence_threshold": ANY,
+    "stage3_max_live_parameters": NUMBER,
+    "stage3_max_reuse_distance": NUMBER,
+    "stage3_param_persistence_threshold": NUMBER,
+}
+SECTION_KEYS: dict[str, dict[str, Any]] = {
+    "zero_optimization": ZERO_KEYS,
+    "bf16": {"enabled": (False, True)},
+    "data_types": {"grad_accum_dtype": ("fp32",)},
 }
 REASONS = {
     "offload_optimizer": "its gradients were stale under changing sub-networks; leave it out",
@@ -53,30 +60,40 @@ def is_bf16(config: dict) -> bool:
 def check_modes(config: dict, where: str) -> None:
     """Raises: UserError for the first setting that is not proven exact."""
     _check_keys(config, TOP_KEYS, "", where)
-    zero = config.get("zero_optimization", {})
-    _check_keys(zero, ZERO_KEYS, "zero_optimization.", where)
-    if zero.get("overlap_comm", False) and stage_of(config) < 2:
+    for section, proven in SECTION_KEYS.items():
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"{where}: {section} = {config[section]!r} should be an object, like {{}}.")
+        _check_keys(config.get(section, {}), proven, f"{section}.", where)
+    if config.get("zero_optimization", {}).get("overlap_comm", False) and stage_of(config) < 2:
         raise UserError(
             f"{where}: overlap_comm at stage {stage_of(config)} is not exact: parameters that the last micro-batch "
             "does not use are never reduced. Set it to false, or use stage 2 or 3."
         )
-    if (
-        stage_of(config) == 0
-        and config.get("data_types", {}).get("grad_accum_dtype", "bf16") != "bf16"
-        and is_bf16(config)
-    ):
+    if stage_of(config) == 0 and is_bf16(config) and "grad_accum_dtype" in config.get("data_types", {}):
         raise UserError(
             f"{where}: stage 0 in bf16 accumulates gradients in bf16 only. Remove data_types.grad_accum_dtype, "
             "or use stage 1, 2 or 3."
         )
 
 
-def _check_keys(given: dict, proven: dict, prefix: str, where: str) -> None:
+def _check_keys(given: dict, proven: dict[str, Any], prefix: str, where: str) -> None:
     for key, value in given.items():
         allowed = proven.get(key, ())
-        if allowed is not ANY and value not in allowed:
+        if allowed is NUMBER and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+            raise UserError(f"{where}: {prefix}{key} = {value!r} should be a number of at least 0.")
+        if allowed not in (ANY, NUMBER) and not any(value == good and type(value) is type(good) for good in allowed):
             reason = REASONS.get(key, "it was not compared with the single-process reference; leave it out")
             raise UserError(f"{where}: {prefix}{key} = {value!r} is not proven exact: {reason}.")
+
+
+def mode_warnings(config: dict, is_cuda: bool) -> list[str]:
+    """What is allowed, and the user should know."""
+    warnings = []
+    if stage_of(config) == 0 and is_bf16(config):
+        warnings.append("stage 0 in bf16 accumulates gradients in bf16; stages 1 to 3 accumulate them in fp32")
+    if is_cuda:
+        warnings.append("this mode was proven exact on CPU with gloo, and has not been run on CUDA with NCCL yet")
+    return warnings
 
 
 def complete(config: dict, micro_batch_rows: int, num_ranks: int, clip_norm: float) -> dict:

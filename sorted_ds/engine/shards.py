@@ -97,8 +97,9 @@ def publish_masters(engine) -> None:
     if stage == 3:
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        if persistent := optimizer.persistent_parameters:
+            persistent[0].partition(persistent)  # or the gather would find them there, with their old values
+            persistent[0].all_gather(persistent)
     elif stage > 0:
         optimizer.update_lp_params()
     else:

@@ -97,6 +97,11 @@ def per_layer_fields(config: PreTrainedConfig, depth: int) -> dict[str, list]:
 def check_space(space: SubNetSpace, config: PreTrainedConfig) -> None:
     """Raises: UserError when the space and the model's sizes differ, or the family's config refuses a sub-network."""
     full = full_size(config)
+    if config.num_attention_heads % full.groups:
+        raise UserError(
+            f"the model has {config.num_attention_heads} attention heads and {full.groups} key/value heads: "
+            "the first must be a multiple of the second. Change one of them."
+        )
     if space.full != full:
         raise UserError(
             f"the space's largest sub-network is {space.full}, but the model has {full.depth} layers, {full.groups} "

@@ -4,7 +4,7 @@ In: a nested model. Out: for each of its parameters, which rows (or columns) of 
 Saving, exporting, extracting and loading all go through `slices_of`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,13 +75,3 @@ def hf_tensors(model: nn.Module, subnet: SubNet, weight_of: Callable[[str], Tens
 def _assemble(blocks: list[Tensor], transposed: bool) -> Tensor:
     whole = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
     return whole.t().contiguous() if transposed else whole
-
-
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], names: Iterable[str] = ()) -> None:
-    """Copies Hugging Face tensors into the nested model's parameters (all, or `names`), slice by slice."""
-    wanted = set(names)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, part in slices_of(model).items():
-            if not wanted or name in wanted:
-                parameters[name].copy_(part.of(tensors[part.name]))
