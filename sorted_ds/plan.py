@@ -12,7 +12,7 @@ import torch
 
 from sorted_ds.config import Run
 from sorted_ds.data.loader import deal
-from sorted_ds.engine.modes import STAGES, is_bf16, mode_warnings, stage_of
+from sorted_ds.engine.modes import STAGES, is_bf16, is_offloaded, mode_warnings, stage_of
 from sorted_ds.nested import costs_of
 from sorted_ds.resolve import schedule_of
 from sorted_ds.run_file import load_engine_config
@@ -77,6 +77,8 @@ class Memory:
     """Model states per GPU at each stage. Activations, buffers and gathered layers come on top."""
 
     precision: str
+    offload: bool
+    """The optimizer's part is on the CPU, not counted."""
     chosen_stage: int
     bytes_per_parameter: dict[int, StateBytes]
     bytes_per_rank: dict[int, float]
@@ -152,23 +154,26 @@ def training_flops(subnets: Sequence[PlannedSubNet], num_tokens: int) -> Trainin
 def memory(engine: dict, optimizer: str, num_parameters: int, num_ranks: int) -> Memory:
     """Model states per rank at each ZeRO stage, in the precision of the engine's settings."""
     bf16 = is_bf16(engine)
-    sizes = {stage: state_bytes(stage, bf16, optimizer) for stage in STAGES}
+    sizes = {stage: state_bytes(stage, bf16, optimizer, is_offloaded(engine)) for stage in STAGES}
     return Memory(
         precision="bf16" if bf16 else "fp32",
+        offload=is_offloaded(engine),
         chosen_stage=stage_of(engine),
         bytes_per_parameter=sizes,
         bytes_per_rank={stage: size.per_rank(stage, num_parameters, num_ranks) for stage, size in sizes.items()},
     )
 
 
-def state_bytes(stage: int, bf16: bool, optimizer: str) -> StateBytes:
+def state_bytes(stage: int, bf16: bool, optimizer: str, offload: bool = False) -> StateBytes:
     """fp32 weights and gradients are 4 bytes; bf16 weights 2, gradients 4 (accumulated in fp32; at stage 0 in bf16: 2).
 
-    AdamW keeps two fp32 moments, SGD none. DeepSpeed keeps fp32 master weights, except at stage 0 in fp32.
+    AdamW keeps two fp32 moments, SGD none. DeepSpeed keeps fp32 master weights, except at stage 0 in fp32. With offload
+    the optimizer's part is on the CPU, at the stages that can.
     """
     moments = 8 if optimizer == "adamw" else 0
     masters = 4 if bf16 or stage else 0
-    return StateBytes(2 if bf16 else 4, 2 if bf16 and stage == 0 else 4, masters + moments)
+    on_gpu = 0 if offload and stage else masters + moments
+    return StateBytes(2 if bf16 else 4, 2 if bf16 and stage == 0 else 4, on_gpu)
 
 
 def warnings(subnets: Sequence[PlannedSubNet]) -> tuple[str, ...]:

@@ -120,10 +120,11 @@ def compute_lines(plan: "Plan", tflops: float | None) -> Iterator[str]:
 
 def memory_line(plan: "Plan") -> str:
     """What the memory table counts."""
+    offload = ", and offload keeps the first on the CPU" if plan.memory.offload else ""
     return (
         f"Model states per GPU in {plan.memory.precision}, bytes per parameter, {human(plan.subnets[-1].parameters)} "
         f"parameters on {plan.num_ranks} ranks. Stage 1 shares out the optimizer's part, 2 the gradients too, "
-        "3 the weights too; activations and buffers come on top."
+        f"3 the weights too{offload}; activations and buffers come on top."
     )
 
 

@@ -41,7 +41,6 @@ SMALL_ZERO = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_reuse_distance": 0,
     "stage3_max_live_parameters": 10000,
-    "stage3_prefetch_bucket_size": 0,
 }
 
 
@@ -58,6 +57,10 @@ class Case:
     checkpointing: bool = False
     evaluate_between: bool = False
     sub_group_size: int = 1_000_000_000
+    offload: bool = False
+    """The optimizer's state on the CPU."""
+    prefetch: int = 0
+    """Elements that stage 3 gathers ahead."""
     default_thresholds: bool = False
     """DeepSpeed's own: at stage 3 nothing so small is partitioned, all of it is persistent."""
     without: str = ""
@@ -67,9 +70,10 @@ class Case:
 
     @property
     def name(self) -> str:
-        keys = ("overlap", "tied", "checkpointing", "evaluate_between", "default_thresholds")
+        keys = ("overlap", "tied", "checkpointing", "evaluate_between", "default_thresholds", "offload")
         flags = [key for key in keys if getattr(self, key)]
         flags += [f"sub_group{self.sub_group_size}"] if self.sub_group_size < 1_000_000_000 else []
+        flags += [f"prefetch{self.prefetch}"] if self.prefetch else []
         flags += ["unclipped"] if not self.clip_norm else []
         flags += ["static"] if self.static else []
         flags += [f"without_{self.without}"] if self.without else []
@@ -82,7 +86,8 @@ class Case:
 
     def deepspeed(self) -> dict:
         zero = {"stage": self.stage, "overlap_comm": self.overlap, "sub_group_size": self.sub_group_size}
-        zero |= {} if self.default_thresholds else SMALL_ZERO
+        zero |= {} if self.default_thresholds else {**SMALL_ZERO, "stage3_prefetch_bucket_size": self.prefetch}
+        zero |= {"offload_optimizer": {"device": "cpu"}} if self.offload else {}
         return {"zero_optimization": zero, **({"bf16": {"enabled": True}} if self.precision == "bf16" else {})}
 
 
@@ -137,13 +142,13 @@ def reference_weights(case: Case, num_ranks: int, num_steps: int, skip_unused: b
 
 
 class Traffic:
-    """Counts DeepSpeed's collectives while they happen, so that a test can tell that they happened in mid-backward."""
+    """Counts DeepSpeed's collectives, and the elements that they gather and reduce, while they happen."""
 
     GATHERS = ("all_gather", "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced")
     REDUCES = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_base")
 
     def __init__(self) -> None:
-        self.gathers = self.reduces = 0
+        self.gathers = self.reduces = self.gathered = self.reduced = 0
 
     def __enter__(self) -> "Traffic":
         backend = deepspeed.comm.comm.cdb
@@ -164,9 +169,19 @@ class Traffic:
         def counted(*args, **kwargs):
             self.gathers += name in self.GATHERS
             self.reduces += name in self.REDUCES
+            whole = max(map(numel, (*args, *kwargs.values())))  # what is gathered into, or reduced from
+            self.gathered += whole * (name in self.GATHERS)
+            self.reduced += whole * (name in self.REDUCES)
             return original(*args, **kwargs)
 
         return mock.patch.object(backend, name, counted)
+
+
+def numel(value) -> int:
+    """Of a tensor or a list of them; anything else has none."""
+    if isinstance(value, list | tuple):
+        return sum(map(numel, value))
+    return value.numel() if isinstance(value, torch.Tensor) else 0
 
 
 PARTS = ("own_accumulation", "clean_accumulators", "both", "summed_loss")

@@ -19,7 +19,8 @@ def on_ranks(num_ranks: int, function, *args, folder: Path):
     """`function(ranks, *args)` on `num_ranks` gloo ranks; the result of rank 0."""
     folder.mkdir(parents=True, exist_ok=True)
     call = folder / "call.pickle"
-    call.write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
+    module = function.__module__ if function.__module__ != "__main__" else sys.modules["__main__"].__spec__.name
+    call.write_bytes(pickle.dumps((module, function.__qualname__, args)))
     for old in folder.glob("rendezvous*"):
         old.unlink()
     processes, logs = [], []

@@ -31,15 +31,30 @@ MORE = [
     Case(3, overlap=True, evaluate_between=True),
     Case(3, tied=True, checkpointing=True, sub_group_size=1500, clip_norm=0.0),
     Case(3, default_thresholds=True),
+    *(Case(3, prefetch=size, overlap=overlap) for size in (2_000, 100_000) for overlap in (False, True)),
+    Case(3, prefetch=2_000, tied=True, checkpointing=True, evaluate_between=True),
 ]
+OFFLOAD = [
+    *(Case(stage, optimizer=optimizer, offload=True) for stage in (1, 2, 3) for optimizer in ("adamw", "sgd")),
+    Case(2, offload=True, overlap=True, tied=True, checkpointing=True),
+    Case(3, offload=True, overlap=True, prefetch=2_000, sub_group_size=1500, evaluate_between=True),
+]
+MORE += OFFLOAD
 BF16 = [Case(stage, "bf16", "sgd", clip_norm=clip_norm) for stage in STAGES for clip_norm in (0.0, 0.1)]
+BF16 += [Case(stage, "bf16", "sgd", offload=True) for stage in (1, 2, 3)]
 STATIC = [replace(case, static=True) for case in BF16]
 # bf16 has 8 bits: a weight of 0.5 is held to 2e-3, and a step of SGD is far smaller than a weight.
 BF16_BOUND = 1e-3
 BF16_NORMS = 1e-2
 STALE = [
-    Case(3, optimizer=optimizer, without=part)
-    for optimizer in ("adamw", "sgd")
+    Case(stage, optimizer=optimizer, offload=offload, without=part)
+    for stage, offload, optimizers in (
+        (3, False, ("adamw", "sgd")),
+        (3, True, ("adamw", "sgd")),
+        (2, True, ("adamw", "sgd")),
+        (1, True, ("adamw",)),
+    )
+    for optimizer in optimizers
     for part in ("clean_accumulators", "both")
 ]
 MEAN_LOSS = [Case(stage, without="summed_loss") for stage in STAGES]
@@ -100,7 +115,7 @@ def test_bf16_gradients_are_as_close_as_a_static_network_s(tmp_path):
 
 
 @pytest.mark.parametrize("case", STALE, ids=names)
-def test_stage_3_without_clean_accumulators_is_wrong(trained, case):
+def test_stage_3_and_offload_without_clean_accumulators_are_wrong(trained, case):
     assert error(trained, case) > BROKEN
 
 

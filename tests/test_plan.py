@@ -69,6 +69,8 @@ def test_bf16_and_sgd_change_the_bytes():
     adamw, sgd = state_bytes(2, True, "adamw"), state_bytes(2, True, "sgd")
     assert (adamw.weights, adamw.gradients, adamw.optimizer) == (2, 4, 12)
     assert sgd.optimizer == 4
+    offloaded = [state_bytes(stage, True, "adamw", offload=True).optimizer for stage in range(4)]
+    assert offloaded == [12, 0, 0, 0]
 
 
 def test_sub_networks_of_few_visits_are_warned_about(tmp_path):

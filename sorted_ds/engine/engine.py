@@ -5,8 +5,9 @@ gradients of all draws, and this rank's shards of weights and optimizer state fo
 
 What plain DeepSpeed 0.19.8 gets silently wrong here, and what is done about it (measured: docs/log.md):
 - accumulation is our own: `managed_gradient_accumulation` is off and `step()` is called once per optimizer step;
-- each step starts with clean accumulators: stage 3 copies gradients at micro-step 0, adds later and never clears, so a
-  parameter that is first used later, or not at all, would get the previous step's gradient;
+- each step starts with clean accumulators, or a parameter that is first used later, or not at all, would get the
+  previous step's gradient at stage 3 and with offload (accumulators.py);
+- under ZeRO-3 each sub-network has a trace of its own, or layers that it skips would be gathered (traces.py);
 - losses are sums: DeepSpeed averages over ranks, so a loss is multiplied by their number, and the only division is by
   the step's targets over all ranks and draws.
 
@@ -25,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from sorted_ds.config import Optim
-from sorted_ds.engine.modes import check_modes, complete, is_bf16, stage_of
+from sorted_ds.engine import accumulators
+from sorted_ds.engine.modes import check_modes, complete, is_bf16, is_offloaded, stage_of
 from sorted_ds.engine.shards import Shard, publish_masters, shards_of
-from sorted_ds.errors import UserError
+from sorted_ds.engine.traces import Traces
 from sorted_ds.loss import SummedLoss
 from sorted_ds.nested import NestedModel
 from sorted_ds.nested.layout import lay_out
@@ -63,8 +65,11 @@ class Engine:
             lay_out(model)
             if not is_bf16(config):
                 self.deepspeed.optimizer.register_step_pre_hook(self._clip)
+        self._traces: Traces | None = None
+        self._offload = is_offloaded(config)
+        accumulators.check(self.deepspeed.optimizer, self.stage, self._offload)
         if self.stage == 3:
-            _check_accumulators(self.deepspeed.optimizer)
+            self._traces = Traces(self.deepspeed.optimizer.parameter_offload.get_param_coordinator(), model)
 
     # The step
 
@@ -73,9 +78,15 @@ class Engine:
 
         Shapes: input_ids, labels [rows, row_tokens]; labels are shifted already, -100 where there is no target.
         """
-        self.model.set_subnet(subnet)
-        self.deepspeed.train()
+        self._select(subnet, training=True)
         return self.deepspeed(input_ids.to(self.ranks.device), labels.to(self.ranks.device))
+
+    def _select(self, subnet: SubNet, training: bool) -> None:
+        """The next pass runs `subnet`."""
+        self.model.set_subnet(subnet)
+        self.deepspeed.train(training)
+        if self._traces is not None:
+            self._traces.select(subnet, training)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a share of the step's mean loss; the shares of all ranks and draws add up to it."""
@@ -93,8 +104,7 @@ class Engine:
         )
 
     def _clean_accumulators(self) -> None:
-        if self.stage == 3:
-            self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+        accumulators.clean(self.deepspeed.optimizer, self.stage, self._offload)
 
     def _clip(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         """Stage 0 in fp32, where DeepSpeed tells no norm: between its reduction and the update."""
@@ -110,6 +120,7 @@ class Engine:
         ids = torch.zeros(rows, row_tokens, dtype=torch.int64)
         self.backward(self.forward(ids, ids, self.model.space.full) / (ids.numel() * self.ranks.size))
         self.step(learning_rate=0.0)
+        self.evaluate(ids, ids, self.model.space.full)
         self.steps_taken = 0
         for state in self._base_optimizer.state.values():
             for value in state.values():
@@ -121,8 +132,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor, subnet: SubNet) -> tuple[Tensor, Tensor]:
         """Summed nats and number of right next tokens of one micro-batch. Every rank calls it equally often."""
-        self.model.set_subnet(subnet)
-        self.deepspeed.eval()
+        self._select(subnet, training=False)
         device = self.ranks.device
         return self.deepspeed(input_ids.to(device), labels.to(device), count_correct=True)
 
@@ -194,12 +204,3 @@ def _is_like(value: object, flat: Tensor) -> bool:
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer.defaults.get("fused"))
-
-
-def _check_accumulators(optimizer) -> None:
-    """The accumulators are no documented interface of DeepSpeed: without them a run would be silently wrong."""
-    if not isinstance(getattr(optimizer, "grad_partitions_flat_buffer", None), Tensor):
-        raise UserError(
-            f"DeepSpeed {deepspeed.__version__} keeps its stage 3 gradients elsewhere than the tested 0.19.8. "
-            "Install deepspeed==0.19.8, or use stage 2."
-        )

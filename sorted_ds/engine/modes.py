@@ -29,21 +29,21 @@ ZERO_KEYS = {
     "reduce_bucket_size": NUMBER,
     "allgather_bucket_size": NUMBER,
     "sub_group_size": NUMBER,
-    "stage3_prefetch_bucket_size": (0,),
+    "offload_optimizer": ANY,
+    "stage3_prefetch_bucket_size": NUMBER,
     "stage3_max_live_parameters": NUMBER,
     "stage3_max_reuse_distance": NUMBER,
     "stage3_param_persistence_threshold": NUMBER,
 }
 SECTION_KEYS: dict[str, dict[str, Any]] = {
     "zero_optimization": ZERO_KEYS,
+    "zero_optimization.offload_optimizer": {"device": ("none", "cpu"), "pin_memory": (False, True)},
     "bf16": {"enabled": (False, True)},
     "data_types": {"grad_accum_dtype": ("fp32",)},
 }
 REASONS = {
-    "offload_optimizer": "its gradients were stale under changing sub-networks; leave it out",
     "offload_param": "it was not compared with the reference; leave it out",
     "round_robin_gradients": "it reorders the flat weights, and a joined view would read other ones; leave it out",
-    "stage3_prefetch_bucket_size": "a prefetch gathers layers that the draw skips; set it to 0",
     "fp16": "loss scaling was not compared with the reference; use bf16",
 }
 NEVER_PRINT_STEPS = 2**31
@@ -57,13 +57,21 @@ def is_bf16(config: dict) -> bool:
     return bool(config.get("bf16", {}).get("enabled", False))
 
 
+def is_offloaded(config: dict) -> bool:
+    """Whether the optimizer's state is kept on the CPU."""
+    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+
+
 def check_modes(config: dict, where: str) -> None:
     """Raises: UserError for the first setting that is not proven exact."""
     _check_keys(config, TOP_KEYS, "", where)
     for section, proven in SECTION_KEYS.items():
-        if not isinstance(config.get(section, {}), dict):
-            raise UserError(f"{where}: {section} = {config[section]!r} should be an object, like {{}}.")
-        _check_keys(config.get(section, {}), proven, f"{section}.", where)
+        given = _section(config, section)
+        if not isinstance(given, dict):
+            raise UserError(f"{where}: {section} = {given!r} should be an object, like {{}}.")
+        _check_keys(given, proven, f"{section}.", where)
+    if is_offloaded(config) and stage_of(config) == 0:
+        raise UserError(f"{where}: offload_optimizer needs ZeRO. Set zero_optimization.stage to 1, 2 or 3.")
     if config.get("zero_optimization", {}).get("overlap_comm", False) and stage_of(config) < 2:
         raise UserError(
             f"{where}: overlap_comm at stage {stage_of(config)} is not exact: parameters that the last micro-batch "
@@ -74,6 +82,12 @@ def check_modes(config: dict, where: str) -> None:
             f"{where}: stage 0 in bf16 accumulates gradients in bf16 only. Remove data_types.grad_accum_dtype, "
             "or use stage 1, 2 or 3."
         )
+
+
+def _section(config: dict, path: str) -> Any:
+    for name in path.split("."):
+        config = config.get(name, {})
+    return config
 
 
 def _check_keys(given: dict, proven: dict[str, Any], prefix: str, where: str) -> None:
@@ -102,8 +116,6 @@ def complete(config: dict, micro_batch_rows: int, num_ranks: int, clip_norm: flo
     Accumulation is our own (`managed_gradient_accumulation` off): one `step()` per optimizer step.
     """
     zero = {"stage": stage_of(config), "overlap_comm": False, **config.get("zero_optimization", {})}
-    if zero["stage"] == 3:
-        zero.setdefault("stage3_prefetch_bucket_size", 0)
     full = {**config, "zero_optimization": zero}
     if is_bf16(config) and zero["stage"] > 0:
         full["data_types"] = {"grad_accum_dtype": "fp32", **config.get("data_types", {})}
@@ -115,6 +127,7 @@ def complete(config: dict, micro_batch_rows: int, num_ranks: int, clip_norm: flo
         gradient_clipping=clip_norm if clip_here else 0.0,
         managed_gradient_accumulation=False,
         zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,  # torch's own AdamW, as everywhere
         steps_per_print=NEVER_PRINT_STEPS,
     )
     return full

@@ -109,6 +109,7 @@ class NestedLayer(nn.Module):
         super().__init__()
         self.width = width
         self.rows_per_size = rows_per_size
+        self.has_bias = bias is not None
         bounds = [0, *(size * rows_per_size for size in width.sizes)]
         self.bounds = list(pairwise(bounds))
         self.blocks = nn.ModuleList(
@@ -123,9 +124,15 @@ class NestedLayer(nn.Module):
         return [stop - start for start, stop in self.bounds[: self.width.num_steps]]
 
     def joined(self, name: str) -> Tensor | None:
-        """The drawn blocks' parameter as one tensor, or None where they must be used one by one."""
+        """The drawn blocks' parameter as one tensor, or None where they must be used one by one.
+
+        Under ZeRO-3 (`Width.join` off) no block's parameter may be touched from here: DeepSpeed would take it for one
+        of this layer's own, and gather it, drawn or not, before every pass.
+        """
+        if not self.width.join:
+            return None
         tensors = [getattr(block, name) for block in self.drawn()]
-        if tensors[0] is None or not self.width.join:
+        if tensors[0] is None:
             return None
         if len(tensors) == 1:
             return tensors[0]
@@ -146,8 +153,7 @@ class OutputNestedLinear(NestedLayer):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.joined("weight")
         bias = self.joined("bias")
-        has_bias = self.blocks[0].bias is not None
-        if weight is None or (has_bias and bias is None):
+        if weight is None or (self.has_bias and bias is None):
             return torch.cat([block(x) for block in self.drawn()], dim=-1)
         return F.linear(x, weight, bias)
 

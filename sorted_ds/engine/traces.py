@@ -1,0 +1,153 @@
+"""ZeRO-3's prefetch, told for each sub-network what will run.
+
+In: DeepSpeed's parameter coordinator, which records the order of modules of one pass and gathers ahead by it in the
+next. With draws that change it would record anew and throw away again: without prefetch, or gathering layers that are
+skipped. Here the full network's order is recorded once for training and once for evaluation, and a sub-network's is
+derived from it: without the layers and blocks that it does not run. Tests prove it equal to a recorded one.
+Source of the attributes: DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from deepspeed.runtime.zero.partitioned_param_coordinator import (
+    PartitionedParameterCoordinator,
+    ZeRoTraceMode,
+    iter_params,
+)
+from torch import nn
+
+from sorted_ds.nested import NestedModel
+from sorted_ds.nested.layers import NestedLayer
+from sorted_ds.space import SubNet
+
+PRIVATE = "_PartitionedParameterCoordinator__"
+LARGEST_KEPT = 256
+"""Traces that are kept, those used last. One of 80 layers in four width steps is about 2 MB."""
+
+Order = tuple[nn.Module, ...]
+
+
+@dataclass
+class Trace:
+    """One structure: its modules in the order of a pass, and when each of their parameters is needed."""
+
+    order: Order
+    parameters: tuple
+    to_release: dict[tuple[nn.Module, int], set[int]] = field(default_factory=dict)
+    """What DeepSpeed may release after a module, by module and position; it decides once for each."""
+
+
+class Traces:
+    """`select(subnet, training)` before every forward pass."""
+
+    def __init__(self, coordinator: PartitionedParameterCoordinator, model: NestedModel):
+        self._coordinator, self._model = coordinator, model
+        self._places = dict(_places(model))
+        self._full: dict[bool, Order] = {}
+        """The recorded orders of the full network, in training and in evaluation."""
+        self._kept: OrderedDict[tuple[SubNet, bool], Trace] = OrderedDict()
+        self._running: tuple[SubNet, bool] | None = None
+        self.num_invalidated = 0
+        """Passes that did not follow their trace. Stays 0: a pass that does not is right, but not prefetched."""
+        self._decide = _uncached(getattr(type(coordinator), f"{PRIVATE}params_to_release"))
+        self._set("params_to_release", self._params_to_release)
+
+    def select(self, subnet: SubNet, training: bool) -> None:
+        """Ends the pass before, and prepares for one of `subnet`. A collective while the full network is recorded."""
+        self._coordinator.reset_step()
+        self._finish()
+        self._running = (subnet, training)
+        trace = self._trace()
+        self._set("trace_mode", ZeRoTraceMode.COMPLETE if trace else ZeRoTraceMode.INVALID)
+        self._set("submodule_order", trace.order if trace else [])
+        self._set("param_order", trace.parameters if trace else [])
+
+    def order_of(self, subnet: SubNet, training: bool) -> Order:
+        """The modules that a pass of `subnet`, which is set, runs in order. Needs a pass of the full network before."""
+        found = (self._places[m].in_subnet(m, subnet.depth) if m in self._places else m for m in self._full[training])
+        return tuple(module for module in found if module is not None)
+
+    def _finish(self) -> None:
+        """Keeps what the pass before recorded, or notices that it did not follow its trace."""
+        if self._running is None:
+            return
+        subnet, training = self._running
+        is_complete = self._coordinator.is_complete_trace()
+        if self._running in self._kept:
+            self.num_invalidated += not is_complete
+        elif is_complete and subnet == self._model.space.full:
+            self._full[training] = tuple(self._get("submodule_order"))
+
+    def _trace(self) -> Trace | None:
+        """That of the structure that runs now; None where the full network was not recorded yet."""
+        assert self._running is not None
+        subnet, training = self._running
+        if self._running not in self._kept and training in self._full:
+            order = self.order_of(subnet, training)
+            self._kept[self._running] = Trace(order, tuple(self._parameters(order)))
+            if len(self._kept) > LARGEST_KEPT:
+                self._kept.popitem(last=False)
+        if self._running in self._kept:
+            self._kept.move_to_end(self._running)
+        return self._kept.get(self._running)
+
+    def _parameters(self, order: Iterable[nn.Module]) -> Iterator:
+        """Each parameter at the positions where it is needed, as `record_parameters` lists them."""
+        for position, module in enumerate(order):
+            for parameter in sorted(set(iter_params(module)), key=lambda p: p.ds_id):
+                yield self._get("ParamInTrace")(param=parameter, step_id_last_used_at=position)
+
+    def _params_to_release(self, module: nn.Module, position: int) -> set[int]:
+        """DeepSpeed's own decision, remembered for each structure: its one cache would answer for another's."""
+        assert self._running is not None
+        known = self._kept[self._running].to_release
+        if (module, position) not in known:
+            known[module, position] = self._decide(self._coordinator, module, position)
+        return known[module, position]
+
+    def _get(self, name: str):
+        return getattr(self._coordinator, f"{PRIVATE}{name}")
+
+    def _set(self, name: str, value: object) -> None:
+        setattr(self._coordinator, f"{PRIVATE}{name}", value)
+
+
+def _uncached(decorated) -> Callable[..., set[int]]:
+    """DeepSpeed's function under its two decorators, a timer around an lru_cache."""
+    cached = next(c.cell_contents for c in decorated.__closure__ if hasattr(c.cell_contents, "cache_clear"))
+    return cached.__wrapped__
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module stands: in which layer, and if it is a block, in which nested layer and as which of its blocks."""
+
+    layer: int
+    nested: NestedLayer | None = None
+    block: int = 0
+
+    def in_subnet(self, module: nn.Module, depth: int) -> nn.Module | None:
+        """What runs here in the sub-network that is set: the module, nothing, or for the last block the last drawn one.
+
+        The last, because with activation checkpointing it is the last block's backward that starts the recomputation.
+        """
+        if self.layer >= depth:
+            return None
+        if self.nested is None:
+            return module
+        last_drawn = self.nested.width.num_steps - 1
+        if self.block == len(self.nested.blocks) - 1:
+            return self.nested.blocks[last_drawn]
+        return module if self.block < last_drawn else None
+
+
+def _places(model: NestedModel) -> Iterator[tuple[nn.Module, _Place]]:
+    """Every module of the layers."""
+    for number, layer in enumerate(model.model.layers):
+        for module in layer.modules():
+            yield module, _Place(number)
+        for nested in (module for module in layer.modules() if isinstance(module, NestedLayer)):
+            for block_number, block in enumerate(nested.blocks):
+                yield block, _Place(number, nested, block_number)

@@ -1,0 +1,171 @@
+"""Under ZeRO-3 a sub-network gathers and reduces its own parameters alone, in the order that it would record itself."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sorted_ds.engine import Engine
+from sorted_ds.nested import extract, nest
+from tests.exactness import DEEP, LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, VOCAB, WIDE, Case, Traffic, plain_model
+from tests.spawn import on_ranks
+
+CASES = [
+    Case(3),
+    Case(3, prefetch=2_000),
+    Case(3, prefetch=100_000, overlap=True),
+    Case(3, prefetch=2_000, checkpointing=True),
+    Case(3, prefetch=2_000, tied=True),
+]
+VISITS = (SMALL, MIDDLE, LARGE, DEEP, WIDE, SMALL, LARGE, MIDDLE, DEEP)
+
+
+def engine_of(ranks, case: Case) -> Engine:
+    model = plain_model(case)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = Engine(nest(model, SPACE), case.deepspeed(), "test.json", case.optim, 2, ranks)
+    engine.warm_up(2, ROW_TOKENS)
+    return engine
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(VOCAB, (2, ROW_TOKENS), generator=torch.Generator().manual_seed(3))
+
+
+def one_pass(engine: Engine, subnet, training: bool) -> None:
+    if training:
+        engine.backward(engine.forward(ids(), ids(), subnet))
+    else:
+        engine.evaluate(ids(), ids(), subnet)
+
+
+def traffic(ranks, cases: list[Case]) -> dict:
+    """Of each case: for each visit, calls and elements gathered and reduced in training, gathered in evaluation."""
+    found = {}
+    for case in cases:
+        engine = engine_of(ranks, case)
+        rows = []
+        for subnet in VISITS:
+            with Traffic() as trained:
+                one_pass(engine, subnet, training=True)
+            with Traffic() as evaluated:
+                one_pass(engine, subnet, training=False)
+            rows.append((trained.gathers, trained.gathered, trained.reduced, evaluated.gathered))
+        one_pass(engine, SMALL, training=False)
+        found[case.name] = rows, engine._traces.num_invalidated
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    return on_ranks(2, traffic, CASES, folder=tmp_path_factory.mktemp("traffic"))
+
+
+def active(case: Case) -> Iterator[int]:
+    """Elements of the plain model of each visit's size, counted on the extracted model."""
+    model = nest(plain_model(case), SPACE)
+    return (sum(p.numel() for p in extract(model, subnet).parameters()) for subnet in VISITS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_draw_reduces_exactly_its_own_gradients(measured, case):
+    assert [row[2] for row in measured[case.name][0]] == list(active(case))
+
+
+@pytest.mark.parametrize("case", CASES[:-1], ids=lambda case: case.name)
+def test_evaluation_gathers_exactly_the_active_parameters_once(measured, case):
+    assert [row[3] for row in measured[case.name][0]] == list(active(case))
+
+
+def test_tied_embeddings_are_gathered_at_most_once_more_for_the_head(measured):
+    for row, elements in zip(measured[CASES[-1].name][0], active(CASES[-1]), strict=True):
+        assert elements <= row[3] <= elements + VOCAB * 32
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_training_gathers_the_active_parameters_at_most_for_forward_and_backward(measured, case):
+    for row, elements in zip(measured[case.name][0], active(case), strict=True):
+        assert elements <= row[1] <= (3 if case.checkpointing else 2) * elements
+
+
+def test_prefetch_gathers_in_fewer_calls_from_the_first_visit_on(measured):
+    alone, ahead = (measured[case.name][0] for case in CASES[:2])
+    for without, with_prefetch in zip(alone, ahead, strict=True):
+        assert with_prefetch[0] <= 0.5 * without[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_no_pass_departs_from_its_trace(measured, case):
+    assert measured[case.name][1] == 0
+
+
+def orders(ranks, cases: list[Case]) -> dict:
+    """Of each case, sub-network and mode: the derived and the recorded trace, modules and parameters by number."""
+    found = {}
+    for case in cases:
+        engine = engine_of(ranks, case)
+        for subnet in (SMALL, MIDDLE, DEEP, WIDE, LARGE):
+            for training in (True, False):
+                one_pass(engine, subnet, training)
+                derived = trace_of(engine)
+                recorded = recorded_trace(engine, subnet, training)
+                found[case.name, subnet.name, training] = derived, recorded
+    return found
+
+
+def trace_of(engine: Engine) -> tuple[list[int], list[tuple[int, int]]]:
+    traces = engine._traces
+    parameters = [(p.param.ds_id, p.step_id_last_used_at) for p in traces._get("param_order")]
+    return [module.ds_id for module in traces._get("submodule_order")], parameters
+
+
+def recorded_trace(engine: Engine, subnet, training: bool):
+    """What DeepSpeed records by itself, when no trace is set."""
+    traces = engine._traces
+    before = traces._full, traces._kept.copy()
+    traces._full = {}
+    traces._kept.clear()
+    one_pass(engine, subnet, training)
+    traces._coordinator.reset_step()
+    assert traces._coordinator.is_complete_trace()
+    recorded = trace_of(engine)
+    traces._running = None
+    traces._full, kept = before
+    traces._kept.update(kept)
+    return recorded
+
+
+def test_a_derived_trace_is_the_one_that_would_be_recorded(tmp_path):
+    found = on_ranks(2, orders, [CASES[1], CASES[3], CASES[4]], folder=tmp_path)
+    assert len(found) == 3 * 5 * 2
+    for key, (derived, recorded) in found.items():
+        assert derived == recorded, key
+        assert len(derived[0]) > 15
+
+
+def held(ranks, case: Case) -> tuple[int, int]:
+    """Of the tensors saved for backward: parameters themselves, which ZeRO-3 can release, and views of them."""
+    engine = engine_of(ranks, case)
+    parameters = list(engine.model.parameters())
+    released, kept = 0, 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal released, kept
+        storages = {p.untyped_storage().data_ptr() for p in parameters if p.numel()}
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
+            is_parameter = tensor.is_leaf and tensor.requires_grad
+            released += is_parameter
+            kept += not is_parameter
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = engine.forward(ids(), ids(), LARGE)
+    engine.backward(loss)
+    return released, kept
+
+
+def test_saved_tensors_hold_no_gathered_weight(tmp_path):
+    released, kept = on_ranks(2, held, Case(3), folder=tmp_path)
+    assert released > 60
+    assert kept == 0
