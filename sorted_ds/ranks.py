@@ -15,7 +15,10 @@ import torch
 import torch.distributed as dist
 
 from sorted_ds.errors import AgreedError, UserError
+from sorted_ds.shuffle import keyed_number
 
+LARGEST_FACT = 2**32
+"""Sums of a million ranks' numbers below this are exact in double precision."""
 LAUNCHERS = {
     "deepspeed or torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -44,6 +47,18 @@ class Ranks:
         total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def sum_agreed(self, values: Sequence[float], fact: str) -> list[float]:
+        """`sum`, and in the same collective whether all ranks have the same `fact`, which must be so.
+
+        Raises: AgreedError, on all ranks, when they have not.
+        """
+        number = keyed_number(LARGEST_FACT, fact)
+        *sums, total = self.sum([*values, number])
+        if total != number * self.size:
+            facts = dict.fromkeys(self.gather(fact))
+            raise AgreedError(f"ranks disagree: {' / '.join(facts)}. Start all ranks with the same code and packages.")
+        return sums
 
     @contextmanager
     def together(self) -> Iterator[None]:

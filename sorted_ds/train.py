@@ -61,13 +61,13 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
     with monitor:
         monitor.started(step, make_plan(run, space, config, ranks.size), changes)
         while step < run.train.steps:
-            batches = loader.batches(step)
-            num_targets, num_stops = ranks.sum([count_targets(batches), stop.requested])
+            draws, batches = schedule.draw(step), loader.batches(step)
+            num_targets, num_stops = ranks.sum_agreed([count_targets(batches), stop.requested], told(step, draws))
             if num_stops:
                 break
             learning_rate = lr_at(step, run.train.steps, run.optim)
             losses = []
-            for subnet, batch in micro_batches(schedule.draw(step), batches):
+            for subnet, batch in micro_batches(draws, batches):
                 nll = engine.forward(batch.input_ids, batch.labels, subnet)
                 engine.backward(nll / num_targets)
                 losses.append((subnet, nll.detach(), batch.num_targets))
@@ -97,6 +97,11 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
 def is_due(step: int, every_steps: int) -> bool:
     """Never where `every_steps` is 0."""
     return every_steps > 0 and step % every_steps == 0
+
+
+def told(step: int, draws: Sequence[SubNet]) -> str:
+    """What every rank must do alike in a step: the collectives of another draw would be others."""
+    return f"step {step} draws {', '.join(map(str, draws))}"
 
 
 def count_targets(batches: Sequence[Sequence[MicroBatch]]) -> int:

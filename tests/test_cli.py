@@ -150,13 +150,14 @@ RANK = """
 import os, signal, sys, time
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-print("started", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], sys.argv[1:], flush=True)
+# One write a line: deepspeed starts ranks unbuffered, and two of them would mix the pieces of a print.
+sys.stdout.write(f"started {os.environ['RANK']} of {os.environ['WORLD_SIZE']} {sys.argv[1:]}\\n")
 if sys.argv[1] == "leave":
     sys.exit(int(sys.argv[2]))
 while not stopped:
     time.sleep(0.05)
 time.sleep(1)
-print("saved", os.environ["RANK"], flush=True)
+sys.stdout.write(f"saved {os.environ['RANK']}\\n")
 """
 
 

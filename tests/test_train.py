@@ -351,6 +351,32 @@ def test_ranks_that_disagree_are_one_error_before_anything_is_trained(whole, tmp
     assert not list((run_dir(run) / "checkpoints").iterdir())
 
 
+LYING_LATER = """
+import os, sys
+from sorted_ds.schedule import SubNetSchedule
+from sorted_ds.train import main
+draw = SubNetSchedule.draw
+def lie(self, step):
+    return draw(self, step)[:-1] + [self.subnets[0]] if step == 3 else draw(self, step)
+if os.environ["RANK"] == "1":
+    SubNetSchedule.draw = lie
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_that_draw_otherwise_at_a_later_step_are_one_error_within_seconds(whole, tmp_path, stage):
+    run = copied(whole, tmp_path, keep_steps=0)
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    (tmp_path / "lying.py").write_text(LYING_LATER)
+    start = time.perf_counter()
+    done = by_launcher("torchrun", str(tmp_path / "lying.py"), str(run), *SETTINGS)
+    assert time.perf_counter() - start < 120  # a hang would last for minutes
+    assert done.returncode != 0
+    assert "error: ranks disagree: step 3 draws " in done.stderr
+    assert [row["step"] for row in metrics(run) if "loss/training" in row] == [1, 2, 3]
+
+
 def test_a_run_shorter_than_its_checkpoint_is_refused(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=STEPS)
     assert "train.steps = 5, but" in one_error(train(run, "train.steps=5", code=2))
