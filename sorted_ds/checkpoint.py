@@ -89,6 +89,8 @@ class Checkpoints:
         """
         with self.ranks.together():
             complete = self.complete()
+        self._check_all_see(complete[-1].name if complete else "none")
+        with self.ranks.together():
             index = self._checked_index(complete[-1]) if complete else None
             if index is not None:
                 self._check_files(complete[-1], index)
@@ -99,6 +101,15 @@ class Checkpoints:
             _fill(engine, complete[-1], index)
         engine.publish()
         return index["step"]
+
+    def _check_all_see(self, newest: str) -> None:
+        """Raises: AgreedError when ranks see different ones: they would restore different steps, and hang."""
+        for rank, other in enumerate(seen := self.ranks.gather(newest)):
+            if other != seen[0]:
+                raise AgreedError(
+                    f"{self.folder}: rank {rank} sees the checkpoint {other} as the newest, rank 0 {seen[0]}. Put "
+                    "run_dir on a file system that all ranks see, or start again when it has settled."
+                )
 
     def complete(self) -> list[Path]:
         """The published checkpoints, oldest first."""

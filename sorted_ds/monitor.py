@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -157,20 +158,21 @@ class Monitor:
             return
         if self._progress:
             self._progress.stop()
-        self._file.close()
-        if self._board:
-            self._board.close()
+        for writer in (self._file, self._board):
+            with suppress(OSError):
+                if writer:
+                    writer.close()
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         """A full disk costs the curves, never the run."""
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
+            if self._board:
+                for key, value in values.items():
+                    self._board.add_scalar(key, value, step)
         except OSError as error:
-            self._console.print(f"warning: {self._file.name} could not be written: {error}")
-        if self._board:
-            for key, value in values.items():
-                self._board.add_scalar(key, value, step)
+            self._console.print(f"warning: the curves of step {step} could not be written: {error}")
 
     def _show(self, step: int, values: dict[str, float]) -> None:
         note = f"loss {values['loss/training']:.4f}  {values['speed/tokens_per_second']:,.0f} tokens/s"

@@ -15,7 +15,7 @@ SIZES = {"": 1.0, "G": 1e9} | {unit.upper(): size for unit, size in UNITS}
 
 def parse_amount(text: str) -> float:
     """`2.5B`, `300M`, `5G`, `1e6` as a number. Raises: UserError when it is none, or not above zero."""
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(E[+-]?\d+)?([KMGBT]?)", text.strip().upper())
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(E[+-]?\d+)?([KMGBTP]?)", text.strip().upper())
     amount = float(found[1] + (found[2] or "")) * SIZES[found[3]] if found else 0.0
     if not 0 < amount < float("inf"):
         raise UserError(f"{text!r} is no amount. Write a number above zero like 2.5B, 300M or 1e6.")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 WIDTH_IN_A_FILE = 120
 
-UNITS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
+UNITS = (("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 
 
 def console() -> Console:

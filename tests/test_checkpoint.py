@@ -138,6 +138,16 @@ def test_old_checkpoints_go_and_the_last_ones_stay(saved, tmp_path):
     assert json.loads((saved / "step_00000012" / INDEX).read_text())["step"] == 12
 
 
+def restore_from_folders(ranks, folders: list[str]) -> str:
+    """Each rank looks into a folder of its own."""
+    return restore(ranks, folders[ranks.rank], {"seed": "1"})
+
+
+def test_ranks_that_see_different_checkpoints_are_one_error_and_no_hang(saved, tmp_path):
+    message = on_ranks(2, restore_from_folders, [str(saved), str(tmp_path / "absent")], folder=tmp_path / "restore")
+    assert "rank 1 sees the checkpoint none as the newest, rank 0 step_00000010" in message
+
+
 def save_with_little_room(ranks, folder: str) -> str:
     """Rank 1 may write no file over 1,000 bytes, as on a full disk."""
     case = Case(2)

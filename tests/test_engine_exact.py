@@ -43,8 +43,8 @@ MORE += OFFLOAD
 BF16 = [Case(stage, "bf16", "sgd", clip_norm=clip_norm) for stage in STAGES for clip_norm in (0.0, 0.1)]
 BF16 += [Case(stage, "bf16", "sgd", offload=True) for stage in (1, 2, 3)]
 STATIC = [replace(case, static=True) for case in BF16]
-# bf16 has 8 bits: a weight of 0.5 is held to 2e-3, and a step of SGD is far smaller than a weight.
-BF16_BOUND = 1e-3
+# bf16 has 8 bits: a weight of 0.5 is held to 2e-3, and a step of SGD is far smaller, with clipping smaller still.
+BF16_BOUND = {0.0: 1e-3, 0.1: 4e-4}
 BF16_NORMS = 1e-2
 STALE = [
     Case(stage, optimizer=optimizer, offload=offload, without=part)
@@ -101,7 +101,7 @@ def test_bf16_is_as_close_as_a_static_network_in_the_same_mode(trained, case, st
 
 @pytest.mark.parametrize("case", BF16 + STATIC, ids=names)
 def test_bf16_ends_within_rounding_of_the_fp32_reference(trained, case):
-    assert error(trained, case) <= BF16_BOUND
+    assert error(trained, case) <= BF16_BOUND[case.clip_norm]
     assert trained[case.name]["norms"] == pytest.approx(expected(case)["norms"], rel=BF16_NORMS)
 
 
@@ -112,6 +112,12 @@ def test_bf16_gradients_are_as_close_as_a_static_network_s(tmp_path):
         reference = {c: exactness.reference_weights(c, 2, 1)["weights"] for c in (case, static)}
         errors = {c: exactness.largest_difference(trained[c.name]["weights"], reference[c]) for c in reference}
         assert errors[case] <= 2 * errors[static], case.name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_changes_no_bit_of_bf16_gradients(trained, stage):
+    here, there = (trained[Case(stage, "bf16", "sgd", offload=offload).name] for offload in (False, True))
+    assert exactness.largest_difference(here["weights"], there["weights"]) <= 1e-6
 
 
 @pytest.mark.parametrize("case", STALE, ids=names)

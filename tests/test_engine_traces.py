@@ -123,10 +123,12 @@ def trace_of(engine: Engine) -> tuple[list[int], list[tuple[int, int]]]:
 def recorded_trace(engine: Engine, subnet, training: bool):
     """What DeepSpeed records by itself, when no trace is set."""
     traces = engine._traces
-    before = traces._full, traces._kept.copy()
+    before = dict(traces._full), traces._kept.copy()
     traces._full = {}
     traces._kept.clear()
+    traces._running = None
     one_pass(engine, subnet, training)
+    assert not traces._kept, "this pass ran by a derived trace"
     traces._coordinator.reset_step()
     assert traces._coordinator.is_complete_trace()
     recorded = trace_of(engine)

@@ -3,9 +3,12 @@
 In: a ZeRO optimizer. Out: nothing is left in it of the step before. DeepSpeed copies a parameter's gradient at the
 first micro-batch of a step, adds at later ones, and never clears: a parameter that is first used later, or not at all,
 would get the gradient of the step before (measured: docs/log.md). With offload the norms that are kept for each
-parameter are stale in the same way. None of these attributes is a documented interface, so they are looked for when the
-engine is built. Source: DeepSpeed 0.19.8, runtime/zero/stage3.py (`partition_grads`), runtime/zero/stage_1_and_2.py
-(`async_accumulate_grad_in_cpu_via_gpu`, `complete_grad_norm_calculation_for_cpu_offload`).
+parameter are stale in the same way. At stages 1 and 2 with offload, fp32 accumulates in `accumulated_grads_in_cpu`, and
+bf16 in the fp32 gradients of the master weights alone.
+
+None of these attributes is a documented interface, so they are looked for when the engine is built. Source: DeepSpeed
+0.19.8, runtime/zero/stage3.py (`partition_grads`), runtime/zero/stage_1_and_2.py (`async_accumulate_grad_in_cpu_via_gpu`,
+`complete_grad_norm_calculation_for_cpu_offload`).
 """
 
 from collections.abc import Iterator

@@ -118,9 +118,13 @@ class Engine:
         is cleared, so nothing is changed. A collective.
         """
         ids = torch.zeros(rows, row_tokens, dtype=torch.int64)
+        if self._traces is not None:
+            self._traces.start_recording()
         self.backward(self.forward(ids, ids, self.model.space.full) / (ids.numel() * self.ranks.size))
         self.step(learning_rate=0.0)
         self.evaluate(ids, ids, self.model.space.full)
+        if self._traces is not None:
+            self._traces.stop_recording()
         self.steps_taken = 0
         for state in self._base_optimizer.state.values():
             for value in state.values():
@@ -137,7 +141,10 @@ class Engine:
         return self.deepspeed(input_ids.to(device), labels.to(device), count_correct=True)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of every parameter, in the training precision, one gathered at a time. A collective."""
+        """Name and value of every parameter, in the training precision, one gathered at a time. A collective.
+
+        Not between a forward pass and its backward pass.
+        """
         for name, parameter in self.model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
                 yield name, parameter.detach().cpu().clone()

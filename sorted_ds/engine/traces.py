@@ -49,10 +49,24 @@ class Traces:
         """The recorded orders of the full network, in training and in evaluation."""
         self._kept: OrderedDict[tuple[SubNet, bool], Trace] = OrderedDict()
         self._running: tuple[SubNet, bool] | None = None
+        self._is_recording = False
         self.num_invalidated = 0
-        """Passes that did not follow their trace. Stays 0: a pass that does not is right, but not prefetched."""
+        """Passes that did not follow their trace: right, but not prefetched from there on. Stays 0 unless an evaluation
+        comes between a forward pass and its backward pass."""
         self._decide = _uncached(getattr(type(coordinator), f"{PRIVATE}params_to_release"))
         self._set("params_to_release", self._params_to_release)
+
+    def start_recording(self) -> None:
+        """The full network's next passes, in training and in evaluation, are those that all others are derived from."""
+        self._is_recording, self._running = True, None
+        self._full.clear()
+        self._kept.clear()
+
+    def stop_recording(self) -> None:
+        """A collective."""
+        self._coordinator.reset_step()
+        self._finish()
+        self._is_recording, self._running = False, None
 
     def select(self, subnet: SubNet, training: bool) -> None:
         """Ends the pass before, and prepares for one of `subnet`. A collective while the full network is recorded."""
@@ -77,7 +91,7 @@ class Traces:
         is_complete = self._coordinator.is_complete_trace()
         if self._running in self._kept:
             self.num_invalidated += not is_complete
-        elif is_complete and subnet == self._model.space.full:
+        elif is_complete and self._is_recording and subnet == self._model.space.full:
             self._full[training] = tuple(self._get("submodule_order"))
 
     def _trace(self) -> Trace | None:
