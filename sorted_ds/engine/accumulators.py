@@ -7,8 +7,8 @@ parameter are stale in the same way. At stages 1 and 2 with offload, fp32 accumu
 bf16 in the fp32 gradients of the master weights alone.
 
 None of these attributes is a documented interface, so they are looked for when the engine is built. Source: DeepSpeed
-0.19.8, runtime/zero/stage3.py (`partition_grads`), runtime/zero/stage_1_and_2.py (`async_accumulate_grad_in_cpu_via_gpu`,
-`complete_grad_norm_calculation_for_cpu_offload`).
+0.19.8, runtime/zero/stage3.py (`partition_grads`), runtime/zero/stage_1_and_2.py
+(`async_accumulate_grad_in_cpu_via_gpu`, `complete_grad_norm_calculation_for_cpu_offload`).
 """
 
 from collections.abc import Iterator
