@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from sorted_ds.data.content_key import TOKENIZER_FILES
 from sorted_ds.errors import UserError
 from sorted_ds.evaluate import load_nested, stored_dtype
 from sorted_ds.model_card import model_card
@@ -28,16 +29,7 @@ LARGEST_RELATIVE_DIFFERENCE = 1e-5
 """Of the largest logit. Both models compute in fp32, also where the weights are stored in bf16: widening them is exact,
 so the bound is the same. What is left is the order of sums: input-side weights are stored transposed when nested."""
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+COPIED_FILES = (*TOKENIZER_FILES, "chat_template.jinja")
 LOGITS_FILE = "logits.safetensors"
 COMPARED_TOKENS = 64
 COMPARED_RANDOM_ROWS = 3
@@ -92,7 +84,7 @@ def _write(model: NestedModel, where: ModelDir, subnet: SubNet, hidden: Path, na
     plain = extract(model, subnet)
     nn.Module.to(plain, stored_dtype(where))
     plain.save_pretrained(hidden)
-    for file in TOKENIZER_FILES:
+    for file in COPIED_FILES:
         if (where.model / file).is_file():
             shutil.copyfile(where.model / file, hidden / file)
     config = AutoConfig.from_pretrained(hidden, local_files_only=True)
