@@ -90,9 +90,12 @@ def test_training_gathers_the_active_parameters_at_most_for_forward_and_backward
 
 
 def test_prefetch_gathers_in_fewer_calls_from_the_first_visit_on(measured):
-    alone, ahead = (measured[case.name][0] for case in CASES[:2])
-    for without, with_prefetch in zip(alone, ahead, strict=True):
-        assert with_prefetch[0] <= 0.5 * without[0]
+    """Prefetch of about a layer, and of all that may be live."""
+    alone, ahead, all_ahead = (measured[case.name][0] for case in CASES[:3])
+    for without, some, most in zip(alone, ahead, all_ahead, strict=True):
+        assert some[0] <= 0.7 * without[0]
+        assert most[0] <= some[0]
+    assert all_ahead[0][0] == 1, "the smallest is gathered in one call"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

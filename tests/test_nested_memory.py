@@ -77,19 +77,6 @@ def test_fresh_blocks_are_neighbours_and_used_as_one_matrix(variant):
         assert len(joined) == layer.bounds[-1][1]
 
 
-def test_the_joined_path_calls_no_block_and_the_other_only_the_drawn_ones():
-    model = tiny_nested("llama, biases")
-    called = []
-    for layer in nested_layers(model):
-        for number, block in enumerate(layer.blocks):
-            block.register_forward_hook(lambda *_, number=number, layer=layer: called.append((layer, number)))
-    run_nested(model, SPACE["d2-g3-f32"], tokens(), join=True)
-    assert called == []
-    run_nested(model, SPACE["d2-g3-f32"], tokens(), join=False)
-    drawn = {layer: layer.width.num_steps for path, layer in named_nested(model) if int(path.split(".")[2]) < 2}
-    assert sorted(number for _, number in called) == sorted(n for steps in drawn.values() for n in range(steps))
-
-
 def named_nested(model: nn.Module) -> list[tuple[str, NestedLayer]]:
     return [(path, module) for path, module in model.named_modules() if isinstance(module, NestedLayer)]
 

@@ -7,7 +7,8 @@ What plain DeepSpeed 0.19.8 gets silently wrong here, and what is done about it 
 - accumulation is our own: `managed_gradient_accumulation` is off and `step()` is called once per optimizer step;
 - each step starts with clean accumulators, or a parameter that is first used later, or not at all, would get the
   previous step's gradient at stage 3 and with offload (accumulators.py);
-- under ZeRO-3 each sub-network has a trace of its own, or layers that it skips would be gathered (traces.py);
+- under ZeRO-3 a layer gathers the drawn blocks (gathering.py), and each sub-network has a trace of its own, or layers
+  that it skips would be gathered (traces.py);
 - losses are sums: DeepSpeed averages over ranks, so a loss is multiplied by their number, and the only division is by
   the step's targets over all ranks and draws.
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from sorted_ds.config import Optim
 from sorted_ds.engine import accumulators
+from sorted_ds.engine.gathering import gather_drawn_blocks
 from sorted_ds.engine.modes import check_modes, complete, is_bf16, is_offloaded, stage_of
 from sorted_ds.engine.shards import Shard, publish_masters, shards_of
 from sorted_ds.engine.traces import Traces
@@ -51,6 +53,8 @@ class Engine:
         self.model, self.ranks, self.stage, self.clip_norm = model, ranks, stage_of(config), optim.clip_norm
         self.steps_taken = 0
         model.group_width.join = model.ffn_width.join = self.stage < 3
+        if self.stage == 3:
+            gather_drawn_blocks(model)
         loss = SummedLoss(model)
         self.deepspeed_config = complete(config, micro_batch_rows, ranks.size, optim.clip_norm)
         with redirect_stdout(StringIO()):  # on the CPU it tells that it built its ops

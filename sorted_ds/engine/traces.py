@@ -3,7 +3,8 @@
 In: DeepSpeed's parameter coordinator, which records the order of modules of one pass and gathers ahead by it in the
 next. With draws that change it would record anew and throw away again: without prefetch, or gathering layers that are
 skipped. Here the full network's order is recorded once for training and once for evaluation, and a sub-network's is
-derived from it: without the layers and blocks that it does not run. Tests prove it equal to a recorded one.
+derived from it: without the layers that it does not run, and with the blocks that it draws. Tests prove it equal to a
+recorded one.
 Source of the attributes: DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py.
 """
 
@@ -19,7 +20,6 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import (
 from torch import nn
 
 from sorted_ds.nested import NestedModel
-from sorted_ds.nested.layers import NestedLayer
 from sorted_ds.space import SubNet
 
 PRIVATE = "_PartitionedParameterCoordinator__"
@@ -44,7 +44,7 @@ class Traces:
 
     def __init__(self, coordinator: PartitionedParameterCoordinator, model: NestedModel):
         self._coordinator, self._model = coordinator, model
-        self._places = dict(_places(model))
+        self._layers = dict(_layer_numbers(model))
         self._full: dict[bool, Order] = {}
         """The recorded orders of the full network, in training and in evaluation."""
         self._kept: OrderedDict[tuple[SubNet, bool], Trace] = OrderedDict()
@@ -79,9 +79,8 @@ class Traces:
         self._set("param_order", trace.parameters if trace else [])
 
     def order_of(self, subnet: SubNet, training: bool) -> Order:
-        """The modules that a pass of `subnet`, which is set, runs in order. Needs a pass of the full network before."""
-        found = (self._places[m].in_subnet(m, subnet.depth) if m in self._places else m for m in self._full[training])
-        return tuple(module for module in found if module is not None)
+        """The modules that a pass of `subnet` runs, in order. Needs a pass of the full network before."""
+        return tuple(module for module in self._full[training] if self._layers.get(module, -1) < subnet.depth)
 
     def _finish(self) -> None:
         """Keeps what the pass before recorded, or notices that it did not follow its trace."""
@@ -108,7 +107,7 @@ class Traces:
         return self._kept.get(self._running)
 
     def _parameters(self, order: Iterable[nn.Module]) -> Iterator:
-        """Each parameter at the positions where it is needed, as `record_parameters` lists them."""
+        """Each parameter at the positions where it is needed, as `record_parameters` lists them, at the set widths."""
         for position, module in enumerate(order):
             for parameter in sorted(set(iter_params(module)), key=lambda p: p.ds_id):
                 yield self._get("ParamInTrace")(param=parameter, step_id_last_used_at=position)
@@ -134,34 +133,7 @@ def _uncached(decorated) -> Callable[..., set[int]]:
     return cached.__wrapped__
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a module stands: in which layer, and if it is a block, in which nested layer and as which of its blocks."""
-
-    layer: int
-    nested: NestedLayer | None = None
-    block: int = 0
-
-    def in_subnet(self, module: nn.Module, depth: int) -> nn.Module | None:
-        """What runs here in the sub-network that is set: the module, nothing, or for the last block the last drawn one.
-
-        The last, because with activation checkpointing it is the last block's backward that starts the recomputation.
-        """
-        if self.layer >= depth:
-            return None
-        if self.nested is None:
-            return module
-        last_drawn = self.nested.width.num_steps - 1
-        if self.block == len(self.nested.blocks) - 1:
-            return self.nested.blocks[last_drawn]
-        return module if self.block < last_drawn else None
-
-
-def _places(model: NestedModel) -> Iterator[tuple[nn.Module, _Place]]:
-    """Every module of the layers."""
+def _layer_numbers(model: NestedModel) -> Iterator[tuple[nn.Module, int]]:
+    """Every module of the layers, and the layer that it belongs to."""
     for number, layer in enumerate(model.model.layers):
-        for module in layer.modules():
-            yield module, _Place(number)
-        for nested in (module for module in layer.modules() if isinstance(module, NestedLayer)):
-            for block_number, block in enumerate(nested.blocks):
-                yield block, _Place(number, nested, block_number)
+        yield from ((module, number) for module in layer.modules())

@@ -2,11 +2,11 @@
 
 In: activations of the drawn width. Out: the same layer's output at that width. The weight of a layer is a list of
 *blocks*, each an `nn.Module` that owns the rows that one width step adds. Where the blocks lie side by side in memory,
-a prefix of them is one matrix, used without a copy. Otherwise, and always under ZeRO-3 (`Width.join` off), each block
-is called as the module it is, so that only the drawn blocks are gathered.
+a prefix of them is one matrix, used without a copy. Otherwise, and always under ZeRO-3 (`Width.join` off), they are
+multiplied one after the other, into one result.
 
 Legend: rows = the nested dimension (heads or feed-forward channels), always the first dimension of a block;
-a weight that is nested on its input side is therefore stored transposed, [in, out].
+a weight that is nested on its input side is therefore stored transposed, [in, out]. N = positions.
 """
 
 from collections.abc import Sequence
@@ -67,8 +67,72 @@ def are_adjacent(blocks: Sequence[Tensor]) -> bool:
     return blocks[0].numel() > 0
 
 
+class _BlockedOutput(torch.autograd.Function):
+    """`x @ cat(weights).t() + cat(biases)` without the concatenation; `biases` follow the weights, or are none.
+
+    Saves the blocks themselves: under ZeRO-3 they are released after the forward pass and gathered again for this one.
+    Shapes: [N, in], [rows, in] each, [rows] each -> [N, all rows].
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *blocks: Tensor) -> Tensor:
+        weights = [block for block in blocks if block.dim() == 2]
+        biases = blocks[len(weights) :]
+        ctx.rows, ctx.num_weights = [len(weight) for weight in weights], len(weights)
+        ctx.save_for_backward(x, *weights)
+        y = x.new_empty(len(x), sum(ctx.rows))
+        for part, weight in zip(y.split(ctx.rows, 1), weights, strict=True):
+            torch.mm(x, weight.t(), out=part)
+        for part, bias in zip(y.split(ctx.rows, 1), biases, strict=False):
+            part += bias
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        parts = grad.split(ctx.rows, 1)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        if grad_x is not None:
+            for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+                torch.addmm(grad_x, part, weight, beta=min(number, 1), out=grad_x)
+        needed = ctx.needs_input_grad[1:]
+        grads = [part.t() @ x if need else None for part, need in zip(parts, needed, strict=False)]
+        bias_needed = needed[ctx.num_weights :]
+        return grad_x, *grads, *(part.sum(0) for part, _ in zip(parts, bias_needed, strict=False))
+
+
+class _BlockedInput(torch.autograd.Function):
+    """`x @ cat(weights)` without the concatenation.
+
+    Shapes: [N, all rows], [rows, out] each -> [N, out].
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.rows = [len(weight) for weight in weights]
+        ctx.save_for_backward(x, *weights)
+        y = x.new_empty(len(x), weights[0].shape[1])
+        for number, (part, weight) in enumerate(zip(x.split(ctx.rows, 1), weights, strict=True)):
+            torch.addmm(y, part, weight, beta=min(number, 1), out=y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        if grad_x is not None:
+            for part, weight in zip(grad_x.split(ctx.rows, 1), weights, strict=True):
+                torch.mm(grad, weight.t(), out=part)
+        needed = ctx.needs_input_grad[1:]
+        parts = zip(x.split(ctx.rows, 1), needed, strict=True)
+        return grad_x, *(part.t() @ grad if need else None for part, need in parts)
+
+
 class Block(nn.Module):
-    """The rows that one width step adds to a layer, a module of its own so that ZeRO-3 gathers them alone."""
+    """The rows that one width step adds to a layer, apart from the layer itself.
+
+    Apart, because ZeRO-3 gathers all that a called module owns.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
@@ -76,31 +140,9 @@ class Block(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias)
 
 
-class OutputBlock(Block):
-    """[rows, in]: adds `rows` output features."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class InputBlock(Block):
-    """[rows, out]: reads `rows` input features."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
-
-
-class ScaleBlock(Block):
-    """[rows]: scales `rows` features."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x
-
-
 class NestedLayer(nn.Module):
     """What nested layers share: the blocks, and the prefix of them that is drawn."""
 
-    block_class: type[Block]
     transposed = False
     """Whether the blocks' rows are the columns of the Hugging Face weight."""
 
@@ -113,25 +155,24 @@ class NestedLayer(nn.Module):
         bounds = [0, *(size * rows_per_size for size in width.sizes)]
         self.bounds = list(pairwise(bounds))
         self.blocks = nn.ModuleList(
-            self.block_class(weight[start:stop], None if bias is None else bias[start:stop])
-            for start, stop in self.bounds
+            Block(weight[start:stop], None if bias is None else bias[start:stop]) for start, stop in self.bounds
         )
 
     def drawn(self) -> list[Block]:
         return cast(list[Block], list(self.blocks)[: self.width.num_steps])
 
+    def values(self, name: str) -> list[Tensor]:
+        """The parameter `name` of each drawn block."""
+        return [getattr(block, name) for block in self.drawn()]
+
     def drawn_rows(self) -> list[int]:
         return [stop - start for start, stop in self.bounds[: self.width.num_steps]]
 
     def joined(self, name: str) -> Tensor | None:
-        """The drawn blocks' parameter as one tensor, or None where they must be used one by one.
-
-        Under ZeRO-3 (`Width.join` off) no block's parameter may be touched from here: DeepSpeed would take it for one
-        of this layer's own, and gather it, drawn or not, before every pass.
-        """
+        """The drawn blocks' parameter as one tensor, or None where there is none or they must be used one by one."""
         if not self.width.join:
             return None
-        tensors = [getattr(block, name) for block in self.drawn()]
+        tensors = self.values(name)
         if tensors[0] is None:
             return None
         if len(tensors) == 1:
@@ -148,14 +189,13 @@ class OutputNestedLinear(NestedLayer):
     Shapes: [..., in] -> [..., rows drawn].
     """
 
-    block_class = OutputBlock
-
     def forward(self, x: Tensor) -> Tensor:
         weight = self.joined("weight")
         bias = self.joined("bias")
-        if weight is None or (self.has_bias and bias is None):
-            return torch.cat([block(x) for block in self.drawn()], dim=-1)
-        return F.linear(x, weight, bias)
+        if weight is not None and (bias is not None or not self.has_bias):
+            return F.linear(x, weight, bias)
+        biases = self.values("bias") if self.has_bias else []
+        return _BlockedOutput.apply(x.flatten(0, -2), *self.values("weight"), *biases).unflatten(0, x.shape[:-1])
 
 
 class InputNestedLinear(NestedLayer):
@@ -164,7 +204,6 @@ class InputNestedLinear(NestedLayer):
     Shapes: [..., rows drawn] -> [..., out]. The bias belongs to the outputs, so it is not nested.
     """
 
-    block_class = InputBlock
     transposed = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None, width: Width, rows_per_size: int):
@@ -176,8 +215,7 @@ class InputNestedLinear(NestedLayer):
         if weight is not None:
             y = x @ weight
         else:
-            parts = x.split(self.drawn_rows(), dim=-1)
-            y = sum(block(part) for block, part in zip(self.drawn(), parts, strict=True))
+            y = _BlockedInput.apply(x.flatten(0, -2), *self.values("weight")).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
 
@@ -186,8 +224,6 @@ class NestedRMSNorm(NestedLayer):
 
     Shapes: [..., rows drawn] -> the same. Source: transformers 5.24, models/olmo2/modeling_olmo2.py.
     """
-
-    block_class = ScaleBlock
 
     def __init__(self, weight: Tensor, eps: float, width: Width, rows_per_size: int):
         super().__init__(weight, None, width, rows_per_size)
@@ -200,4 +236,5 @@ class NestedRMSNorm(NestedLayer):
         if weight is not None:
             return (weight * normed).to(x.dtype)
         parts = normed.split(self.drawn_rows(), dim=-1)
-        return torch.cat([block(part) for block, part in zip(self.drawn(), parts, strict=True)], dim=-1).to(x.dtype)
+        scaled = [weight * part for weight, part in zip(self.values("weight"), parts, strict=True)]
+        return torch.cat(scaled, dim=-1).to(x.dtype)
