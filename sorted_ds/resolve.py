@@ -15,7 +15,8 @@ from sorted_ds.data.prepare import DataSpec, TokenizedText, prepare
 from sorted_ds.data.rows import PackedRows
 from sorted_ds.data.sources import find_files
 from sorted_ds.data.tokenizer import Vocabulary, load_tokenizer, trained_vocabulary, vocabulary_of
-from sorted_ds.engine.modes import check_modes
+from sorted_ds.engine.modes import check_modes, is_offloaded
+from sorted_ds.engine.optimizers import check_implementation
 from sorted_ds.errors import UserError
 from sorted_ds.model_config import model_config
 from sorted_ds.nested import costs_of, sorted_by_cost
@@ -99,6 +100,8 @@ def check_run(run: Run) -> tuple[PreTrainedConfig, SubNetSpace]:
     find_files(run.data.text, run.data.jsonl, run.data.suffixes)
     for name in run.eval.subnets:
         space[name]
-    check_modes(load_engine_config(run.engine.deepspeed), str(run.engine.deepspeed))
+    engine = load_engine_config(run.engine.deepspeed)
+    check_modes(engine, str(run.engine.deepspeed))
+    check_implementation(run.optim, is_offloaded(engine))
     schedule_of(run, costs_of(space, config, run.batch.row_tokens))
     return config, space

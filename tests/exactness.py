@@ -6,7 +6,7 @@ would be partitioned, no bucket would fill before the end of backward, and nothi
 
 import copy
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from unittest import mock
 
 import deepspeed
@@ -51,6 +51,7 @@ class Case:
     stage: int
     precision: str = "fp32"
     optimizer: str = "adamw"
+    """`sgd`, or whose AdamW: `adamw` (torch's), `fused`, `cpu_adam`."""
     overlap: bool = False
     clip_norm: float = 0.1
     tied: bool = False
@@ -59,6 +60,8 @@ class Case:
     sub_group_size: int = 1_000_000_000
     offload: bool = False
     """The optimizer's state on the CPU."""
+    offload_param: bool = False
+    """The weights too."""
     prefetch: int = 0
     """Elements that stage 3 gathers ahead."""
     default_thresholds: bool = False
@@ -70,24 +73,32 @@ class Case:
 
     @property
     def name(self) -> str:
-        keys = ("overlap", "tied", "checkpointing", "evaluate_between", "default_thresholds", "offload")
-        flags = [key for key in keys if getattr(self, key)]
+        flags = [field.name for field in fields(self) if field.type is bool and getattr(self, field.name)]
         flags += [f"sub_group{self.sub_group_size}"] if self.sub_group_size < 1_000_000_000 else []
         flags += [f"prefetch{self.prefetch}"] if self.prefetch else []
         flags += ["unclipped"] if not self.clip_norm else []
-        flags += ["static"] if self.static else []
         flags += [f"without_{self.without}"] if self.without else []
         return "-".join([f"stage{self.stage}", self.precision, self.optimizer, *flags])
 
     @property
     def optim(self) -> Optim:
-        rate = 1.0 if self.optimizer == "sgd" else 0.01
-        return Optim(name=self.optimizer, learning_rate=rate, clip_norm=self.clip_norm, weight_decay=0.1, eps=1e-6)
+        is_sgd = self.optimizer == "sgd"
+        # AdamW in bf16 is compared by its first moments, sums of gradients. A small rate keeps the weights together.
+        adamw_rate = 0.01 if self.precision == "fp32" else 1e-4
+        return Optim(
+            name="sgd" if is_sgd else "adamw",
+            implementation=self.optimizer if self.optimizer in ("fused", "cpu_adam") else "torch",
+            learning_rate=1.0 if is_sgd else adamw_rate,
+            clip_norm=self.clip_norm,
+            weight_decay=0.1,
+            eps=1e-6,
+        )
 
     def deepspeed(self) -> dict:
         zero = {"stage": self.stage, "overlap_comm": self.overlap, "sub_group_size": self.sub_group_size}
         zero |= {} if self.default_thresholds else {**SMALL_ZERO, "stage3_prefetch_bucket_size": self.prefetch}
         zero |= {"offload_optimizer": {"device": "cpu"}} if self.offload else {}
+        zero |= {"offload_param": {"device": "cpu"}} if self.offload_param else {}
         return {"zero_optimization": zero, **({"bf16": {"enabled": True}} if self.precision == "bf16" else {})}
 
 
@@ -137,8 +148,9 @@ def flat(step: list[list[reference.MicroBatch]]) -> list[reference.MicroBatch]:
 def reference_weights(case: Case, num_ranks: int, num_steps: int, skip_unused: bool = False) -> dict:
     model = plain_model(case)
     steps = [flat(step) for step in micro_batches(case, num_ranks)[:num_steps]]
-    norms = reference.train(model, steps, case.optim, skip_unused)
-    return {"weights": model.state_dict(), "norms": norms}
+    norms, optimizer = reference.train(model, steps, case.optim, skip_unused)
+    moments = {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters() if optimizer.state[p]}
+    return {"weights": model.state_dict(), "norms": norms, "moments": moments}
 
 
 class Traffic:
@@ -220,8 +232,11 @@ def run_engine(ranks, case: Case, num_steps: int) -> dict:
     with parts_off(case):
         engine = Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks)
         seen = _train(engine, ranks, case, num_steps)
-    masters = gather_masters(engine, ranks)
-    return {**seen, "weights": hf_tensors(model, model.space.full, masters.__getitem__)}
+    gathered = {"weights": gather_state(engine, ranks, lambda shard: shard.view(shard.flat))}
+    if case.optimizer != "sgd":
+        gathered["moments"] = gather_state(engine, ranks, lambda shard: engine.state_of(shard)["exp_avg"])
+    full = model.space.full
+    return {**seen, **{kind: hf_tensors(model, full, values.__getitem__) for kind, values in gathered.items()}}
 
 
 def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
@@ -268,16 +283,16 @@ def _one_micro_batch(engine: Engine, micro_batch: reference.MicroBatch, num_targ
         seen["reduces_in_backward"] = max(seen["reduces_in_backward"], traffic.reduces - before)
 
 
-def gather_masters(engine, ranks) -> dict[str, torch.Tensor]:
-    """The fp32 master weights under the nested model's names, put together from every rank's shards."""
-    pieces = [(s.name, s.start, s.view(s.flat).cpu().clone()) for s in engine.shards()]
+def gather_state(engine, ranks, value_of) -> dict[str, torch.Tensor]:
+    """Master weights or moments under the nested model's names, put together from every rank's shards."""
+    pieces = [(s.name, s.start, value_of(s).cpu().clone()) for s in engine.shards()]
     everyone: list = [None] * ranks.size
     dist.all_gather_object(everyone, pieces)
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.model.named_parameters()}
-    masters = {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
+    whole = {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
     for name, start, values in (piece for pieces in everyone for piece in pieces):
-        masters[name].view(-1)[start : start + len(values)] = values
-    return masters
+        whole[name].view(-1)[start : start + len(values)] = values
+    return whole
 
 
 def run_cases(ranks, cases: list[Case], num_steps: int) -> dict[str, dict]:

@@ -67,8 +67,8 @@ def accumulate(model: PreTrainedModel, step: Sequence[MicroBatch], skip_unused: 
 
 def train(
     model: PreTrainedModel, steps: Sequence[Sequence[MicroBatch]], optim, skip_unused: bool = False
-) -> list[float]:
-    """Trains in place; returns the gradient norm of every step."""
+) -> tuple[list[float], torch.optim.Optimizer]:
+    """Trains in place; returns the gradient norm of every step, and the optimizer with its moments."""
     optimizer = optimizer_of(model, optim)
     norms = []
     for step in steps:
@@ -76,7 +76,7 @@ def train(
         max_norm = optim.clip_norm or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
         optimizer.step()
-    return norms
+    return norms, optimizer
 
 
 def optimizer_of(model: PreTrainedModel, optim) -> torch.optim.Optimizer:

@@ -14,7 +14,14 @@ REFUSED = [
     ({"zero_optimization": {"stage": "auto"}}, r"zero_optimization\.stage = 'auto'"),
     ({"zero_optimization": 2}, r"zero_optimization = 2 should be an object"),
     ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, r"a joined view would read other ones"),
-    ({"zero_optimization": {"stage": 3, "offload_param": OFFLOAD}}, r"offload_param .* was not compared"),
+    (
+        {"zero_optimization": {"stage": 3, "offload_param": OFFLOAD}},
+        r"offload_param is proven .* with offload_optimizer",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "offload_param": OFFLOAD, "offload_optimizer": OFFLOAD}},
+        r"offload_param is proven exact at stage 3",
+    ),
     ({"zero_optimization": {"stage": 0, "offload_optimizer": OFFLOAD}}, r"Set zero_optimization\.stage to 1, 2 or 3"),
     (
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},

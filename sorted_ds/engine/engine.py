@@ -30,6 +30,12 @@ from sorted_ds.config import Optim
 from sorted_ds.engine import accumulators
 from sorted_ds.engine.gathering import gather_drawn_blocks
 from sorted_ds.engine.modes import check_modes, complete, is_bf16, is_offloaded, stage_of
+from sorted_ds.engine.optimizers import (
+    build_optimizer,
+    check_implementation,
+    implementation_of,
+    set_steps_taken,
+)
 from sorted_ds.engine.shards import Shard, publish_masters, shards_of
 from sorted_ds.engine.traces import Traces
 from sorted_ds.loss import SummedLoss
@@ -50,6 +56,7 @@ class Engine:
         Raises: UserError for a mode that is not proven exact.
         """
         check_modes(config, where)
+        check_implementation(optim, is_offloaded(config))
         self.model, self.ranks, self.stage, self.clip_norm = model, ranks, stage_of(config), optim.clip_norm
         self.steps_taken = 0
         model.group_width.join = model.ffn_width.join = self.stage < 3
@@ -57,10 +64,11 @@ class Engine:
             gather_drawn_blocks(model)
         loss = SummedLoss(model)
         self.deepspeed_config = complete(config, micro_batch_rows, ranks.size, optim.clip_norm)
+        implementation = implementation_of(optim, is_offloaded(config), ranks.device.type == "cuda")
         with redirect_stdout(StringIO()):  # on the CPU it tells that it built its ops
             self.deepspeed, *_ = deepspeed.initialize(
                 model=loss,
-                optimizer=_optimizer(loss, optim, ranks.device),
+                optimizer=build_optimizer(loss, optim, implementation),
                 config=copy.deepcopy(self.deepspeed_config),
                 dist_init_required=False,
             )
@@ -130,10 +138,12 @@ class Engine:
         if self._traces is not None:
             self._traces.stop_recording()
         self.steps_taken = 0
-        for state in self._base_optimizer.state.values():
+        for flat, state in self._base_optimizer.state.items():
             for value in state.values():
                 if torch.is_tensor(value):
                     value.zero_()
+            if "step" in state:
+                set_steps_taken(self._base_optimizer, state, 0, flat.device)
 
     # Without gradients
 
@@ -182,9 +192,7 @@ class Engine:
             state = self._base_optimizer.state[flat]
             state.clear()
             if state_keys:
-                state["step"] = torch.tensor(
-                    float(steps_taken), device=flat.device if _is_fused(self._base_optimizer) else "cpu"
-                )
+                set_steps_taken(self._base_optimizer, state, steps_taken, flat.device)
             state.update({key: torch.zeros_like(flat) for key in state_keys})
 
     def publish(self) -> None:
@@ -192,26 +200,5 @@ class Engine:
         publish_masters(self.deepspeed)
 
 
-def _optimizer(module: nn.Module, optim: Optim, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW or SGD. Norms, biases and embeddings are not decayed: only matrices that multiply activations are.
-
-    The order of parameters is that of the module, so that a layer's blocks lie side by side in ZeRO's flat buffers.
-    """
-    embeddings = {p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    parameters = list(module.parameters())
-    decayed = [p for p in parameters if p.dim() > 1 and p not in embeddings]
-    others = [p for p in parameters if p.dim() <= 1 or p in embeddings]
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # Each step sets the rate. At stage 0 in bf16 DeepSpeed takes a step while it initialises: it must change nothing.
-    if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0)
-    betas = (optim.betas[0], optim.betas[1])
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optim.eps, fused=device.type == "cuda")
-
-
 def _is_like(value: object, flat: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == flat.shape
-
-
-def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer.defaults.get("fused"))

@@ -30,6 +30,7 @@ ZERO_KEYS = {
     "allgather_bucket_size": NUMBER,
     "sub_group_size": NUMBER,
     "offload_optimizer": ANY,
+    "offload_param": ANY,
     "stage3_prefetch_bucket_size": NUMBER,
     "stage3_max_live_parameters": NUMBER,
     "stage3_max_reuse_distance": NUMBER,
@@ -38,11 +39,11 @@ ZERO_KEYS = {
 SECTION_KEYS: dict[str, dict[str, Any]] = {
     "zero_optimization": ZERO_KEYS,
     "zero_optimization.offload_optimizer": {"device": ("none", "cpu"), "pin_memory": (False, True)},
+    "zero_optimization.offload_param": {"device": ("none", "cpu"), "pin_memory": (False, True)},
     "bf16": {"enabled": (False, True)},
     "data_types": {"grad_accum_dtype": ("fp32",)},
 }
 REASONS = {
-    "offload_param": "it was not compared with the reference; leave it out",
     "round_robin_gradients": "it reorders the flat weights, and a joined view would read other ones; leave it out",
     "fp16": "loss scaling was not compared with the reference; use bf16",
 }
@@ -59,7 +60,11 @@ def is_bf16(config: dict) -> bool:
 
 def is_offloaded(config: dict) -> bool:
     """Whether the optimizer's state is kept on the CPU."""
-    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    return _device(config, "offload_optimizer") != "none"
+
+
+def _device(config: dict, kind: str) -> str:
+    return config.get("zero_optimization", {}).get(kind, {}).get("device", "none")
 
 
 def check_modes(config: dict, where: str) -> None:
@@ -72,6 +77,11 @@ def check_modes(config: dict, where: str) -> None:
         _check_keys(given, proven, f"{section}.", where)
     if is_offloaded(config) and stage_of(config) == 0:
         raise UserError(f"{where}: offload_optimizer needs ZeRO. Set zero_optimization.stage to 1, 2 or 3.")
+    if _device(config, "offload_param") != "none" and not (stage_of(config) == 3 and is_offloaded(config)):
+        raise UserError(
+            f"{where}: offload_param is proven exact at stage 3 together with offload_optimizer. Set both, or leave it "
+            "out."
+        )
     if config.get("zero_optimization", {}).get("overlap_comm", False) and stage_of(config) < 2:
         raise UserError(
             f"{where}: overlap_comm at stage {stage_of(config)} is not exact: parameters that the last micro-batch "

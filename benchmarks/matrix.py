@@ -1,0 +1,126 @@
+"""Compares every mode of the engine with plain PyTorch, and sums up in docs/matrix.md. Hours; stop it at will.
+
+`python -m benchmarks.matrix --minutes 60` goes on where it stopped; what is known is kept in .cache/matrix.jsonl, and
+thrown away when the code or a version changes. Modes come in random order, so that a part of them is a fair sample.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import random
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from tests import cover, exactness
+from tests.cover import FACTORS, NUM_STEPS, Error, Mode
+from tests.spawn import ROOT, on_ranks
+
+KNOWN = ROOT / ".cache" / "matrix.jsonl"
+SUMMARY = ROOT / "docs" / "matrix.md"
+LAUNCH_CASES = 30
+"""Cases of one launch; what a stop can lose."""
+CODE = ("sorted_ds/engine/*.py", "sorted_ds/nested/*.py", "sorted_ds/loss.py")
+COMMAND = "python -m benchmarks.matrix"
+
+
+def versions() -> dict[str, str]:
+    """Of what the weights depend on."""
+    packages = {name: version(name) for name in ("deepspeed", "torch", "transformers")}
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
+        digest.update(path.read_bytes())
+    return {"python": platform.python_version(), **packages, "code": digest.hexdigest()[:16]}
+
+
+def known() -> dict[str, Error]:
+    """What an earlier run measured, by a mode's name."""
+    lines = KNOWN.read_text().splitlines() if KNOWN.is_file() else []
+    if not lines or json.loads(lines[0]) != versions():
+        KNOWN.parent.mkdir(exist_ok=True)
+        KNOWN.write_text(json.dumps(versions()) + "\n")
+        return {}
+    rows = map(json.loads, lines[1:])
+    return {row.pop("name"): Error(**row) for row in rows}
+
+
+def measure(modes: Sequence[Mode]) -> dict[str, Error]:
+    """Of modes on one number of ranks, in one launch."""
+    cases = [mode.case for mode in modes]
+    with tempfile.TemporaryDirectory() as folder:
+        trained = on_ranks(modes[0].num_ranks, exactness.run_cases, cases, NUM_STEPS, folder=Path(folder))
+    return {mode.name: cover.error(trained[mode.case.name], mode) for mode in modes}
+
+
+def run(modes: Iterable[Mode], minutes: float) -> dict[str, Error]:
+    """Measures what is not known yet, until the time is over; twins of bf16 modes too."""
+    found, end = known(), time.monotonic() + 60 * minutes
+    waiting: dict[int, dict[str, Mode]] = defaultdict(dict)
+    for mode in modes:
+        if time.monotonic() > end:
+            break
+        for one in (mode, mode.twin) if mode.case.precision == "bf16" else (mode,):
+            if one.name not in found:
+                waiting[mode.num_ranks][one.name] = one
+        if len(waiting[mode.num_ranks]) >= LAUNCH_CASES:
+            measured = measure(list(waiting.pop(mode.num_ranks).values()))
+            found |= measured
+            with KNOWN.open("a") as file:
+                file.writelines(json.dumps({"name": name, **asdict(e)}) + "\n" for name, e in measured.items())
+            print(f"{len(found)} known, largest {max(error.weights for error in measured.values()):.1e}", flush=True)
+    return found
+
+
+def summary(modes: Sequence[Mode], found: dict[str, Error]) -> str:
+    """A Markdown page: one line for each stage, offload, optimizer and precision."""
+    groups: dict[tuple, list[Mode]] = defaultdict(list)
+    for mode in modes:
+        case = mode.case
+        offload = "all" if case.offload_param else "optimizer" if case.offload else "-"
+        groups[case.stage, offload, case.optimizer, case.precision].append(mode)
+    done = [mode for mode in modes if mode.name in found]
+    outside = [mode.name for mode in done if cover.exceeds(found[mode.name], cover.bounds(mode))]
+    page = [
+        "# Every mode against plain PyTorch\n",
+        f"`{COMMAND}`: {len(done)} of {len(modes)} modes, {len(outside)} outside their bounds.",
+        f"{', '.join(f'{name} {value}' for name, value in versions().items() if name != 'code')}, CPU, gloo.\n",
+        "A line holds 1 to 4 ranks x overlap_comm (stages 2, 3) x clipping x tied embeddings x activation",
+        "checkpointing x evaluation in between. Largest difference from one process of plain PyTorch after six steps of four draws:",
+        "weights absolute (SGD at rate 1, AdamW at 0.01; in bf16 at 1e-4), AdamW's first moments relative to the",
+        "largest, gradient norms relative. Static: a network that never changes, in the same modes.\n",
+        "| stage | offload | optimizer | precision | modes | weights | static | moments | static | norms |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, members in sorted(groups.items()):
+        page.append("| " + " | ".join(map(str, [*key, *_row(members, found)])) + " |")
+    return "\n".join([*page, *(f"\nOutside: {name}" for name in outside)]) + "\n"
+
+
+def _row(members: Sequence[Mode], found: dict[str, Error]) -> list[str]:
+    own = [found[m.name] for m in members if m.name in found]
+    twins = [found[m.twin.name] for m in members if m.name in found and m.twin.name in found]
+    told = [f"{len(own)}/{len(members)}"]
+    for errors, kind in ((own, "weights"), (twins, "weights"), (own, "moments"), (twins, "moments"), (own, "norms")):
+        largest = max((getattr(error, kind) for error in errors), default=0.0)
+        told.append(f"{largest:.1e}" if largest else "-")
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=600, help="stop after about so long")
+    parser.add_argument("--ranks", type=int, nargs="+", default=FACTORS["num_ranks"])
+    args = parser.parse_args()
+    modes = [cover.mode_of(setting) for setting in cover.settings() if cover.is_allowed(setting)]
+    random.Random(0).shuffle(modes)
+    SUMMARY.write_text(summary(modes, run([mode for mode in modes if mode.num_ranks in args.ranks], args.minutes)))
+    print(SUMMARY)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The optimizer that DeepSpeed runs on its flat fp32 master weights.
+
+In: a module and the run's `[optim]`. Out: one of torch's optimizers, or DeepSpeed's AdamW for what is offloaded.
+All follow the same formula; tests/test_engine_cover.py compares each with plain PyTorch.
+"""
+
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch import nn
+
+from sorted_ds.config import Optim
+from sorted_ds.errors import UserError
+
+
+def implementation_of(optim: Optim, is_offloaded: bool, is_cuda: bool) -> str:
+    """`torch`, `fused` or `cpu_adam`: what `optim.implementation` is, or stands for."""
+    if optim.implementation != "auto":
+        return optim.implementation
+    if not is_cuda or optim.name == "sgd":
+        return "torch"
+    return "cpu_adam" if is_offloaded else "fused"
+
+
+def check_implementation(optim: Optim, is_offloaded: bool) -> None:
+    """Raises: UserError where `optim.implementation` does not fit the rest."""
+    if optim.implementation in ("fused", "cpu_adam") and optim.name != "adamw":
+        raise UserError(
+            f"optim.implementation = {optim.implementation!r} is an AdamW, but optim.name = {optim.name!r}. "
+            'Set the implementation to "torch", or the name to "adamw".'
+        )
+    if optim.implementation == "cpu_adam" and not is_offloaded:
+        raise UserError(
+            'optim.implementation = "cpu_adam" updates weights on the CPU, but nothing is offloaded there. '
+            'Set zero_optimization.offload_optimizer in the DeepSpeed JSON, or the implementation to "auto".'
+        )
+
+
+def build_optimizer(module: nn.Module, optim: Optim, implementation: str) -> torch.optim.Optimizer:
+    """AdamW or SGD. Norms, biases and embeddings are not decayed: only matrices that multiply activations are.
+
+    The order of parameters is that of the module, so that a layer's blocks lie side by side in ZeRO's flat buffers.
+    The rate is 0 until a step sets it: at stage 0 in bf16 DeepSpeed takes one while it initialises.
+
+    Raises: UserError when DeepSpeed cannot compile its AdamW.
+    """
+    groups = _groups(module, optim.weight_decay)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0)
+    betas = (optim.betas[0], optim.betas[1])
+    if implementation != "cpu_adam":
+        fused = implementation == "fused"
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optim.eps, fused=fused)
+    try:
+        return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=optim.eps, adamw_mode=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"DeepSpeed could not compile its AdamW for the CPU ({error.__cause__ or error}). Install g++ and ninja, "
+            'or set optim.implementation = "torch".'
+        ) from error
+
+
+def _groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    embeddings = {p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    parameters = list(module.parameters())
+    decayed = [p for p in parameters if _num_dims(p) > 1 and p not in embeddings]
+    others = [p for p in parameters if _num_dims(p) <= 1 or p in embeddings]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _num_dims(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, which ZeRO-3 may hold a share of."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def set_steps_taken(optimizer: torch.optim.Optimizer, state: dict, steps_taken: int, device: torch.device) -> None:
+    """Writes AdamW's step number as the optimizer keeps it."""
+    if isinstance(optimizer, DeepSpeedCPUAdam):
+        state["step"] = steps_taken
+        return
+    is_fused = bool(optimizer.defaults.get("fused"))
+    state["step"] = torch.tensor(float(steps_taken), device=device if is_fused else "cpu")

@@ -1,0 +1,176 @@
+"""Every mode of the engine: the factors, which combinations are allowed, and a small set that covers them.
+
+The cover has, for any two factors and any two of their values that go together, a case with both, and for each ZeRO
+stage with each offload every value of any other factor: most defects need no more settings to show. The whole product
+is `python -m benchmarks.matrix`.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+from tests import exactness
+from tests.exactness import Case
+
+NUM_STEPS = len(exactness.SCHEDULE)
+SHIPPED = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
+
+FACTORS: dict[str, tuple] = {
+    "num_ranks": (1, 2, 3, 4),
+    "stage": (0, 1, 2, 3),
+    "offload": ("", "optimizer", "optimizer and weights"),
+    "optimizer": ("adamw", "fused", "cpu_adam", "sgd"),
+    "precision": ("fp32", "bf16"),
+    "overlap": (False, True),
+    "clip_norm": (0.0, 0.1),
+    "tied": (False, True),
+    "checkpointing": (False, True),
+    "evaluate_between": (False, True),
+}
+CANDIDATES = 400
+"""Random combinations that a step of the cover chooses among."""
+
+Setting = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A case on a number of ranks."""
+
+    num_ranks: int
+    case: Case
+
+    @property
+    def name(self) -> str:
+        return f"{self.num_ranks}ranks-{self.case.name}"
+
+    @property
+    def twin(self) -> "Mode":
+        """The same rounding, with the full network in every draw: what bf16 is compared with.
+
+        Overlap, checkpointing and evaluation change no number, so modes share twins.
+        """
+        plain = replace(self.case, overlap=False, checkpointing=False, evaluate_between=False, static=True)
+        return replace(self, case=plain)
+
+
+def is_allowed(setting: Setting) -> bool:
+    """Whether it is a mode; all others are refused at the start."""
+    stage, offload = setting["stage"], setting["offload"]
+    if setting["overlap"] and stage < 2:
+        return False
+    if offload and (stage == 0 or (offload != "optimizer" and stage < 3)):
+        return False
+    return setting["optimizer"] != "cpu_adam" or bool(offload)
+
+
+def settings() -> Iterator[Setting]:
+    """The whole product, allowed or not."""
+    for values in product(*FACTORS.values()):
+        yield dict(zip(FACTORS, values, strict=True))
+
+
+def mode_of(setting: Setting) -> Mode:
+    values = {key: value for key, value in setting.items() if key not in ("num_ranks", "offload")}
+    offload = {"offload": bool(setting["offload"]), "offload_param": setting["offload"] == "optimizer and weights"}
+    prefetch = 2_000 if setting["stage"] == 3 else 0
+    return Mode(setting["num_ranks"], Case(**values, **offload, prefetch=prefetch))
+
+
+def shipped(path: Path) -> Setting:
+    """What a JSON of ds_configs/ sets."""
+    config = json.loads(path.read_text())
+    zero = config.get("zero_optimization", {})
+    kinds = [name for key, name in (("offload_optimizer", "optimizer"), ("offload_param", "weights")) if key in zero]
+    return {
+        "stage": zero.get("stage", 0),
+        "offload": " and ".join(kinds),
+        "precision": "bf16" if "bf16" in config else "fp32",
+        "overlap": zero.get("overlap_comm", False),
+    }
+
+
+SHIPPED_SETTINGS = [tuple(shipped(path).items()) for path in SHIPPED]
+
+
+def wanted(setting: Setting) -> set[tuple]:
+    """What a setting covers: its pairs, its stage and offload with any third value, and a shipped JSON."""
+    stage, offload = (("stage", setting["stage"]), ("offload", setting["offload"]))
+    triples = ((stage, offload, other) for other in setting.items())
+    return {
+        *combinations(setting.items(), 2),
+        *triples,
+        *(s for s in SHIPPED_SETTINGS if set(s) <= set(setting.items())),
+    }
+
+
+def cover(candidates: Sequence[Setting], seed: int = 0) -> list[Setting]:
+    """A few of them, with everything that any of them covers. The same for a seed."""
+    left = set().union(*map(wanted, candidates))
+    chosen: list[Setting] = []
+    generator = random.Random(seed)
+    while left:
+        drawn = generator.sample(candidates, min(CANDIDATES, len(candidates)))
+        best = max(drawn, key=lambda setting: len(wanted(setting) & left))
+        if not wanted(best) & left:
+            best = next(setting for setting in candidates if wanted(setting) & left)
+        chosen.append(best)
+        left -= wanted(best)
+    return chosen
+
+
+def expected(mode: Mode) -> dict:
+    """What plain PyTorch makes of it in one process: the same for many modes."""
+    case = mode.case
+    optimizer = "sgd" if case.optimizer == "sgd" else "adamw"
+    same = Case(0, case.precision, optimizer, clip_norm=case.clip_norm, tied=case.tied, static=case.static)
+    return _expected(mode.num_ranks, same)
+
+
+@cache
+def _expected(num_ranks: int, case: Case) -> dict:
+    return exactness.reference_weights(case, num_ranks, NUM_STEPS)
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far a mode is from the reference."""
+
+    weights: float
+    """Largest difference."""
+    moments: float
+    """Of AdamW's first moments, which add up the gradients: largest difference relative to the largest. 0 for SGD."""
+    norms: float
+    """Of the gradients' norms: largest relative difference."""
+
+
+def error(trained: dict, mode: Mode) -> Error:
+    right = expected(mode)
+    norms = zip(trained["norms"], right["norms"], strict=True)
+    moments = right["moments"]
+    largest = max((float(value.abs().max()) for value in moments.values()), default=1.0)
+    return Error(
+        weights=exactness.largest_difference(trained["weights"], right["weights"]),
+        moments=exactness.largest_difference(trained["moments"], moments) / largest if moments else 0.0,
+        norms=max(abs(one - other) / other for one, other in norms),
+    )
+
+
+# fp32. SGD rounds to about 1e-7; AdamW divides by the root of a second moment that can be near zero, so the same
+# rounding becomes up to 1e-5. Every part of the fix that is off costs over 1e-3. bf16 holds 8 bits.
+FP32_BOUNDS = {"sgd": Error(1e-6, 0.0, 1e-5), "adamw": Error(5e-5, 1e-5, 1e-5)}
+BF16_BOUNDS = {"sgd": Error(1e-3, 0.0, 1e-2), "adamw": Error(1.2e-3, 1e-2, 1e-2)}
+
+
+def bounds(mode: Mode) -> Error:
+    of = FP32_BOUNDS if mode.case.precision == "fp32" else BF16_BOUNDS
+    return of["sgd" if mode.case.optimizer == "sgd" else "adamw"]
+
+
+def exceeds(found: Error, bound: Error) -> bool:
+    return found.weights > bound.weights or found.moments > bound.moments or found.norms > bound.norms

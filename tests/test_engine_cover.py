@@ -1,0 +1,79 @@
+"""Every mode is exact or refused: a cover of all factors against plain single-process PyTorch, on 1 to 4 ranks.
+
+One launch a number of ranks, engines rebuilt inside. The whole product: `python -m benchmarks.matrix`.
+"""
+
+import pytest
+
+from sorted_ds.engine.modes import check_modes, is_offloaded
+from sorted_ds.engine.optimizers import check_implementation
+from sorted_ds.errors import UserError
+from tests import cover, exactness
+from tests.cover import FACTORS, NUM_STEPS, SHIPPED, SHIPPED_SETTINGS, Mode
+from tests.exactness import Case
+from tests.spawn import on_ranks
+
+ALLOWED = [setting for setting in cover.settings() if cover.is_allowed(setting)]
+COVER = cover.cover(ALLOWED)
+MODES = [cover.mode_of(setting) for setting in COVER]
+BF16 = [mode for mode in MODES if mode.case.precision == "bf16"]
+
+
+def test_the_cover_has_every_pair_and_every_shipped_json():
+    covered = set().union(*map(cover.wanted, COVER))
+    for setting in ALLOWED:
+        assert cover.wanted(setting) <= covered
+    assert set(SHIPPED_SETTINGS) <= covered
+    assert len(SHIPPED) >= 12
+    assert 30 <= len(COVER) <= 45
+
+
+def check(case: Case) -> None:
+    """What the engine refuses at the start."""
+    check_modes(case.deepspeed(), "ds.json")
+    check_implementation(case.optim, is_offloaded(case.deepspeed()))
+
+
+def test_what_is_not_allowed_is_refused_and_nothing_else():
+    for setting in cover.settings():
+        case = cover.mode_of(setting).case
+        if cover.is_allowed(setting):
+            check(case)
+            continue
+        with pytest.raises(UserError, match=r"Set |or use stage|leave it out"):
+            check(case)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[Mode, dict]:
+    """What the engine made of each mode, and of the twins of those in bf16."""
+    found = {}
+    for num_ranks in FACTORS["num_ranks"]:
+        modes = {mode for mode in (*MODES, *(mode.twin for mode in BF16)) if mode.num_ranks == num_ranks}
+        cases = sorted({mode.case for mode in modes}, key=lambda case: case.name)
+        folder = tmp_path_factory.mktemp(f"{num_ranks}_ranks")
+        results = on_ranks(num_ranks, exactness.run_cases, cases, NUM_STEPS, folder=folder)
+        found.update({mode: results[mode.case.name] for mode in modes})
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_a_mode_trains_as_plain_pytorch_does(trained, mode):
+    error = cover.error(trained[mode], mode)
+    assert not cover.exceeds(error, cover.bounds(mode)), error
+
+
+@pytest.mark.parametrize("mode", BF16, ids=lambda mode: mode.name)
+def test_bf16_is_as_close_as_a_static_network_in_the_same_mode(trained, mode):
+    drawn, static = cover.error(trained[mode], mode), cover.error(trained[mode.twin], mode.twin)
+    if mode.case.optimizer == "sgd":
+        assert drawn.weights <= 2 * static.weights
+    else:
+        assert drawn.moments <= 2 * static.moments
+
+
+def test_offloaded_and_partitioned_weights_were_gathered_and_released(trained):
+    for mode in MODES:
+        if mode.case.stage == 3 and mode.num_ranks > 1:
+            assert trained[mode]["gathers"] > 50
+            assert trained[mode]["released"]
