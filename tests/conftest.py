@@ -1,12 +1,16 @@
-"""Frees what tests leave: DeepSpeed keeps 62 MB of shared memory for every CPU rank, and never frees it."""
+"""One whole run that the tests of training share."""
 
 from pathlib import Path
 
 import pytest
 
+from tests.launched import train
+from tests.runs import run_file
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_shared_memory_is_left():
-    yield
-    for segment in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"):
-        segment.unlink(missing_ok=True)
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Path:
+    """The run file of a run of 8 steps on 2 ranks, uninterrupted."""
+    run = run_file(tmp_path_factory.mktemp("whole"))
+    train(run)
+    return run

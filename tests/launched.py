@@ -1,0 +1,82 @@
+"""Starts real runs, `sorted-ds train` or a launcher by itself, and reads what they leave."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from sorted_ds.checkpoint import read_master_weights
+from sorted_ds.launcher import free_port
+
+ROOT = Path(__file__).parent.parent
+STEPS = 8
+SETTINGS = [f"train.steps={STEPS}", "checkpoint.every_steps=4", "checkpoint.keep_last=9", "log.every_steps=1"]
+SETTINGS += ["eval.every_steps=3", "optim.learning_rate=0.01", "optim.eps=1e-6", "optim.warmup_steps=3"]
+
+
+def command(run: Path, *settings: str, ranks: int = 2) -> list[str]:
+    script = "import sys; from sorted_ds.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", script, "train", str(run), *SETTINGS, *settings, "--ranks", str(ranks)]
+
+
+def train(run: Path, *settings: str, ranks: int = 2, code: int = 0, **kwargs) -> str:
+    """What it says on stderr."""
+    done = subprocess.run(
+        command(run, *settings, ranks=ranks),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        **kwargs,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stderr
+
+
+def run_dir(run: Path) -> Path:
+    return run.parent / "runs" / run.stem
+
+
+def masters(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return read_master_weights(run_dir(run) / "checkpoints" / f"step_{step:08d}")
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def copied(whole: Path, folder: Path, keep_steps: int) -> Path:
+    """The same run as if it had been interrupted after a checkpoint."""
+    shutil.copytree(whole.parent, folder, dirs_exist_ok=True)
+    run = folder / whole.name
+    for path in (run_dir(run) / "checkpoints").iterdir():
+        if path.name > f"step_{keep_steps:08d}":
+            shutil.rmtree(path)
+    shutil.rmtree(run_dir(run) / "model")
+    return run
+
+
+def one_error(said: str) -> str:
+    assert "Traceback" not in said, said
+    errors = [line for line in said.splitlines() if line.startswith("error")]
+    assert len(errors) == 1, said
+    return errors[0]
+
+
+LAUNCHERS = {
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "{port}"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "{port}"],
+}
+
+
+def by_launcher(name: str, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    flags = [flag.format(port=free_port()) for flag in LAUNCHERS[name]]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *flags, script, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )

@@ -1,0 +1,116 @@
+"""What goes wrong in a run is one line, on all ranks, and leaves nothing half done."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.launched import (
+    ROOT,
+    SETTINGS,
+    STEPS,
+    by_launcher,
+    copied,
+    metrics,
+    one_error,
+    run_dir,
+    train,
+)
+from tests.runs import run_file
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=4)
+    said = train(run, "optim.learning_rate=1e30", "optim.clip_norm=0", code=2)
+    errors = [line for line in said.splitlines() if line.startswith("error")]
+    assert len(errors) == 1, said
+    assert "Nothing was saved. Last good checkpoint: " in errors[0]
+    assert errors[0].endswith("step_00000004.")
+    assert sorted(p.name for p in (run_dir(run) / "checkpoints").iterdir()) == ["step_00000004"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_error_and_the_last_good_one_stays(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=4)
+
+    def little_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    said = train(run, code=2, preexec_fn=little_room)
+    assert "the checkpoint could not be written" in one_error(said)
+    assert [p.name for p in (run_dir(run) / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+def test_another_runs_directory_and_a_missing_shard_are_named(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=4)
+    assert "belongs to another run: seed = 17 there, 18 here" in one_error(train(run, "seed=18", code=2))
+    (run_dir(run) / "checkpoints" / "step_00000004" / "rank_0001.safetensors").unlink()
+    assert "rank_0001.safetensors is missing. Delete step_00000004" in one_error(train(run, code=2))
+
+
+def test_a_truncated_token_file_is_named(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=4)
+    path = next((tmp_path / "cache").glob("*/train.bin"))
+    path.write_bytes(path.read_bytes()[:-10])
+    assert "train.bin" in one_error(train(run, code=2))
+
+
+LYING = """
+import os, sys
+from sorted_ds.train import main
+settings = ["schedule.strategy=uniform"] if os.environ["RANK"] == "1" else []
+sys.exit(main([*sys.argv[1:], *settings]))
+"""
+
+
+def test_ranks_that_disagree_are_one_error_before_anything_is_trained(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=0)
+    (tmp_path / "lying.py").write_text(LYING)
+    done = by_launcher("torchrun", str(tmp_path / "lying.py"), str(run), *SETTINGS)
+    assert done.returncode != 0
+    assert 'rank 1 has schedule.strategy = "uniform", rank 0 has "stratified"' in done.stderr
+    assert not list((run_dir(run) / "checkpoints").iterdir())
+
+
+LYING_LATER = """
+import os, sys
+from sorted_ds.schedule import SubNetSchedule
+from sorted_ds.train import main
+draw = SubNetSchedule.draw
+def lie(self, step):
+    return draw(self, step)[:-1] + [self.subnets[0]] if step == 3 else draw(self, step)
+if os.environ["RANK"] == "1":
+    SubNetSchedule.draw = lie
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_that_draw_otherwise_at_a_later_step_are_one_error_within_seconds(whole, tmp_path, stage):
+    run = copied(whole, tmp_path, keep_steps=0)
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    (tmp_path / "lying.py").write_text(LYING_LATER)
+    start = time.perf_counter()
+    done = by_launcher("torchrun", str(tmp_path / "lying.py"), str(run), *SETTINGS)
+    assert time.perf_counter() - start < 120  # a hang would last for minutes
+    assert done.returncode != 0
+    assert "error: ranks disagree: step 3 draws " in done.stderr
+    assert [row["step"] for row in metrics(run) if "loss/training" in row] == [1, 2, 3]
+
+
+def test_a_run_shorter_than_its_checkpoint_is_refused(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=STEPS)
+    assert "train.steps = 5, but" in one_error(train(run, "train.steps=5", code=2))
+
+
+def test_a_rank_alone_is_told_to_prepare_first(tmp_path):
+    run = run_file(tmp_path)
+    env = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "launch/train.py", str(run)], cwd=ROOT, capture_output=True, text=True, check=False, env=env
+    )
+    assert done.returncode == 2
+    assert "Run `sorted-ds prepare" in one_error(done.stderr)

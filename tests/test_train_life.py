@@ -1,0 +1,102 @@
+"""A run that is interrupted, killed, moved or continued gives what the uninterrupted one gives.
+
+Bit-equal on the same number of ranks, equal to rounding on another.
+"""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sorted_ds.cli import main
+from tests.launched import (
+    ROOT,
+    STEPS,
+    command,
+    copied,
+    masters,
+    metrics,
+    run_dir,
+    train,
+)
+
+
+def test_an_interrupted_run_ends_bit_equal(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=4)
+    assert "going on from the checkpoint of step 4" in train(run)
+    before, after = masters(whole), masters(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    exported = [load_file(run_dir(r) / "model" / "model.safetensors") for r in (whole, run)]
+    assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
+    strip = ("speed/tokens_per_second", "speed/step_seconds", "speed/memory_gib", "speed/validation_seconds")
+    lines = [[{k: v for k, v in row.items() if k not in strip} for row in metrics(r)] for r in (whole, run)]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_another_number_of_ranks_ends_equal_to_rounding(whole, tmp_path, ranks):
+    run = copied(whole, tmp_path, keep_steps=4)
+    train(run, ranks=ranks)
+    before, after = masters(whole), masters(run)
+    assert max(float((before[name] - after[name]).abs().max()) for name in before) <= 5e-5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_saves_and_the_run_goes_on_bit_equal(whole, tmp_path, number):
+    run = copied(whole, tmp_path, keep_steps=0)
+    process = subprocess.Popen(command(run), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("step 2/"):
+            process.send_signal(number)
+            break
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    assert "start the run again to go on" in said
+    saved = sorted(path.name for path in (run_dir(run) / "checkpoints").iterdir())
+    assert f"saved {saved[-1]}" in said
+    train(run)
+    before, after = masters(whole), masters(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_equal(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=0)
+    process = subprocess.Popen(command(run), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stderr:
+        if line.startswith("step 6/"):
+            break
+    subprocess.run(["pkill", "-9", "-f", str(run)], check=True)
+    process.wait()
+    time.sleep(0.2)
+    assert "going on from the checkpoint of step 4" in train(run)
+    before, after = masters(whole), masters(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_finished_run_trains_no_more_and_a_longer_one_goes_on(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=STEPS)
+    said = train(run, "train.steps=9")
+    assert "changed since the last start: train.steps: 8 before, 9 now" in said
+    assert "step 9/9" in said
+    assert "step 8/9" not in said
+
+
+def test_a_run_can_be_moved_and_goes_on(whole, tmp_path):
+    run = copied(whole, tmp_path / "before", keep_steps=4)
+    run = (tmp_path / "before").rename(tmp_path / "after") / run.name
+    train(run)
+    before, after = masters(whole), masters(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    moved = run_dir((tmp_path / "after").rename(tmp_path / "again") / run.name)
+    assert main(["eval", str(moved), "--subnets", "d1-g1-f32"]) == 0
+    assert len(json.loads((moved / "subnets.json").read_text())["subnets"]) == 8
+
+
+def test_a_changed_precision_is_told(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=4)
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}))
+    assert "changed since the last start: zero.json.bf16.enabled: not set before, true now" in train(run)
