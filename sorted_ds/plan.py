@@ -13,13 +13,17 @@ import torch
 from sorted_ds.config import Run
 from sorted_ds.data.loader import deal
 from sorted_ds.engine.modes import STAGES, is_bf16, is_offloaded, mode_warnings, stage_of
-from sorted_ds.nested import costs_of
+from sorted_ds.nested import costs_of, union_parameters
 from sorted_ds.resolve import schedule_of
 from sorted_ds.run_file import load_engine_config
-from sorted_ds.space import SubNetSpace
+from sorted_ds.schedule import SubNetSchedule
+from sorted_ds.space import Cost, SubNet, SubNetSpace
+from sorted_ds.traffic import REUSE_DISTANCE, Draws, step_traffic
 
 FEWEST_VISITS = 100
 """Below this many expected draws a sub-network's own weights have hardly been trained."""
+SAMPLED_STEPS = 100
+"""Steps whose draws stand for all in the expected traffic."""
 FORWARD_AND_BACKWARD = 3
 """Times the forward pass's FLOPs: the backward pass costs two."""
 
@@ -101,13 +105,16 @@ class Plan:
     """Rows without targets among those that run."""
     flops: TrainingFlops
     memory: Memory
+    sent_bytes: dict[int, float]
+    """What each rank sends in an optimizer step at each ZeRO stage, on average."""
     warnings: tuple[str, ...]
 
 
 def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
     """The plan of a checked run; `space` and `config` as `resolve` gives them."""
     costs = costs_of(space, config, run.batch.row_tokens)
-    visits = schedule_of(run, costs).expected_visits(run.train.steps)
+    schedule = schedule_of(run, costs)
+    visits = schedule.expected_visits(run.train.steps)
     dealt = deal(run.batch.step_rows, run.schedule.draws, run.batch.micro_batch_rows, num_ranks)
     rows_per_draw = run.batch.step_rows // run.schedule.draws
     engine = load_engine_config(run.engine.deepspeed)
@@ -138,6 +145,7 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
         padded_fraction=dealt.padded_fraction,
         flops=training_flops(planned, run.train.steps * run.batch.step_rows * run.batch.row_tokens),
         memory=memory(engine, run.optim.name, planned[-1].parameters, num_ranks),
+        sent_bytes=sent_bytes(run, engine, schedule, config, costs, dealt.forwards, num_ranks),
         warnings=(*warnings(planned), *mode_warnings(engine, torch.cuda.is_available())),
     )
 
@@ -162,6 +170,23 @@ def memory(engine: dict, optimizer: str, num_parameters: int, num_ranks: int) ->
         bytes_per_parameter=sizes,
         bytes_per_rank={stage: size.per_rank(stage, num_parameters, num_ranks) for stage, size in sizes.items()},
     )
+
+
+def sent_bytes(
+    run: Run, engine: dict, schedule: SubNetSchedule, config, costs: dict[SubNet, Cost], forwards: int, num_ranks: int
+) -> dict[int, float]:
+    """Bytes that a rank sends in a step at each stage, averaged over the draws of the first steps."""
+    distance = engine.get("zero_optimization", {}).get("stage3_max_reuse_distance", REUSE_DISTANCE)
+    full = costs[schedule.subnets[-1]].parameters
+    steps = [schedule.draw(step) for step in range(min(SAMPLED_STEPS, run.train.steps))]
+    unions = union_parameters(steps, config)
+    sampled = [Draws([costs[s].parameters for s in step], u, forwards) for step, u in zip(steps, unions, strict=True)]
+    settings = (is_bf16(engine), full)
+    kept = (int(distance), run.model.activation_checkpointing)
+    return {
+        stage: sum(step_traffic(stage, *settings, draws, *kept).sent(num_ranks) for draws in sampled) / len(steps)
+        for stage in STAGES
+    }
 
 
 def state_bytes(stage: int, bf16: bool, optimizer: str, offload: bool = False) -> StateBytes:

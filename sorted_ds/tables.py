@@ -9,7 +9,7 @@ from rich.table import Table
 from sorted_ds.model_dir import Measured
 
 if TYPE_CHECKING:
-    from sorted_ds.plan import Memory, Plan
+    from sorted_ds.plan import Plan
 
 GIB = 2**30
 WIDTH_IN_A_FILE = 120
@@ -78,14 +78,16 @@ def plan_table(plan: "Plan") -> Table:
     return table
 
 
-def memory_table(memory: "Memory") -> Table:
-    """Model states per rank, a line for each ZeRO stage; the run's own is marked."""
-    table = _table("ZeRO stage", "weights", "gradients", "optimizer", "per rank")
+def stage_table(plan: "Plan") -> Table:
+    """Model states per rank and what it sends in a step, a line for each ZeRO stage; the run's own is marked."""
+    memory = plan.memory
+    table = _table("ZeRO stage", "weights", "gradients", "optimizer", "per rank", "sent in a step")
     for stage, size in memory.bytes_per_parameter.items():
         table.add_row(
             f"{stage}{'  (this run)' if stage == memory.chosen_stage else ''}",
             *(f"{part} B" for part in (size.weights, size.gradients, size.optimizer)),
             f"{memory.bytes_per_rank[stage] / GIB:,.3g} GiB",
+            f"{plan.sent_bytes[stage] / GIB:,.3g} GiB",
         )
     return table
 
@@ -118,13 +120,14 @@ def compute_lines(plan: "Plan", tflops: float | None) -> Iterator[str]:
         yield f"  hours of this run at {tflops:g} TFLOP/s of each of {plan.num_ranks} ranks: {hours:,.3g}"
 
 
-def memory_line(plan: "Plan") -> str:
-    """What the memory table counts."""
+def stage_line(plan: "Plan") -> str:
+    """What the table of stages counts."""
     offload = ", and offload keeps the first on the CPU" if plan.memory.offload else ""
     return (
         f"Model states per GPU in {plan.memory.precision}, bytes per parameter, {human(plan.subnets[-1].parameters)} "
         f"parameters on {plan.num_ranks} ranks. Stage 1 shares out the optimizer's part, 2 the gradients too, "
-        f"3 the weights too{offload}; activations and buffers come on top."
+        f"3 the weights too{offload}; activations and buffers come on top. Sent by each rank in an optimizer step, on "
+        "average: gradients and gathered weights, which grow with the number of draws at stages 2 and 3 alone."
     )
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sorted_ds.nested import costs_of, extract, nest, sorted_by_cost
+from sorted_ds.nested import costs_of, extract, nest, sorted_by_cost, union_parameters
+from sorted_ds.nested.weights import is_drawn, slices_of
 from tests.families import SPACE, VARIANTS, tiny_config, tiny_model, tokens
 
 ROW_TOKENS = 16
@@ -63,3 +64,12 @@ def test_longer_rows_cost_attention_alone():
     assert (
         long.flops_per_token - short.flops_per_token == 4 * 4 * 16 * 8 * 12
     )  # layers, 2 x 2 FLOPs, tokens, heads, dim
+
+
+def test_the_union_of_draws_counts_each_parameter_once():
+    model = nest(tiny_model("llama"), SPACE)
+    for names in (["d4-g1-f32", "d2-g4-f112"], ["d4-g4-f112", "d2-g1-f80"], ["d2-g3-f32", "d2-g1-f112", "d4-g1-f80"]):
+        draws = [SPACE[name] for name in names]
+        parts = slices_of(model)
+        used = {n: p for n, p in model.named_parameters() if any(is_drawn(n, parts[n], s, model) for s in draws)}
+        assert union_parameters([draws], model.config) == [sum(p.numel() for p in used.values())]

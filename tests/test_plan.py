@@ -65,6 +65,17 @@ def test_memory_falls_with_the_stage_and_is_one_ranks_at_stage_0(tmp_path):
     assert (plan.memory.precision, plan.memory.chosen_stage) == ("fp32", 1)
 
 
+def test_what_is_sent_follows_from_the_draws(tmp_path):
+    plan = planned(tmp_path, num_ranks=4)
+    full, draws = plan.subnets[-1].parameters, sum(s.share_of_draws * s.parameters for s in plan.subnets)
+    drawn = 4 * plan.draws * plan.forwards_per_draw * draws
+    assert plan.sent_bytes[0] == pytest.approx(2 * 4 * full * 3 / 4)
+    assert plan.sent_bytes[1] <= (4 + 2 * 4) * full * 3 / 4
+    assert plan.sent_bytes[2] == pytest.approx((4 * full + 2 * drawn) * 3 / 4, rel=0.01)
+    assert plan.sent_bytes[3] == pytest.approx(2 * drawn * 3 / 4, rel=0.01)
+    assert set(planned(tmp_path / "alone", num_ranks=1).sent_bytes.values()) == {0}
+
+
 def test_bf16_and_sgd_change_the_bytes():
     adamw, sgd = state_bytes(2, True, "adamw"), state_bytes(2, True, "sgd")
     assert (adamw.weights, adamw.gradients, adamw.optimizer) == (2, 4, 12)

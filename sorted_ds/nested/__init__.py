@@ -1,6 +1,6 @@
 """Nested models: a Hugging Face model that runs any sub-network. One device; knows nothing of ranks or DeepSpeed."""
 
-from sorted_ds.nested.costs import costs_of, sorted_by_cost
+from sorted_ds.nested.costs import costs_of, sorted_by_cost, union_parameters
 from sorted_ds.nested.nest import NestedModel, extract, nest
 
-__all__ = ["NestedModel", "costs_of", "extract", "nest", "sorted_by_cost"]
+__all__ = ["NestedModel", "costs_of", "extract", "nest", "sorted_by_cost", "union_parameters"]

@@ -5,6 +5,7 @@ Counts come from one layer built on the meta device (no memory, a few ms), so a 
 """
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -20,6 +21,12 @@ def costs_of(space: SubNetSpace, config: PreTrainedConfig, row_tokens: int) -> d
     """The cost of every sub-network, attention counted over `row_tokens` positions."""
     counted = _LayerCounts(config)
     return {subnet: counted.cost(subnet, row_tokens) for subnet in space}
+
+
+def union_parameters(steps: Iterable[Sequence[SubNet]], config: PreTrainedConfig) -> list[int]:
+    """For the draws of each step: parameters that any of them uses, each counted once."""
+    counted = _LayerCounts(config)
+    return [counted.union(draws) for draws in steps]
 
 
 def sorted_by_cost(space: SubNetSpace, config: PreTrainedConfig) -> SubNetSpace:
@@ -51,9 +58,20 @@ class _LayerCounts:
         self.shared_parameters = _numel(model.parameters()) - _numel(layer.parameters())
         self.head_products = model.get_output_embeddings().weight.numel()
 
+    def layer_parameters(self, groups: int, ffn: int) -> int:
+        return self.fixed_parameters + self.group_parameters * groups + self.ffn_parameters * ffn
+
+    def union(self, draws: Sequence[SubNet]) -> int:
+        total, lower = self.shared_parameters, 0
+        for depth in sorted({subnet.depth for subnet in draws}):
+            deep = [subnet for subnet in draws if subnet.depth >= depth]
+            widest = (max(subnet.groups for subnet in deep), max(subnet.ffn for subnet in deep))
+            total += (depth - lower) * self.layer_parameters(*widest)
+            lower = depth
+        return total
+
     def cost(self, subnet: SubNet, row_tokens: int) -> Cost:
-        widths = self.group_parameters * subnet.groups + self.ffn_parameters * subnet.ffn
-        layers = subnet.depth * (self.fixed_parameters + widths)
+        layers = subnet.depth * self.layer_parameters(subnet.groups, subnet.ffn)
         products = self.group_products * subnet.groups + self.ffn_products * subnet.ffn
         heads = subnet.groups * queries_per_group(self.config)
         attention = 4 * row_tokens * heads * head_dim(self.config)
