@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from unittest import mock
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -22,6 +21,7 @@ from sorted_ds.nested.layout import is_laid_out
 from sorted_ds.nested.weights import hf_tensors
 from sorted_ds.space import SubNetSpace
 from tests import reference
+from tests.traffic import counted
 
 SPACE = SubNetSpace.grid(depths=[1, 2, 3], groups=[1, 2, 4], ffn=[16, 32, 64])
 LARGE, MIDDLE, SMALL = SPACE["d3-g4-f64"], SPACE["d2-g2-f32"], SPACE["d1-g1-f16"]
@@ -153,49 +153,6 @@ def reference_weights(case: Case, num_ranks: int, num_steps: int, skip_unused: b
     return {"weights": model.state_dict(), "norms": norms, "moments": moments}
 
 
-class Traffic:
-    """Counts DeepSpeed's collectives, and the elements that they gather and reduce, while they happen."""
-
-    GATHERS = ("all_gather", "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced")
-    REDUCES = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_base")
-
-    def __init__(self) -> None:
-        self.gathers = self.reduces = self.gathered = self.reduced = 0
-
-    def __enter__(self) -> "Traffic":
-        backend = deepspeed.comm.comm.cdb
-        self._patches = [
-            self._patch(backend, name) for name in (*self.GATHERS, *self.REDUCES) if hasattr(backend, name)
-        ]
-        for patch in self._patches:
-            patch.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        for patch in self._patches:
-            patch.stop()
-
-    def _patch(self, backend, name: str):
-        original = getattr(backend, name)
-
-        def counted(*args, **kwargs):
-            self.gathers += name in self.GATHERS
-            self.reduces += name in self.REDUCES
-            whole = max(map(numel, (*args, *kwargs.values())))  # what is gathered into, or reduced from
-            self.gathered += whole * (name in self.GATHERS)
-            self.reduced += whole * (name in self.REDUCES)
-            return original(*args, **kwargs)
-
-        return mock.patch.object(backend, name, counted)
-
-
-def numel(value) -> int:
-    """Of a tensor or a list of them; anything else has none."""
-    if isinstance(value, list | tuple):
-        return sum(map(numel, value))
-    return value.numel() if isinstance(value, torch.Tensor) else 0
-
-
 PARTS = ("own_accumulation", "clean_accumulators", "both", "summed_loss")
 """Own accumulation and clean accumulators matter at stage 3, alone and together; the summed loss at every stage."""
 
@@ -274,13 +231,13 @@ def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
 
 def _one_micro_batch(engine: Engine, micro_batch: reference.MicroBatch, num_targets: int, seen: dict) -> None:
     subnet, ids, labels = micro_batch
-    with Traffic() as traffic:
+    with counted() as traffic:
         loss = engine.forward(ids, labels, subnet)
-        seen["gathers"] += traffic.gathers
+        seen["gathers"] += traffic.calls["gather"]
         seen["released"] |= engine.model.model.layers[0].mlp.up_proj.blocks[0].weight.numel() == 0
-        before = traffic.reduces
         engine.backward(loss / num_targets)
-        seen["reduces_in_backward"] = max(seen["reduces_in_backward"], traffic.reduces - before)
+        num_reduces = traffic.calls["reduce"] + traffic.calls["scatter"]
+        seen["reduces_in_backward"] = max(seen["reduces_in_backward"], num_reduces)
 
 
 def gather_state(engine, ranks, value_of) -> dict[str, torch.Tensor]:

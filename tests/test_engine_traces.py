@@ -7,8 +7,9 @@ import torch
 
 from sorted_ds.engine import Engine
 from sorted_ds.nested import extract, nest
-from tests.exactness import DEEP, LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, VOCAB, WIDE, Case, Traffic, plain_model
+from tests.exactness import DEEP, LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, VOCAB, WIDE, Case, plain_model
 from tests.spawn import on_ranks
+from tests.traffic import counted
 
 CASES = [
     Case(3),
@@ -41,17 +42,17 @@ def one_pass(engine: Engine, subnet, training: bool) -> None:
 
 
 def traffic(ranks, cases: list[Case]) -> dict:
-    """Of each case: for each visit, calls and elements gathered and reduced in training, gathered in evaluation."""
+    """Of each case: for each visit, calls and bytes gathered and bytes reduced in training, gathered in evaluation."""
     found = {}
     for case in cases:
         engine = engine_of(ranks, case)
         rows = []
         for subnet in VISITS:
-            with Traffic() as trained:
+            with counted() as trained:
                 one_pass(engine, subnet, training=True)
-            with Traffic() as evaluated:
+            with counted() as evaluated:
                 one_pass(engine, subnet, training=False)
-            rows.append((trained.gathers, trained.gathered, trained.reduced, evaluated.gathered))
+            rows.append((trained.calls["gather"], trained.gathered, trained.reduced, evaluated.gathered))
         one_pass(engine, SMALL, training=False)
         found[case.name] = rows, engine._traces.num_invalidated
     return found
@@ -63,9 +64,9 @@ def measured(tmp_path_factory):
 
 
 def active(case: Case) -> Iterator[int]:
-    """Elements of the plain model of each visit's size, counted on the extracted model."""
+    """Bytes of the plain model of each visit's size, counted on the extracted model."""
     model = nest(plain_model(case), SPACE)
-    return (sum(p.numel() for p in extract(model, subnet).parameters()) for subnet in VISITS)
+    return (sum(p.nbytes for p in extract(model, subnet).parameters()) for subnet in VISITS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -79,14 +80,14 @@ def test_evaluation_gathers_exactly_the_active_parameters_once(measured, case):
 
 
 def test_tied_embeddings_are_gathered_at_most_once_more_for_the_head(measured):
-    for row, elements in zip(measured[CASES[-1].name][0], active(CASES[-1]), strict=True):
-        assert elements <= row[3] <= elements + VOCAB * 32
+    for row, num_bytes in zip(measured[CASES[-1].name][0], active(CASES[-1]), strict=True):
+        assert num_bytes <= row[3] <= num_bytes + 4 * VOCAB * 32
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_training_gathers_the_active_parameters_at_most_for_forward_and_backward(measured, case):
-    for row, elements in zip(measured[case.name][0], active(case), strict=True):
-        assert elements <= row[1] <= (3 if case.checkpointing else 2) * elements
+    for row, num_bytes in zip(measured[case.name][0], active(case), strict=True):
+        assert num_bytes <= row[1] <= (3 if case.checkpointing else 2) * num_bytes
 
 
 def test_prefetch_gathers_in_fewer_calls_from_the_first_visit_on(measured):

@@ -1,0 +1,57 @@
+"""What `plan` says ranks exchange is what they exchange: every collective of a step counted, at every stage."""
+
+import pytest
+import torch
+
+from sorted_ds.config import Optim
+from sorted_ds.engine import Engine
+from sorted_ds.nested import costs_of, nest, union_parameters
+from sorted_ds.traffic import Draws, step_traffic
+from tests.exactness import LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, Case, plain_model
+from tests.spawn import on_ranks
+from tests.traffic import counted
+
+STEPS = [(LARGE, SMALL, MIDDLE), (SMALL, SMALL), (MIDDLE, SMALL)]
+MODES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+SMALL_CHANGE = 200
+"""Bytes of norms and overflow flags that a step exchanges besides."""
+
+
+def exchanged(ranks) -> dict:
+    """Of each mode and step: bytes by kind."""
+    return {mode: of_mode(ranks, *mode) for mode in MODES}
+
+
+def of_mode(ranks, stage: int, precision: str) -> list[dict[str, int]]:
+    config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    config |= {"bf16": {"enabled": True}} if precision == "bf16" else {}
+    model = nest(plain_model(Case(stage)), SPACE).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    engine = Engine(model, config, "test.json", Optim(), 2, ranks)
+    engine.warm_up(2, ROW_TOKENS)
+    ids = torch.zeros(2, ROW_TOKENS, dtype=torch.int64)
+    found = []
+    for draws in STEPS:
+        with counted() as traffic:
+            for subnet in draws:
+                engine.backward(engine.forward(ids, ids, subnet))
+            engine.step(0.0)
+        found.append(traffic.bytes)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return on_ranks(2, exchanged, folder=tmp_path_factory.mktemp("exchanged"))
+
+
+@pytest.mark.parametrize(("stage", "precision"), MODES)
+def test_the_formula_is_what_is_counted(found, stage, precision):
+    config = plain_model(Case(stage)).config
+    costs = costs_of(SPACE, config, ROW_TOKENS)
+    for draws, counted_bytes in zip(STEPS, found[stage, precision], strict=True):
+        sizes = Draws([costs[s].parameters for s in draws], union_parameters([draws], config)[0], forwards=1)
+        told = step_traffic(stage, precision == "bf16", costs[SPACE.full].parameters, sizes)
+        assert counted_bytes["gather"] == pytest.approx(told.gathered, rel=1e-3)
+        assert told.reduced <= counted_bytes["reduce"] <= told.reduced + SMALL_CHANGE
+        assert counted_bytes["scatter"] == pytest.approx(told.scattered, rel=1e-3)
+        assert counted_bytes["broadcast"] == 0
