@@ -1,12 +1,14 @@
-"""Prints what a draw gathers and reduces, against its active parameters and a static network of its size: `make bench`.
+"""Prints what a draw gathers, reduces and broadcasts, against a static network of its size: `make bench`.
 
-Two gloo ranks, fp32, no parameter persistent, one micro-batch of each sub-network. Static: the extracted plain model
-under plain DeepSpeed with the same settings, in its third pass. Elements, so bytes are 4 times as many in fp32; the
-optimizer step, which is full size at every draw, is left out.
+fp32, nothing persistent. Of each sub-network: one micro-batch (forward and backward) and the optimizer step after it,
+as multiples of the bytes of its active parameters, with the number of calls. Static: the extracted plain model under
+plain DeepSpeed with the same settings, in its third step. `--stages 0 1 2 3 --ranks 2`.
 """
 
+import argparse
 import copy
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
@@ -18,9 +20,9 @@ from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.loss import SummedLoss
 from sorted_ds.nested import NestedModel, extract, nest
-from sorted_ds.space import SubNet, SubNetSpace
-from tests.exactness import Traffic
+from sorted_ds.space import SubNetSpace
 from tests.spawn import on_ranks
+from tests.traffic import Traffic, counted
 
 SPACE = SubNetSpace.grid(depths=[2, 4, 8], groups=[1, 2, 4], ffn=[96, 192, 384])
 VISITED = ["d2-g1-f96", "d8-g1-f96", "d2-g4-f384", "d4-g2-f192", "d4-g4-f96", "d8-g2-f192", "d8-g4-f192", "d8-g4-f384"]
@@ -29,8 +31,9 @@ ZERO = {
     "stage3_param_persistence_threshold": 0,
     "stage3_prefetch_bucket_size": 500_000,
     "stage3_max_reuse_distance": 0,
-    "overlap_comm": True,
 }
+Visit = tuple[Traffic, Traffic]
+"""Of a micro-batch, and of the step after it."""
 
 
 def nested_model() -> NestedModel:
@@ -47,66 +50,84 @@ def nested_model() -> NestedModel:
 
 
 def settings(stage: int) -> dict:
-    return {"zero_optimization": {"stage": stage, **ZERO}}
+    return {"zero_optimization": {"stage": stage, "overlap_comm": stage > 1, **ZERO}}
 
 
-def of_draws(ranks, stage: int) -> dict[str, tuple[Traffic, Traffic]]:
-    """Of each sub-network: the traffic of its first visit and of a later one."""
+def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], object]) -> Visit:
+    ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
+    with counted() as in_micro_batch:
+        micro_batch(ids)
+    with counted() as in_step:
+        step()
+    return in_micro_batch, in_step
+
+
+def of_draws(ranks, stage: int) -> dict[str, list[Visit]]:
+    """Of each sub-network: its first visit and a later one."""
     engine = Engine(nested_model(), settings(stage), "benchmark", Optim(), ROWS, ranks)
     engine.warm_up(ROWS, ROW_TOKENS)
-    ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
-    visits: dict[str, list[Traffic]] = {name: [] for name in VISITED}
+    visits: dict[str, list[Visit]] = {name: [] for name in VISITED}
     for name in VISITED * 2:
-        with Traffic() as traffic:
-            engine.backward(engine.forward(ids, ids, SPACE[name]))
-        visits[name].append(traffic)
-        engine.step(0.0)
-    if engine._traces is not None:
-        assert engine._traces.num_invalidated == 0
-    return {name: tuple(map(plain, found)) for name, found in visits.items()}
+        subnet = SPACE[name]
+        micro_batch = lambda ids, subnet=subnet: engine.backward(engine.forward(ids, ids, subnet))  # noqa: E731
+        visits[name].append(visit(micro_batch, lambda: engine.step(0.0)))
+    assert engine._traces is None or engine._traces.num_invalidated == 0
+    return visits
 
 
-def of_static(ranks, stage: int) -> dict[str, tuple]:
-    """Of each sub-network: the traffic of the extracted model in plain DeepSpeed."""
-    return {name: plain(static(ranks, stage, SPACE[name])) for name in VISITED}
+def of_static(ranks, stage: int) -> dict[str, Visit]:
+    """Of each sub-network: the extracted model in plain DeepSpeed."""
+    return {name: static(ranks, stage, name) for name in VISITED}
 
 
-def static(ranks, stage: int, subnet: SubNet) -> Traffic:
-    loss = SummedLoss(extract(nested_model(), subnet))
-    config = complete(settings(stage), ROWS, ranks.size, 1.0)
+def static(ranks, stage: int, name: str) -> Visit:
+    loss = SummedLoss(extract(nested_model(), name))
+    config = copy.deepcopy(complete(settings(stage), ROWS, ranks.size, 1.0))
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
-    engine, *_ = deepspeed.initialize(
-        model=loss, optimizer=optimizer, config=copy.deepcopy(config), dist_init_required=False
-    )
-    ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
-    for _ in range(3):
-        with Traffic() as traffic:
-            engine.backward(engine(ids, ids))
-        engine.step()
-    return traffic
+    engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config, dist_init_required=False)
+    return [visit(lambda ids: engine.backward(engine(ids, ids)), engine.step) for _ in range(3)][-1]
 
 
-def plain(traffic: Traffic) -> tuple[int, int, int]:
-    return traffic.gathered, traffic.gathers, traffic.reduced
+def active_bytes(name: str) -> int:
+    return sum(p.nbytes for p in extract(nested_model(), name).parameters())
 
 
-def active(name: str) -> int:
-    return sum(p.numel() for p in extract(nested_model(), name).parameters())
+def row(name: str, first: Visit, later: Visit, fixed: Visit) -> str:
+    size = active_bytes(name)
+    cells = [f"{name:13}{size:>11,}"]
+    cells += [f"{each[0].gathered / size:>9.3f}" for each in (later, first, fixed)]
+    cells += [f"{each[0].reduced / size:>9.3f}" for each in (later, fixed)]
+    cells += [f"{later[0].bytes['broadcast'] / size:>6.3f}"]
+    cells += [f"{sum(each[0].calls.values()):>7}" for each in (later, fixed)]
+    cells += [f"{kind(each[1]) / size:>9.3f}" for kind in (gathered, reduced) for each in (later, fixed)]
+    return "".join(cells)
+
+
+def gathered(traffic: Traffic) -> int:
+    return traffic.gathered
+
+
+def reduced(traffic: Traffic) -> int:
+    return traffic.reduced
 
 
 def main() -> None:
-    heading = f"{'sub-network':13}{'active':>10}{'gathered':>10}{'first':>8}{'calls':>7}{'static':>8}{'calls':>7}"
-    for stage in (2, 3):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--ranks", type=int, default=2)
+    args = parser.parse_args()
+    for stage in args.stages:
         with tempfile.TemporaryDirectory() as folder:
-            draws = on_ranks(2, of_draws, stage, folder=Path(folder) / "draws")
-            statics = on_ranks(2, of_static, stage, folder=Path(folder) / "static")
-        print(f"\nZeRO stage {stage}: gathered and reduced as multiples of the active parameters\n")
-        print(heading + f"{'reduced':>9}{'static':>8}")
+            draws = on_ranks(args.ranks, of_draws, stage, folder=Path(folder) / "draws")
+            statics = on_ranks(args.ranks, of_static, stage, folder=Path(folder) / "static")
+        print(f"\nZeRO stage {stage}, {args.ranks} ranks: multiples of the bytes of the active parameters\n")
+        print(f"{'':24}{'micro-batch:':>13}{'':59}{'step:':>7}")
+        print(
+            f"{'sub-network':13}{'active':>11}{'gathered':>9}{'first':>9}{'static':>9}{'reduced':>9}{'static':>9}"
+            f"{'bcast':>6}{'calls':>7}{'static':>7}{'gathered':>9}{'static':>9}{'reduced':>9}{'static':>9}"
+        )
         for name in VISITED:
-            size, (first, later), fixed = active(name), draws[name], statics[name]
-            row = f"{name:13}{size:>10,}{later[0] / size:>10.3f}{first[0] / size:>8.3f}{later[1]:>7}"
-            row += f"{fixed[0] / size:>8.3f}{fixed[1]:>7}{later[2] / size:>9.3f}{fixed[2] / size:>8.3f}"
-            print(row)
+            print(row(name, *draws[name], statics[name]), flush=True)
 
 
 if __name__ == "__main__":
