@@ -1,0 +1,7 @@
+"""Larger spaces."""
+
+
+def print_table(args, setting): ...
+
+
+def print_python_table(size): ...
