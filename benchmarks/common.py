@@ -1,7 +1,7 @@
 """What the benchmarks share: their models, timing in turns, the interval of a median, and what ran.
 
-A time is the slowest rank's: ranks meet before and after, and a CUDA device is waited for. What is compared runs in turns
-within one process, in an order that changes from round to round, and ratios are taken within a round.
+A time is the slowest rank's: ranks meet before and after, and a CUDA device is waited for. What is compared runs in
+turns within one process, in an order that changes from round to round, and ratios are taken within a round.
 """
 
 import copy

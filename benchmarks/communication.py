@@ -11,20 +11,20 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common import SIZES, nested_llama
 from sorted_ds.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.loss import SummedLoss
-from sorted_ds.nested import NestedModel, extract, nest
-from sorted_ds.space import SubNet, SubNetSpace
+from sorted_ds.nested import extract
+from sorted_ds.space import SubNet
 from tests.exactness import Traffic
 from tests.spawn import on_ranks
 
-SPACE = SubNetSpace.grid(depths=[2, 4, 8], groups=[1, 2, 4], ffn=[96, 192, 384])
+SIZE = SIZES["tiny"]
+SPACE = SIZE.space()
 VISITED = ["d2-g1-f96", "d8-g1-f96", "d2-g4-f384", "d4-g2-f192", "d4-g4-f96", "d8-g2-f192", "d8-g4-f192", "d8-g4-f384"]
-ROWS, ROW_TOKENS, VOCAB = 2, 64, 512
 ZERO = {
     "stage3_param_persistence_threshold": 0,
     "stage3_prefetch_bucket_size": 500_000,
@@ -33,28 +33,15 @@ ZERO = {
 }
 
 
-def nested_model() -> NestedModel:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=VOCAB,
-    )
-    return nest(LlamaForCausalLM(config), SPACE)
-
-
 def settings(stage: int) -> dict:
     return {"zero_optimization": {"stage": stage, **ZERO}}
 
 
 def of_draws(ranks, stage: int) -> dict[str, tuple[Traffic, Traffic]]:
     """Of each sub-network: the traffic of its first visit and of a later one."""
-    engine = Engine(nested_model(), settings(stage), "benchmark", Optim(), ROWS, ranks)
-    engine.warm_up(ROWS, ROW_TOKENS)
-    ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
+    engine = Engine(nested_llama(SIZE), settings(stage), "benchmark", Optim(), SIZE.rows, ranks)
+    engine.warm_up(SIZE.rows, SIZE.row_tokens)
+    ids = torch.zeros(SIZE.rows, SIZE.row_tokens, dtype=torch.int64)
     visits: dict[str, list[Traffic]] = {name: [] for name in VISITED}
     for name in VISITED * 2:
         with Traffic() as traffic:
@@ -72,13 +59,13 @@ def of_static(ranks, stage: int) -> dict[str, tuple]:
 
 
 def static(ranks, stage: int, subnet: SubNet) -> Traffic:
-    loss = SummedLoss(extract(nested_model(), subnet))
-    config = complete(settings(stage), ROWS, ranks.size, 1.0)
+    loss = SummedLoss(extract(nested_llama(SIZE), subnet))
+    config = complete(settings(stage), SIZE.rows, ranks.size, 1.0)
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(
         model=loss, optimizer=optimizer, config=copy.deepcopy(config), dist_init_required=False
     )
-    ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
+    ids = torch.zeros(SIZE.rows, SIZE.row_tokens, dtype=torch.int64)
     for _ in range(3):
         with Traffic() as traffic:
             engine.backward(engine(ids, ids))
@@ -91,7 +78,7 @@ def plain(traffic: Traffic) -> tuple[int, int, int]:
 
 
 def active(name: str) -> int:
-    return sum(p.numel() for p in extract(nested_model(), name).parameters())
+    return sum(p.numel() for p in extract(nested_llama(SIZE), name).parameters())
 
 
 def main() -> None:

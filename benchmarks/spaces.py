@@ -1,8 +1,8 @@
 """24, 160 and 1,000 sub-networks in the space of one model: does a step, the start or the memory grow with them?
 
-What may grow is the number of blocks, one for each width step of each matrix, not with the number of sub-networks: a
-space of 1,000 has 25 feed-forward widths where one of 24 has 3. Engines of the three live in one process, and each round
-times the full network and one sub-network that all three hold, in each of them and extracted under plain DeepSpeed.
+What may grow is the number of blocks, one for each width step of each matrix, not that of sub-networks: the space of
+1,000 has 25 feed-forward widths where that of 24 has 3. Engines of the three live in one process, and each round times
+the full network and one sub-network that all three hold, in each of them and extracted under plain DeepSpeed.
 """
 
 import gc

@@ -104,7 +104,7 @@ class Optim(Section):
     """The optimizer and its learning rate. Norms, biases and embeddings are not decayed."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW (fused on CUDA), or SGD without momentum."""
+    """AdamW (fused), or SGD without momentum."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """At its peak."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

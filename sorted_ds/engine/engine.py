@@ -60,7 +60,7 @@ class Engine:
         with redirect_stdout(StringIO()):  # on the CPU it tells that it built its ops
             self.deepspeed, *_ = deepspeed.initialize(
                 model=loss,
-                optimizer=_optimizer(loss, optim, ranks.device),
+                optimizer=_optimizer(loss, optim),
                 config=copy.deepcopy(self.deepspeed_config),
                 dist_init_required=False,
             )
@@ -183,9 +183,7 @@ class Engine:
             state = self._base_optimizer.state[flat]
             state.clear()
             if state_keys:
-                state["step"] = torch.tensor(
-                    float(steps_taken), device=flat.device if _is_fused(self._base_optimizer) else "cpu"
-                )
+                state["step"] = torch.tensor(float(steps_taken), device=flat.device)  # where fused AdamW keeps it
             state.update({key: torch.zeros_like(flat) for key in state_keys})
 
     def publish(self) -> None:
@@ -193,7 +191,7 @@ class Engine:
         publish_masters(self.deepspeed)
 
 
-def _optimizer(module: nn.Module, optim: Optim, device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """AdamW or SGD. Norms, biases and embeddings are not decayed: only matrices that multiply activations are.
 
     The order of parameters is that of the module, so that a layer's blocks lie side by side in ZeRO's flat buffers.
@@ -212,7 +210,3 @@ def _optimizer(module: nn.Module, optim: Optim, device: torch.device) -> torch.o
 
 def _is_like(value: object, flat: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == flat.shape
-
-
-def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer.defaults.get("fused"))
