@@ -13,20 +13,19 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common import SIZES, nested_llama
 from sorted_ds.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.loss import SummedLoss
-from sorted_ds.nested import NestedModel, extract, nest
-from sorted_ds.space import SubNetSpace
+from sorted_ds.nested import extract
 from tests.spawn import on_ranks
 from tests.traffic import Traffic, counted
 
-SPACE = SubNetSpace.grid(depths=[2, 4, 8], groups=[1, 2, 4], ffn=[96, 192, 384])
+SIZE = SIZES["tiny"]
+SPACE = SIZE.space()
 VISITED = ["d2-g1-f96", "d8-g1-f96", "d2-g4-f384", "d4-g2-f192", "d4-g4-f96", "d8-g2-f192", "d8-g4-f192", "d8-g4-f384"]
-ROWS, ROW_TOKENS, VOCAB = 2, 64, 512
 ZERO = {
     "stage3_param_persistence_threshold": 0,
     "stage3_prefetch_bucket_size": 500_000,
@@ -36,25 +35,12 @@ Visit = tuple[Traffic, Traffic]
 """Of a micro-batch, and of the step after it."""
 
 
-def nested_model() -> NestedModel:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=VOCAB,
-    )
-    return nest(LlamaForCausalLM(config), SPACE)
-
-
 def settings(stage: int) -> dict:
     return {"zero_optimization": {"stage": stage, "overlap_comm": stage > 1, **ZERO}}
 
 
 def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], object]) -> Visit:
-    ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
+    ids = torch.zeros(SIZE.rows, SIZE.row_tokens, dtype=torch.int64)
     with counted() as in_micro_batch:
         micro_batch(ids)
     with counted() as in_step:
@@ -64,8 +50,8 @@ def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], obje
 
 def of_draws(ranks, stage: int) -> dict[str, list[Visit]]:
     """Of each sub-network: its first visit and a later one."""
-    engine = Engine(nested_model(), settings(stage), "benchmark", Optim(), ROWS, ranks)
-    engine.warm_up(ROWS, ROW_TOKENS)
+    engine = Engine(nested_llama(SIZE), settings(stage), "benchmark", Optim(), SIZE.rows, ranks)
+    engine.warm_up(SIZE.rows, SIZE.row_tokens)
     visits: dict[str, list[Visit]] = {name: [] for name in VISITED}
     for name in VISITED * 2:
         subnet = SPACE[name]
@@ -81,15 +67,15 @@ def of_static(ranks, stage: int) -> dict[str, Visit]:
 
 
 def static(ranks, stage: int, name: str) -> Visit:
-    loss = SummedLoss(extract(nested_model(), name))
-    config = copy.deepcopy(complete(settings(stage), ROWS, ranks.size, 1.0))
+    loss = SummedLoss(extract(nested_llama(SIZE), name))
+    config = copy.deepcopy(complete(settings(stage), SIZE.rows, ranks.size, 1.0))
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config, dist_init_required=False)
     return [visit(lambda ids: engine.backward(engine(ids, ids)), engine.step) for _ in range(3)][-1]
 
 
 def active_bytes(name: str) -> int:
-    return sum(p.nbytes for p in extract(nested_model(), name).parameters())
+    return sum(p.nbytes for p in extract(nested_llama(SIZE), name).parameters())
 
 
 def row(name: str, first: Visit, later: Visit, fixed: Visit) -> str:

@@ -107,7 +107,7 @@ class Optim(Section):
     """AdamW, or SGD without momentum."""
     implementation: Literal["auto", "torch", "fused", "cpu_adam"] = "auto"
     """Whose AdamW: torch's, torch's fused one, or (`cpu_adam`) DeepSpeed's, for an optimizer that is offloaded. `auto`
-    on CUDA: fused, or `cpu_adam` with offload; on the CPU torch's."""
+    is the fused one, and `cpu_adam` on CUDA with offload."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """At its peak."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

@@ -33,7 +33,7 @@ class SubNetSchedule:
         """How many draws each sub-network gets in `num_steps`, on average over seeds."""
         fixed = {"sandwich": (self.subnets[-1], self.subnets[0]), "full_plus": (self.subnets[-1],)}
         always = fixed.get(self.strategy, ())
-        shared = _others(self.subnets) if self.strategy == "full_plus" else self.subnets
+        shared = frozenset(_others(self.subnets) if self.strategy == "full_plus" else self.subnets)
         each = num_steps * (self.draws - len(always)) / len(shared)
         visits = {subnet: each if subnet in shared else 0.0 for subnet in self.subnets}
         for subnet in always:

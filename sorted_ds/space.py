@@ -76,7 +76,8 @@ class SubNetSpace(Sequence[SubNet]):
         if repeated:
             raise UserError(f"space names {repeated[0]} more than once. Name each sub-network once.")
         self.full = SubNet(*(max(getattr(s, size) for s in self._subnets) for size in ("depth", "groups", "ffn")))
-        if self.full not in self._subnets:
+        self._members = frozenset(self._subnets)
+        if self.full not in self:
             raise UserError(f"space has no sub-network that holds all others. Add {self.full}.")
         self.smallest = self._subnets[0]
 
@@ -121,12 +122,15 @@ class SubNetSpace(Sequence[SubNet]):
     def __iter__(self) -> Iterator[SubNet]:
         return iter(self._subnets)
 
+    def __contains__(self, subnet: object) -> bool:
+        return subnet in self._members
+
     def __getitem__(self, which):
         """By position, slice or name. Raises UserError for a name that is not in the space, with near ones."""
         if not isinstance(which, str):
             return self._subnets[which]
         subnet = SubNet.parse(which)
-        if subnet not in self._subnets:
+        if subnet not in self:
             near = sorted(self._subnets, key=lambda s: _distance(s, subnet))[:3]
             raise UserError(f"{which} is not in the space. Nearest that are: {', '.join(s.name for s in near)}.")
         return subnet

@@ -1,4 +1,4 @@
-"""Runs a function of a test module on real ranks, each a process of its own, and returns what rank 0 returns.
+"""Runs a function of a test or benchmark on real ranks, each a process of its own, and returns what rank 0 returns.
 
 File rendezvous instead of a port search; a hang limit ends all ranks; any rank's failure fails the test with its text.
 """
@@ -15,29 +15,29 @@ HANG_SECONDS = 420
 ROOT = Path(__file__).parent.parent
 
 
-def on_ranks(num_ranks: int, function, *args, folder: Path):
-    """`function(ranks, *args)` on `num_ranks` gloo ranks; the result of rank 0."""
+def on_ranks(num_ranks: int, function, *args, folder: Path, device: str = "cpu", hang_seconds: int = HANG_SECONDS):
+    """`function(ranks, *args)` on `num_ranks` ranks, gloo on the CPU or NCCL on CUDA; the result of rank 0."""
     folder.mkdir(parents=True, exist_ok=True)
     call = folder / "call.pickle"
     module = function.__module__ if function.__module__ != "__main__" else sys.modules["__main__"].__spec__.name
-    call.write_bytes(pickle.dumps((module, function.__qualname__, args)))
+    call.write_bytes(pickle.dumps((module, function.__qualname__, args, device)))
     for old in folder.glob("rendezvous*"):
         old.unlink()
     processes, logs = [], []
     for rank in range(num_ranks):
         logs.append(folder / f"rank{rank}.log")
-        processes.append(_start(rank, num_ranks, folder, logs[-1]))
-    _wait(processes, logs)
+        processes.append(_start(rank, num_ranks, device, folder, logs[-1]))
+    _wait(processes, logs, hang_seconds)
     return pickle.loads((folder / "result.pickle").read_bytes())
 
 
-def _start(rank: int, num_ranks: int, folder: Path, log: Path) -> subprocess.Popen:
+def _start(rank: int, num_ranks: int, device: str, folder: Path, log: Path) -> subprocess.Popen:
     env = {
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions")),
@@ -47,8 +47,8 @@ def _start(rank: int, num_ranks: int, folder: Path, log: Path) -> subprocess.Pop
         return subprocess.Popen(command, env=env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
 
 
-def _wait(processes: list[subprocess.Popen], logs: list[Path]) -> None:
-    end = time.monotonic() + HANG_SECONDS
+def _wait(processes: list[subprocess.Popen], logs: list[Path], hang_seconds: int) -> None:
+    end = time.monotonic() + hang_seconds
     try:
         while any(process.poll() is None for process in processes):
             if any(process.poll() not in (None, 0) for process in processes) or time.monotonic() > end:
@@ -72,9 +72,13 @@ def _rank_main(folder: Path) -> None:
 
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    module, name, args = pickle.loads((folder / "call.pickle").read_bytes())
-    result = getattr(importlib.import_module(module), name)(Ranks(rank, size, rank, torch.device("cpu")), *args)
+    module, name, args, kind = pickle.loads((folder / "call.pickle").read_bytes())
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    result = getattr(importlib.import_module(module), name)(Ranks(rank, size, rank, device), *args)
     if rank == 0:
         (folder / "result.pickle").write_bytes(pickle.dumps(result))
     dist.barrier()

@@ -1,0 +1,65 @@
+"""The benchmarks import, and what they compute beside times is right. Speeds are no tests."""
+
+import math
+
+import pytest
+
+from benchmarks import draws, spaces, step_time, whole_steps
+from benchmarks.common import SIZES, Setting, interval, nested_llama, training_tflops
+from sorted_ds.engine.modes import check_modes
+from sorted_ds.nested import costs_of
+
+
+def coverage(n: int, k: int) -> float:
+    """Of the interval from the k-th smallest to the k-th largest of n values around the true median."""
+    return 1 - 2 * sum(math.comb(n, heads) for heads in range(k)) / 2**n
+
+
+@pytest.mark.parametrize("n", [6, 9, 10, 25, 40, 101])
+def test_the_interval_of_a_median_is_the_narrowest_that_holds_95_percent(n):
+    found = interval([float(value) for value in reversed(range(n))])
+    k = int(found.low) + 1
+    assert found.high == n - k
+    assert coverage(n, k) >= 0.95 > coverage(n, k + 1)
+    assert found.median == (n - 1) / 2
+
+
+def test_few_values_have_their_extremes_as_interval():
+    assert str(interval([2.0, 1.0, 4.0])) == "2.000 (1.000-4.000)"
+
+
+@pytest.mark.parametrize("size", [SIZES["small"], SIZES["middle"], SIZES["large"]], ids=["small", "middle", "large"])
+def test_spaces_hold_as_many_sub_networks_as_they_say_and_the_common_one(size):
+    for number, space in spaces.spaces(size).items():
+        assert len(space) == number
+        assert spaces.common(size) in space
+        assert space.full == size.space().full
+
+
+def test_every_timed_sub_network_is_in_its_space_and_the_last_is_the_full_one():
+    for size in SIZES.values():
+        assert all(size.of(*quarters) in size.space() for quarters in draws.QUARTERS)
+        assert size.of(*draws.QUARTERS[-1]) == size.space().full
+
+
+def test_training_costs_three_times_the_forward_passs_flops():
+    model = nested_llama(SIZES["tiny"])
+    cost = costs_of(model.space, model.config, SIZES["tiny"].row_tokens)[model.space.full]
+    assert training_tflops(cost, tokens=100, seconds=2.0) == 3 * cost.flops_per_token * 100 / 2.0 / 1e12
+
+
+def test_peers_have_the_settings_of_the_engine():
+    for stage in (0, 1, 2, 3):
+        setting = Setting(SIZES["tiny"], stage, bf16=True)
+        check_modes(setting.engine_keys(), "benchmark")
+        keys = whole_steps.peer_keys(setting, accumulation=4, num_ranks=2)
+        assert {key: keys[key] for key in setting.engine_keys()} == setting.engine_keys()
+        assert keys["train_batch_size"] == 4 * 2 * setting.size.rows
+
+
+def test_the_command_line_has_a_help(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["step_time", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        step_time.arguments()
+    assert stopped.value.code == 0
+    assert "--peak-tflops" in capsys.readouterr().out
