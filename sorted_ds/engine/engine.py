@@ -199,14 +199,19 @@ def _optimizer(module: nn.Module, optim: Optim, device: torch.device) -> torch.o
     """
     embeddings = {p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     parameters = list(module.parameters())
-    decayed = [p for p in parameters if p.dim() > 1 and p not in embeddings]
-    others = [p for p in parameters if p.dim() <= 1 or p in embeddings]
+    decayed = [p for p in parameters if _num_dimensions(p) > 1 and p not in embeddings]
+    others = [p for p in parameters if _num_dimensions(p) <= 1 or p in embeddings]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
     # Each step sets the rate. At stage 0 in bf16 DeepSpeed takes a step while it initialises: it must change nothing.
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0)
     betas = (optim.betas[0], optim.betas[1])
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optim.eps, fused=device.type == "cuda")
+
+
+def _num_dimensions(parameter: nn.Parameter) -> int:
+    """A parameter that is partitioned already is an empty vector itself."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _is_like(value: object, flat: Tensor) -> bool:
