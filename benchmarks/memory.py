@@ -1,37 +1,31 @@
 """Prints the memory of a rank: building a model at stage 3, and training a draw against plain DeepSpeed: `make bench`.
 
-Live tensor bytes: every storage that exists, counted exactly (tests/live_bytes.py). RSS: the highest of the process
+Live tensor bytes: every storage that exists, counted exactly (tests/memory.py). RSS: the highest of the process
 while it builds (VmHWM, reset before), above what it held before; memory is given back to the system at once when it is
 freed (MALLOC_MMAP_THRESHOLD_). RSS holds the pages of mapped files too, so the checkpoint's pages count while they are
 mapped. Of all ranks, the one with most. Linux. `--ranks 2 4`, `--skip-building`, `--skip-training`.
 """
 
 import argparse
-import copy
 import ctypes
 import gc
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-import deepspeed
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sorted_ds.config import Optim
 from sorted_ds.engine import Engine, partitioner
-from sorted_ds.engine.modes import complete
-from sorted_ds.loss import SummedLoss
-from sorted_ds.nested import extract, nest
 from sorted_ds.nested.load import build
-from sorted_ds.space import SubNet, SubNetSpace
-from tests.live_bytes import LiveBytes
+from sorted_ds.space import SubNetSpace
+from tests.memory import NAMED, LiveBytes, of_draws, of_plain
 from tests.spawn import on_ranks
 
 MIB = 2**20
-HIDDEN = {"50 M": 512, "200 M": 1024}
+HIDDEN = {"14 M": 256, "50 M": 512, "200 M": 1024}
+BUILT, TRAINED = ("50 M", "200 M"), "14 M"
 DEPTH, VOCAB = 16, 4000
 ROWS, ROW_TOKENS = 2, 256
 ZERO = {
@@ -79,12 +73,14 @@ def built(ranks, folder: str) -> dict[tuple[str, str, str], tuple[int, int, int]
     """Of each size, source and way: live bytes and RSS while building, live bytes until the engine stands."""
     found = {}
     build_and_forget(ranks, "50 M", None, "partitioned")  # what is loaded once is loaded now
-    for size in HIDDEN:
+    for size in BUILT:
         for source in (None, Path(folder) / size):
             for way in ("partitioned", "whole first"):
                 told = build_and_forget(ranks, size, source, way)
                 everyone = [map(int, text.split()) for text in ranks.gather(" ".join(map(str, told)))]
-                found[size, "config" if source is None else "checkpoint", way] = tuple(map(max, zip(*everyone)))
+                found[size, "config" if source is None else "checkpoint", way] = tuple(
+                    map(max, zip(*everyone, strict=True))
+                )
     return found
 
 
@@ -110,100 +106,59 @@ def model_bytes(size: str) -> int:
 
 
 def print_building(num_ranks: int, folder: Path) -> None:
-    for size in HIDDEN:
+    for size in BUILT:
         if not (folder / size).exists():
             LlamaForCausalLM(config_of(size)).save_pretrained(folder / size, max_shard_size="50MB")
     found = on_ranks(num_ranks, built, str(folder), folder=folder / f"on{num_ranks}")
-    small, large = HIDDEN
-    models = [model_bytes(size) for size in HIDDEN]
+    small, large = BUILT
+    models = [model_bytes(size) for size in BUILT]
     print(f"\nBuilding at stage 3 on {num_ranks} ranks, fp32: MiB of the rank with most, and bytes per byte of model\n")
     sizes = " and ".join(f"{nbytes / MIB:.0f} MiB" for nbytes in models)
     print(f"models of {sizes}; a rank's part is 1/{num_ranks} = {1 / num_ranks:.3f}\n")
-    print(f"{'source':12}{'way':14}{'live tensors':>20}{'slope':>8}{'RSS':>16}{'slope':>8}{'until engine':>18}{'slope':>8}")
+    columns = (f"{name:>20}{'slope':>8}" for name in ("live tensors", "RSS", "live until engine"))
+    print(f"{'source':12}{'way':14}" + "".join(columns))
     for source in ("config", "checkpoint"):
         for way in ("partitioned", "whole first"):
             row = f"{source:12}{way:14}"
-            for column, width in enumerate((20, 16, 18)):
+            for column in range(3):
                 low, high = (found[size, source, way][column] for size in (small, large))
-                row += f"{f'{low / MIB:.0f} -> {high / MIB:.0f}':>{width}}{(high - low) / (models[1] - models[0]):>8.3f}"
+                row += f"{f'{low / MIB:.0f} -> {high / MIB:.0f}':>20}{(high - low) / (models[1] - models[0]):>8.3f}"
             print(row, flush=True)
 
 
 # Training
 
-
-Step = Callable[[], None]
-
-
-def draw(engine: Engine, subnet: SubNet) -> tuple[Step, Step]:
-    """A forward and backward pass of `subnet`, and the optimizer's step."""
-    ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
-    return lambda: engine.backward(engine.forward(ids, ids, subnet) / ids.numel()), lambda: engine.step(0.0)
+DRAW, PLAIN, HF = "draw", "plain, our loss", "plain, HF's loss"
 
 
-def plain(ranks, stage: int, model: nn.Module, chunked: bool) -> tuple[Step, Step]:
-    """The same of a plain model under plain DeepSpeed, with our loss or Hugging Face's."""
-    module = SummedLoss(model) if chunked else model
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0)
-    config = copy.deepcopy(complete(settings(stage), ROWS, ranks.size, 1.0))
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
-    ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
-
-    def forward_and_backward() -> None:
-        if chunked:
-            engine.backward(engine(ids, ids) / ids.numel())
-        else:
-            engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
-
-    return forward_and_backward, engine.step
-
-
-def measured(live: LiveBytes, steps: tuple[Step, Step]) -> tuple[int, int, int]:
-    """Live bytes between steps; most in forward and backward; most in the whole step. Of the third step."""
-    for _ in range(2):
-        for part in steps:
-            part()
-    live.restart()
-    before = live.now
-    steps[0]()
-    forward_and_backward = live.peak
-    steps[1]()
-    return before, forward_and_backward, live.peak
-
-
-def trained(ranks, stage: int, size: str) -> dict[str, tuple[int, int, int]]:
+def trained(ranks) -> dict[tuple[int, str, str], tuple[int, int, int]]:
+    """Live bytes of each stage, sub-network and way: between steps, in a pass, in a step."""
     found = {}
-    config, space = config_of(size), space_of(size)
-    for name, subnet in (("full", space.full), ("small", space.smallest)):
-        for way in ("draw", "plain, our loss", "plain, HF's loss"):
-            gc.collect()
-            with LiveBytes() as live:
-                model = nest(LlamaForCausalLM(config), space)
-                if way == "draw":
-                    engine = Engine(model, settings(stage), "benchmark", Optim(), ROWS, ranks)
-                    engine.warm_up(ROWS, ROW_TOKENS)
-                    steps = draw(engine, subnet)
-                    del engine
-                else:
-                    steps = plain(ranks, stage, extract(model, subnet), way == "plain, our loss")
-                del model
-                gc.collect()
-                found[f"{name}, {way}"] = measured(live, steps)
-                del steps
-    return found
-
-
-def print_training(folder: Path, size: str) -> None:
-    print(f"\nTraining the {size} model on 2 ranks, fp32, AdamW, {ROWS} x {ROW_TOKENS} tokens: live MiB of rank 0\n")
-    print(f"{'stage':7}{'sub-network':13}{'way':18}{'between':>9}{'fwd+bwd':>9}{'step':>9}{'ratio':>8}{'in pass':>9}{'ratio':>8}")
+    ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
+    model = (ranks, config_of(TRAINED), space_of(TRAINED))
     for stage in range(4):
-        found = on_ranks(2, trained, stage, size, folder=folder / f"stage{stage}")
-        for name, (before, passes, whole) in found.items():
-            subnet, way = name.split(", ", 1)
-            other = found[f"{subnet}, plain, our loss"]
-            row = f"{stage:<7}{subnet:13}{way:18}{before / MIB:>9.1f}{passes / MIB:>9.1f}{whole / MIB:>9.1f}"
-            row += f"{whole / other[2]:>8.3f}{(passes - before) / MIB:>9.1f}{(passes - before) / (other[1] - other[0]):>8.3f}"
-            print(row, flush=True)
+        zero = settings(stage)["zero_optimization"]
+        draws = of_draws(*model, zero, ids)
+        gc.collect()
+        for name in NAMED:
+            found[stage, name, DRAW] = draws[name]
+            found[stage, name, PLAIN] = of_plain(*model, name, zero, ids)
+            found[stage, name, HF] = of_plain(*model, name, zero, ids, chunked=False)
+            gc.collect()
+    return {key: (seen.between, seen.passes, seen.step) for key, seen in found.items()}
+
+
+def print_training(folder: Path) -> None:
+    """The ratios are to plain DeepSpeed with our loss, which is the harder to equal."""
+    print(f"\nTraining {TRAINED} on 2 ranks, fp32, AdamW, {ROWS} x {ROW_TOKENS} tokens: live MiB of rank 0, ratios\n")
+    head = f"{'stage':7}{'sub-network':14}{'way':18}{'between':>9}{'passes':>9}{'step':>9}{'ratio':>8}"
+    print(head + f"{'passes - between':>18}{'ratio':>8}")
+    found = on_ranks(2, trained, folder=folder)
+    for (stage, name, way), (before, passes, step) in found.items():
+        other_before, other_passes, other_step = found[stage, name, PLAIN]
+        row = f"{stage:<7}{name:14}{way:18}{before / MIB:>9.1f}{passes / MIB:>9.1f}{step / MIB:>9.1f}"
+        row += f"{step / other_step:>8.3f}{(passes - before) / MIB:>18.1f}"
+        print(row + f"{(passes - before) / (other_passes - other_before):>8.3f}", flush=True)
 
 
 def main() -> None:
@@ -217,7 +172,7 @@ def main() -> None:
         for num_ranks in [] if args.skip_building else args.ranks:
             print_building(num_ranks, Path(folder))
         if not args.skip_training:
-            print_training(Path(folder), "50 M")
+            print_training(Path(folder) / "trained")
 
 
 if __name__ == "__main__":

@@ -192,8 +192,9 @@ class _Checkpoint:
         found: dict[str, tuple] = {}
         for path in _weight_files(source):
             file = _opened(path)
-            self.files |= dict.fromkeys(file.keys(), path)
-            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            names = list(file.keys())
+            self.files |= dict.fromkeys(names, path)
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
         for name, shape in shapes.items():
             if name not in found:
                 raise UserError(f"{source} holds no tensor {name!r}. Its weights do not belong to its config.")
