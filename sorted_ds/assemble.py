@@ -10,22 +10,33 @@ from sorted_ds.config import SCRATCH, Run
 from sorted_ds.data.loader import Loader, MicroBatch, validation_batches
 from sorted_ds.data.prepare import TokenizedText
 from sorted_ds.data.rows import PackedRows
-from sorted_ds.engine import Engine
+from sorted_ds.engine import Engine, partitioner
 from sorted_ds.engine.modes import is_bf16, stage_of
 from sorted_ds.evaluate import choose_spread
 from sorted_ds.nested import NestedModel
-from sorted_ds.nested.load import build, resolve_source
+from sorted_ds.nested.load import build, fingerprint, resolve_source
 from sorted_ds.ranks import Ranks
 from sorted_ds.run_file import load_engine_config
 from sorted_ds.space import SubNet, SubNetSpace
 
 
-def load_model(run: Run, config: PreTrainedConfig, space: SubNetSpace, device: torch.device) -> NestedModel:
-    """The nested model with its first weights, in the training precision; under ZeRO-3 on the CPU until partitioned."""
-    engine = load_engine_config(run.engine.deepspeed)
-    source = None if run.model.init == SCRATCH else resolve_source(run.model.init)
-    dtype = torch.bfloat16 if is_bf16(engine) else torch.float32
-    model = build(config, space, source, run.seed, dtype, "cpu" if stage_of(engine) == 3 else device)
+def load_model(run: Run, config: PreTrainedConfig, space: SubNetSpace, ranks: Ranks) -> NestedModel:
+    """The nested model with its first weights, in the training precision. A collective.
+
+    Under ZeRO-3 each rank keeps its part of a parameter as soon as it is filled, and never holds the model.
+
+    Raises: UserError, on all ranks, for weights that cannot be read or that ranks see differently.
+    """
+    engine, init = load_engine_config(run.engine.deepspeed), run.model.init
+    zero3 = stage_of(engine) == 3
+    take = partitioner(engine, run.batch.micro_batch_rows, run.optim.clip_norm, ranks) if zero3 else None
+    with ranks.together():
+        source = None if init == SCRATCH else resolve_source(init)
+        weights = "" if source is None else fingerprint(source)
+    ranks.agree({f"the weights of {init}": weights})
+    with ranks.together():
+        dtype = torch.bfloat16 if is_bf16(engine) else torch.float32
+        model = build(config, space, source, run.seed, dtype, ranks.device, take)
     if run.model.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -89,7 +89,7 @@ class Ranks:
                 if told[0].get(key) != others.get(key):
                     raise AgreedError(
                         f"rank {rank} has {key} = {others.get(key)}, rank 0 has {told[0].get(key)}. Start all ranks "
-                        "with the same run file, DeepSpeed JSON, packages and code."
+                        "with the same run file, weights, DeepSpeed JSON, packages and code."
                     )
 
     def gather(self, text: str) -> list[str]:

@@ -43,9 +43,9 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
     stop = StopSignal()
     with ranks.together():
         config, space = check_run(run)
-        model = load_model(run, config, space, ranks.device)
         loader = training_loader(run, tokens, ranks)
         validation = validation_of(run, tokens, ranks)
+    model = load_model(run, config, space, ranks)
     costs = costs_of(space, config, run.batch.row_tokens)
     schedule = schedule_of(run, costs)
     engine = engine_of(run, model, ranks)

@@ -151,8 +151,11 @@ def test_a_derived_trace_is_the_one_that_would_be_recorded(tmp_path):
 
 
 def held(ranks, case: Case) -> tuple[int, int]:
+    return held_by(engine_of(ranks, case))
+
+
+def held_by(engine: Engine) -> tuple[int, int]:
     """Of the tensors saved for backward: parameters themselves, which ZeRO-3 can release, and views of them."""
-    engine = engine_of(ranks, case)
     parameters = list(engine.model.parameters())
     released, kept = 0, 0
 

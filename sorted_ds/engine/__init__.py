@@ -1,5 +1,6 @@
 """The one place that imports deepspeed."""
 
 from sorted_ds.engine.engine import Engine
+from sorted_ds.engine.partition import partitioner
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "partitioner"]

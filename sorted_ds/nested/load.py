@@ -3,12 +3,14 @@
 In: a Hugging Face config, a space, and a seed or a directory of safetensors. Out: a nested model whose blocks lie side
 by side in memory. The model is made on the meta device and nested there; then each parameter gets memory and is filled
 with its slice of a Hugging Face tensor, drawn from the family's own initialisation or read from the file. So memory
-holds the model once, and one whole tensor more.
+holds the model once, and one whole tensor more; where the caller takes each parameter over as soon as it is filled,
+what the caller keeps of it instead of the model.
 """
 
 import copy
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +32,9 @@ SINGLE_FILE = "model.safetensors"
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]
 """Weights, configs and tokenizers. No pickles."""
 
+Take = Callable[[nn.Parameter], None]
+"""Gets a filled parameter, and may release its memory."""
+
 HF_MARK = "_is_hf_initialized"
 """Attribute of a tensor that Hugging Face's initialisers leave alone."""
 
@@ -37,8 +42,8 @@ HF_MARK = "_is_hf_initialized"
 class WeightSource(Protocol):
     """Where Hugging Face tensors come from."""
 
-    def read(self, part: Slice, shape: torch.Size) -> Tensor:
-        """A slice of the tensor `part.name`, rows first; `shape` is what the whole tensor must have."""
+    def read(self, part: Slice) -> Tensor:
+        """A slice of the tensor `part.name`, rows first. May share memory with the whole tensor."""
         ...
 
 
@@ -49,22 +54,29 @@ def build(
     seed: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    take: Take | None = None,
 ) -> NestedModel:
     """A nested model from scratch (`source` None), or with the weights of a Hugging Face directory.
 
     From scratch, the full network's weights depend on the seed, the tensor's name and its shape alone: not on the
-    space's width steps, the dtype (they are rounded from fp32) or the device.
+    space's width steps, the dtype (they are rounded from fp32) or the device. With `take`, one parameter at a time gets
+    memory, in the order of `named_parameters`, and is handed over; blocks then lie side by side no more.
 
-    Raises: UserError for an unknown family, a space that does not fit, or weights that are missing or misshapen.
+    Raises: UserError for an unknown family, a space that does not fit, or weights that are missing or misshapen, before
+    the first parameter is filled.
     """
     config = copy.deepcopy(config)
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    modules = dict(plain.named_modules())
+    modules = dict(copy.deepcopy(plain).named_modules())  # these stay on the meta device
     model = nest(plain, space)
-    weights = _Scratch(model, modules, seed) if source is None else _Checkpoint(source)
-    materialize(model, torch.device(device))
-    _fill(model, modules, weights)
+    weights = _Scratch(model, modules, seed) if source is None else _Checkpoint(source, _hf_shapes(model, modules))
+    if take is None:
+        materialize(model, torch.device(device))
+        _fill(model, weights)
+    else:
+        _materialize_buffers(model, torch.device(device))
+        _fill_one_by_one(model, weights, torch.device(device), take)
     if source is not None and (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
@@ -82,6 +94,10 @@ def materialize(model: NestedModel, device: torch.device) -> None:
             if parameter.is_meta:
                 setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
     model.tie_weights()
+    _materialize_buffers(model, device)
+
+
+def _materialize_buffers(model: NestedModel, device: torch.device) -> None:
     for module in model.modules():
         if buffers := dict(module.named_buffers(recurse=False)):
             for name, buffer in buffers.items():
@@ -99,19 +115,38 @@ def _materialize_blocks(layer: NestedLayer, device: torch.device) -> None:
                 setattr(block, kind, nn.Parameter(whole[start:stop]))
 
 
-def _fill(model: NestedModel, modules: dict[str, nn.Module], weights: WeightSource) -> None:
-    """Sets every parameter; `modules` are the plain model's, which know the shapes of its tensors."""
+def _fill(model: NestedModel, weights: WeightSource) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, part in slices_of(model).items():
-            path, _, kind = part.name.rpartition(".")
-            parameters[name].copy_(weights.read(part, getattr(modules[path], kind).shape))
+            parameters[name].copy_(weights.read(part))
+
+
+def _fill_one_by_one(model: NestedModel, weights: WeightSource, device: torch.device, take: Take) -> None:
+    for name, part in slices_of(model).items():
+        path, _, kind = name.rpartition(".")
+        _fill_and_hand_over(model.get_submodule(path), kind, weights.read(part), device, take)
+    model.tie_weights()
+
+
+def _fill_and_hand_over(module: nn.Module, kind: str, values: Tensor, device: torch.device, take: Take) -> None:
+    """Copies nothing where the values have the parameter's dtype, device and layout already."""
+    parameter = nn.Parameter(values.to(device, getattr(module, kind).dtype).contiguous())
+    setattr(module, kind, parameter)
+    take(parameter)
+
+
+def _hf_shapes(model: NestedModel, modules: Mapping[str, nn.Module]) -> dict[str, torch.Size]:
+    """Of each Hugging Face tensor that is needed; `modules` are the plain model's."""
+    paths = (part.name.rpartition(".") for part in slices_of(model).values())
+    return {f"{path}.{kind}": getattr(modules[path], kind).shape for path, _, kind in paths}
 
 
 class _Scratch:
     """The family's own initialisation, one module at a time, each from its own random numbers."""
 
-    def __init__(self, model: NestedModel, modules: dict[str, nn.Module], seed: int):
+    def __init__(self, model: NestedModel, modules: Mapping[str, nn.Module], seed: int):
+        """`modules` are the plain model's, on the meta device."""
         self.model = model
         self.modules = modules
         self.seed = seed
@@ -119,14 +154,15 @@ class _Scratch:
         self.module = nn.Module()
         """The module made last: its weight and bias, and all blocks of them, are asked for one after the other."""
 
-    def read(self, part: Slice, shape: torch.Size) -> Tensor:
+    def read(self, part: Slice) -> Tensor:
         path, _, kind = part.name.rpartition(".")
         if path != self.path:
+            self.module = nn.Module()  # released before the next is made
             self.path, self.module = path, self._made(path)
         return part.of(getattr(self.module, kind).detach())
 
     def _made(self, path: str) -> nn.Module:
-        module = copy.deepcopy(self.modules[path]).to_empty(device="cpu").float()
+        module = copy.deepcopy(self.modules[path]).float().to_empty(device="cpu")
         digest = hashlib.sha256(f"{self.seed} {path}".encode()).digest()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))  # not CUDA's
@@ -146,24 +182,47 @@ def _initialize(model: NestedModel, module: nn.Module, keep_parameters: bool = F
 
 
 class _Checkpoint:
-    """Slices of the safetensors of a Hugging Face directory; a whole file is never read."""
+    """Slices of the safetensors of a Hugging Face directory. A file is mapped for one slice, so its pages do not stay.
 
-    def __init__(self, source: Path):
-        self.source = source
-        self.holders: dict[str, safe_open] = {}
-        for file in map(_opened, _weight_files(source)):
-            self.holders.update(dict.fromkeys(file.keys(), file))
+    Raises, when it is made: UserError for a tensor of `shapes` that is missing or has another shape.
+    """
 
-    def read(self, part: Slice, shape: torch.Size) -> Tensor:
-        if part.name not in self.holders:
-            raise UserError(f"{self.source} holds no tensor {part.name!r}. Its weights do not belong to its config.")
-        whole = self.holders[part.name].get_slice(part.name)
-        if tuple(whole.get_shape()) != tuple(shape):
-            raise UserError(
-                f"{self.source}: {part.name} has shape {tuple(whole.get_shape())}, but the config says {tuple(shape)}. "
-                "Its weights do not belong to its config."
-            )
-        return part.of(whole)
+    def __init__(self, source: Path, shapes: Mapping[str, torch.Size]):
+        self.files: dict[str, Path] = {}
+        found: dict[str, tuple] = {}
+        for path in _weight_files(source):
+            file = _opened(path)
+            names = list(file.keys())
+            self.files |= dict.fromkeys(names, path)
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        for name, shape in shapes.items():
+            if name not in found:
+                raise UserError(f"{source} holds no tensor {name!r}. Its weights do not belong to its config.")
+            if found[name] != tuple(shape):
+                raise UserError(
+                    f"{source}: {name} has shape {found[name]}, but the config says {tuple(shape)}. "
+                    "Its weights do not belong to its config."
+                )
+
+    def read(self, part: Slice) -> Tensor:
+        return part.of(_opened(self.files[part.name]).get_slice(part.name))
+
+
+def fingerprint(source: Path) -> str:
+    """Of the weights of a Hugging Face directory: names, shapes, dtypes and each tensor's first row.
+
+    Raises: UserError when they cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in _weight_files(source):
+        file = _opened(path)
+        for name in sorted(file.keys()):
+            tensor = file.get_slice(name)
+            shape = tensor.get_shape()
+            digest.update(f"{name} {shape} {tensor.get_dtype()} ".encode())
+            first = tensor[:1] if shape else file.get_tensor(name)
+            digest.update(first.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _weight_files(source: Path) -> list[Path]:

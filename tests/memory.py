@@ -1,0 +1,140 @@
+"""The bytes of tensors that exist at a time, counted; and what a training step holds, ours or plain DeepSpeed's.
+
+For the tests and `benchmarks/memory.py`.
+"""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import deepspeed
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sorted_ds.config import Optim
+from sorted_ds.engine import Engine
+from sorted_ds.engine.modes import complete
+from sorted_ds.loss import SummedLoss
+from sorted_ds.nested import extract, nest
+from sorted_ds.space import SubNet, SubNetSpace
+
+
+class LiveBytes(TorchDispatchMode):
+    """`now`: bytes of live tensors that were made since the mode is on. `peak`: the most since `restart`.
+
+    Sees the result of every tensor operation, in the backward pass too. A storage counts once, from when it is first
+    seen until it is freed; a weak reference tells, so what autograd or C++ alone holds counts as well. What a kernel
+    allocates and frees inside itself is not seen; a slice of a mapped file counts as if it were memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.shapes: set[torch.Size] = set()
+        """Of all tensors that were made."""
+        self._seen: set[int] = set()
+
+    def restart(self) -> None:
+        """The peak is what is live now."""
+        self.peak = self.now
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self.shapes.add(tensor.shape)
+                self._add(tensor.untyped_storage())
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.now += nbytes
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, key, nbytes)
+
+    def _freed(self, key: int, nbytes: int) -> None:
+        self._seen.remove(key)
+        self.now -= nbytes
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Live bytes of one optimizer step with one draw."""
+
+    between: int
+    """Before it: weights and optimizer state."""
+    passes: int
+    """At most, in the forward and backward pass."""
+    step: int
+    """At most, in all of it."""
+    shapes: frozenset[torch.Size]
+
+    @property
+    def added(self) -> int:
+        """What the passes hold beside weights and optimizer state."""
+        return self.passes - self.between
+
+
+NAMED = {"full": lambda space: space.full, "smallest": lambda space: space.smallest}
+"""The draws that are measured."""
+
+
+def of_draws(ranks, config: LlamaConfig, space: SubNetSpace, zero: dict, ids: torch.Tensor) -> dict[str, StepBytes]:
+    """Of each named draw in the engine. A collective."""
+    with LiveBytes() as live:
+        model = nest(LlamaForCausalLM(copy.deepcopy(config)), space)
+        engine = Engine(model, {"zero_optimization": zero}, "test.json", Optim(), len(ids), ranks)
+        del model
+        engine.warm_up(*ids.shape)
+
+        def passes(subnet: SubNet) -> None:
+            engine.backward(engine.forward(ids, ids, subnet) / ids.numel())
+
+        return {
+            name: _measured(live, partial(passes, named(space)), lambda: engine.step(0.0))
+            for name, named in NAMED.items()
+        }
+
+
+def of_plain(
+    ranks, config: LlamaConfig, space: SubNetSpace, name: str, zero: dict, ids: torch.Tensor, chunked: bool = True
+) -> StepBytes:
+    """Of a named draw's extracted model under plain DeepSpeed, its loss in chunks or Hugging Face's. A collective."""
+    with LiveBytes() as live:
+        model: nn.Module = extract(nest(LlamaForCausalLM(copy.deepcopy(config)), space), NAMED[name](space))
+        model = SummedLoss(model) if chunked else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        full = copy.deepcopy(complete({"zero_optimization": zero}, len(ids), ranks.size, 1.0))
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=full, dist_init_required=False)
+        del model, optimizer
+
+        def passes() -> None:
+            if chunked:
+                engine.backward(engine(ids, ids) / ids.numel())
+            else:
+                engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+
+        return _measured(live, passes, engine.step)
+
+
+def _measured(live: LiveBytes, passes: Callable[[], object], step: Callable[[], object]) -> StepBytes:
+    """The third step's: then DeepSpeed knows its order."""
+    for _ in range(2):
+        passes()
+        step()
+    gc.collect()
+    live.restart()
+    live.shapes.clear()
+    before = live.now
+    passes()
+    in_passes = live.peak
+    step()
+    return StepBytes(before, in_passes, live.peak, frozenset(live.shapes))
