@@ -99,6 +99,6 @@ def check_run(run: Run) -> tuple[PreTrainedConfig, SubNetSpace]:
     find_files(run.data.text, run.data.jsonl, run.data.suffixes)
     for name in run.eval.subnets:
         space[name]
-    check_modes(load_engine_config(run.engine.deepspeed), str(run.engine.deepspeed))
+    check_modes(load_engine_config(run.engine.deepspeed), str(run.engine.deepspeed), run.engine.compile)
     schedule_of(run, costs_of(space, config, run.batch.row_tokens))
     return config, space
