@@ -57,6 +57,7 @@ class Case:
     checkpointing: bool = False
     evaluate_between: bool = False
     sub_group_size: int = 1_000_000_000
+    compile: bool = False
     offload: bool = False
     """The optimizer's state on the CPU."""
     prefetch: int = 0
@@ -70,7 +71,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        keys = ("overlap", "tied", "checkpointing", "evaluate_between", "default_thresholds", "offload")
+        keys = ("overlap", "tied", "checkpointing", "evaluate_between", "default_thresholds", "offload", "compile")
         flags = [key for key in keys if getattr(self, key)]
         flags += [f"sub_group{self.sub_group_size}"] if self.sub_group_size < 1_000_000_000 else []
         flags += [f"prefetch{self.prefetch}"] if self.prefetch else []
@@ -218,7 +219,7 @@ def run_engine(ranks, case: Case, num_steps: int) -> dict:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = nest(model, SPACE)
     with parts_off(case):
-        engine = Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks)
+        engine = Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks, case.compile)
         seen = _train(engine, ranks, case, num_steps)
     masters = gather_masters(engine, ranks)
     return {**seen, "weights": hf_tensors(model, model.space.full, masters.__getitem__)}

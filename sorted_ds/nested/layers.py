@@ -44,18 +44,12 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *blocks: Tensor) -> Tensor:
         ctx.rows = [block.shape[0] for block in blocks]
-        return joined_view(blocks)
+        first = blocks[0].detach()
+        return first.as_strided((sum(ctx.rows), *first.shape[1:]), first.stride(), first.storage_offset())
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         return grad.split(ctx.rows)
-
-
-def joined_view(blocks: Sequence[Tensor]) -> Tensor:
-    """Neighbouring blocks as one matrix, without a copy and without a gradient."""
-    first = blocks[0].detach()
-    rows = sum(block.shape[0] for block in blocks)
-    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 
 def are_adjacent(blocks: Sequence[Tensor]) -> bool:
