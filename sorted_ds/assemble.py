@@ -44,8 +44,8 @@ def load_model(run: Run, config: PreTrainedConfig, space: SubNetSpace, ranks: Ra
 
 def engine_of(run: Run, model: NestedModel, ranks: Ranks) -> Engine:
     """DeepSpeed's engine around the model. A collective."""
-    path = run.engine.deepspeed
-    return Engine(model, load_engine_config(path), str(path), run.optim, run.batch.micro_batch_rows, ranks)
+    config, where = load_engine_config(run.engine.deepspeed), str(run.engine.deepspeed)
+    return Engine(model, config, where, run.optim, run.batch.micro_batch_rows, ranks, run.engine.compile)
 
 
 def training_loader(run: Run, tokens: TokenizedText, ranks: Ranks) -> Loader:

@@ -160,6 +160,9 @@ class Engine(Section):
 
     deepspeed: Path
     """DeepSpeed JSON with engine keys only; batch sizes, clipping, optimizer and schedule belong to the run file."""
+    compile: bool = False
+    """Compile each layer with torch.compile, at stages 0 to 2. It takes minutes at the start of a run; the same graphs
+    serve every sub-network."""
 
 
 class Run(Section):

@@ -101,7 +101,7 @@ def check_run(run: Run) -> tuple[PreTrainedConfig, SubNetSpace]:
     for name in run.eval.subnets:
         space[name]
     engine = load_engine_config(run.engine.deepspeed)
-    check_modes(engine, str(run.engine.deepspeed))
+    check_modes(engine, str(run.engine.deepspeed), run.engine.compile)
     check_implementation(run.optim, is_offloaded(engine))
     schedule_of(run, costs_of(space, config, run.batch.row_tokens))
     return config, space

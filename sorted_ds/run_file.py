@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sorted_ds.config import SCRATCH, TRAIN_TOKENIZER, Engine, Run, Section
+from sorted_ds.config import SCRATCH, TRAIN_TOKENIZER, Run, Section
 from sorted_ds.errors import UserError
 
 
@@ -126,7 +126,7 @@ def _with_absolute_paths(run: Run, path: Path) -> Run:
             "run_dir": absolute(Path(str(run.run_dir).replace("{name}", path.stem))),
             "model": run.model.model_copy(update={"init": init}),
             "data": data,
-            "engine": Engine(deepspeed=absolute(run.engine.deepspeed)),
+            "engine": run.engine.model_copy(update={"deepspeed": absolute(run.engine.deepspeed)}),
         }
     )
 

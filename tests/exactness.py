@@ -58,6 +58,7 @@ class Case:
     checkpointing: bool = False
     evaluate_between: bool = False
     sub_group_size: int = 1_000_000_000
+    compile: bool = False
     offload: bool = False
     """The optimizer's state on the CPU."""
     offload_param: bool = False
@@ -187,7 +188,7 @@ def run_engine(ranks, case: Case, num_steps: int) -> dict:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = nest(model, SPACE)
     with parts_off(case):
-        engine = Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks)
+        engine = Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks, case.compile)
         seen = _train(engine, ranks, case, num_steps)
     gathered = {"weights": gather_state(engine, ranks, lambda shard: shard.view(shard.flat))}
     if case.optimizer != "sgd":

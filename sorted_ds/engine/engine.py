@@ -39,7 +39,7 @@ from sorted_ds.engine.optimizers import (
 from sorted_ds.engine.shards import Shard, publish_masters, shards_of
 from sorted_ds.engine.traces import Traces
 from sorted_ds.loss import SummedLoss
-from sorted_ds.nested import NestedModel
+from sorted_ds.nested import NestedModel, compiled
 from sorted_ds.nested.layout import lay_out
 from sorted_ds.ranks import Ranks
 from sorted_ds.space import SubNet
@@ -50,18 +50,32 @@ warnings.filterwarnings("ignore", r".*torch\.distributed.*is deprecated", Future
 class Engine:
     """One model under DeepSpeed. `forward` and `backward` any number of times, then `step`."""
 
-    def __init__(self, model: NestedModel, config: dict, where: str, optim: Optim, micro_batch_rows: int, ranks: Ranks):
+    def __init__(
+        self,
+        model: NestedModel,
+        config: dict,
+        where: str,
+        optim: Optim,
+        micro_batch_rows: int,
+        ranks: Ranks,
+        compile_layers: bool = False,
+    ):
         """Builds DeepSpeed's engine from the user's engine keys `config`, read from `where`.
+
+        `compile_layers`: with torch.compile, at stages 0 to 2.
 
         Raises: UserError for a mode that is not proven exact.
         """
-        check_modes(config, where)
+        check_modes(config, where, compile_layers)
         check_implementation(optim, is_offloaded(config))
         self.model, self.ranks, self.stage, self.clip_norm = model, ranks, stage_of(config), optim.clip_norm
         self.steps_taken = 0
         model.group_width.join = model.ffn_width.join = self.stage < 3
+        self.is_compiled = compile_layers
         if self.stage == 3:
             gather_drawn_blocks(model)
+        if compile_layers:
+            compiled.compile_layers(model)
         loss = SummedLoss(model)
         self.deepspeed_config = complete(config, micro_batch_rows, ranks.size, optim.clip_norm)
         implementation = implementation_of(optim, is_offloaded(config), ranks.device.type == "cuda")
@@ -127,15 +141,21 @@ class Engine:
     def warm_up(self, rows: int, row_tokens: int) -> None:
         """Runs the full network forward, backward and through the optimizer once at a micro-batch's shape.
 
-        Memory that will be needed is needed now, not hours later. The learning rate is zero, and the optimizer's state
-        is cleared, so nothing is changed. A collective.
+        Memory that will be needed is needed now, not hours later, and what will be compiled is compiled now, in the
+        same order at every start. The learning rate is zero, and the optimizer's state is cleared, so nothing is
+        changed. A collective.
         """
+        subnets = [self.model.space.full]
+        if self.is_compiled:
+            subnets.append(min(self.model.space, key=lambda s: (s.groups, -s.depth)))  # one head is a graph of its own
         ids = torch.zeros(rows, row_tokens, dtype=torch.int64)
         if self._traces is not None:
             self._traces.start_recording()
-        self.backward(self.forward(ids, ids, self.model.space.full) / (ids.numel() * self.ranks.size))
+        for subnet in subnets:
+            self.backward(self.forward(ids, ids, subnet) / (ids.numel() * self.ranks.size))
         self.step(learning_rate=0.0)
-        self.evaluate(ids, ids, self.model.space.full)
+        for subnet in subnets:
+            self.evaluate(ids, ids, subnet)
         if self._traces is not None:
             self._traces.stop_recording()
         self.steps_taken = 0

@@ -67,8 +67,8 @@ def _device(config: dict, kind: str) -> str:
     return config.get("zero_optimization", {}).get(kind, {}).get("device", "none")
 
 
-def check_modes(config: dict, where: str) -> None:
-    """Raises: UserError for the first setting that is not proven exact."""
+def check_modes(config: dict, where: str, compile_layers: bool = False) -> None:
+    """Raises: UserError for the first setting that is not proven exact, or does not go with compiled layers."""
     _check_keys(config, TOP_KEYS, "", where)
     for section, proven in SECTION_KEYS.items():
         given = _section(config, section)
@@ -86,6 +86,11 @@ def check_modes(config: dict, where: str) -> None:
         raise UserError(
             f"{where}: overlap_comm at stage {stage_of(config)} is not exact: parameters that the last micro-batch "
             "does not use are never reduced. Set it to false, or use stage 2 or 3."
+        )
+    if compile_layers and stage_of(config) == 3:
+        raise UserError(
+            f"engine.compile = true, but {where} sets zero_optimization.stage = 3, where a layer is compiled in pieces "
+            "between the gathers of its weights. Set engine.compile to false, or the stage to 0, 1 or 2."
         )
     if stage_of(config) == 0 and is_bf16(config) and "grad_accum_dtype" in config.get("data_types", {}):
         raise UserError(

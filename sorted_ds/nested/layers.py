@@ -152,6 +152,10 @@ class NestedLayer(nn.Module):
         self.width = width
         self.rows_per_size = rows_per_size
         self.has_bias = bias is not None
+        self.names = ("weight", "bias") if self.has_bias else ("weight",)
+        """Of the parameters of a block."""
+        self.given: dict[str, Tensor] | None = None
+        """The drawn parameters as one tensor each, from whoever runs the layer compiled; None: it joins its blocks."""
         bounds = [0, *(size * rows_per_size for size in width.sizes)]
         self.bounds = list(pairwise(bounds))
         self.blocks = nn.ModuleList(
@@ -170,6 +174,8 @@ class NestedLayer(nn.Module):
 
     def joined(self, name: str) -> Tensor | None:
         """The drawn blocks' parameter as one tensor, or None where there is none or they must be used one by one."""
+        if self.given is not None:
+            return self.given.get(name)
         if not self.width.join:
             return None
         tensors = self.values(name)
