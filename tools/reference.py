@@ -113,7 +113,8 @@ def _job(name: str) -> str:
         return OTHER_FILES[name]
     text = ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8"))) or "marks a package"
     sentence = _one_line(text.split("\n\n")[0]).split(". ")[0].rstrip(".:").replace("|", "\\|")
-    keeps_capital = sentence.split()[0].rstrip("'s,") in ("DeepSpeed", "Hugging")
+    first = sentence.split()[0].rstrip("'s,")
+    keeps_capital = first == "Hugging" or first[1:] != first[1:].lower()
     return sentence if keeps_capital else sentence[0].lower() + sentence[1:]
 
 
