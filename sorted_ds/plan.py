@@ -6,7 +6,7 @@ warnings. Nothing is tokenised or trained, and no weight gets memory.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -74,6 +74,11 @@ class StateBytes:
         parts = (self.optimizer, self.gradients, self.weights)
         shared, kept = sum(parts[:stage]), sum(parts[stage:])
         return num_parameters * (kept + shared / num_ranks)
+
+    def between_steps(self, stage: int, num_parameters: int, num_ranks: int) -> float:
+        """Without gradients, which only stage 3 keeps from step to step."""
+        held = self if stage == 3 else replace(self, gradients=0)
+        return held.per_rank(stage, num_parameters, num_ranks)
 
 
 @dataclass(frozen=True)
