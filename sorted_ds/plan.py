@@ -12,7 +12,7 @@ import torch
 
 from sorted_ds.config import Run
 from sorted_ds.data.loader import deal
-from sorted_ds.engine.modes import STAGES, is_bf16, is_offloaded, mode_warnings, stage_of
+from sorted_ds.engine.modes import STAGES, has_offloaded_weights, is_bf16, is_offloaded, mode_warnings, stage_of
 from sorted_ds.nested import costs_of, union_parameters
 from sorted_ds.resolve import schedule_of
 from sorted_ds.run_file import load_engine_config
@@ -167,7 +167,8 @@ def training_flops(subnets: Sequence[PlannedSubNet], num_tokens: int) -> Trainin
 def memory(engine: dict, optimizer: str, num_parameters: int, num_ranks: int) -> Memory:
     """Model states per rank at each ZeRO stage, in the precision of the engine's settings."""
     bf16 = is_bf16(engine)
-    sizes = {stage: state_bytes(stage, bf16, optimizer, is_offloaded(engine)) for stage in STAGES}
+    offload = (is_offloaded(engine), has_offloaded_weights(engine))
+    sizes = {stage: state_bytes(stage, bf16, optimizer, *offload) for stage in STAGES}
     return Memory(
         precision="bf16" if bf16 else "fp32",
         offload=is_offloaded(engine),
@@ -194,16 +195,19 @@ def sent_bytes(
     }
 
 
-def state_bytes(stage: int, bf16: bool, optimizer: str, offload: bool = False) -> StateBytes:
+def state_bytes(
+    stage: int, bf16: bool, optimizer: str, offload: bool = False, offload_weights: bool = False
+) -> StateBytes:
     """fp32 weights and gradients are 4 bytes; bf16 weights 2, gradients 4 (accumulated in fp32; at stage 0 in bf16: 2).
 
     AdamW keeps two fp32 moments, SGD none. DeepSpeed keeps fp32 master weights, except at stage 0 in fp32. With offload
-    the optimizer's part is on the CPU, at the stages that can.
+    the optimizer's part, and at stage 3 the weights, are on the CPU, at the stages that can.
     """
     moments = 8 if optimizer == "adamw" else 0
     masters = 4 if bf16 or stage else 0
     on_gpu = 0 if offload and stage else masters + moments
-    return StateBytes(2 if bf16 else 4, 2 if bf16 and stage == 0 else 4, on_gpu)
+    weights = 0 if offload_weights and stage == 3 else 2 if bf16 else 4
+    return StateBytes(weights, 2 if bf16 and stage == 0 else 4, on_gpu)
 
 
 def warnings(subnets: Sequence[PlannedSubNet]) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ def compute_lines(plan: "Plan", tflops: float | None) -> Iterator[str]:
 
 def stage_line(plan: "Plan") -> str:
     """What the table of stages counts."""
-    offload = ", and offload keeps the first on the CPU" if plan.memory.offload else ""
+    offload = ", and offload keeps what counts 0 here on the CPU" if plan.memory.offload else ""
     return (
         f"Model states per GPU in {plan.memory.precision}, bytes per parameter, {human(plan.subnets[-1].parameters)} "
         f"parameters on {plan.num_ranks} ranks. Stage 1 shares out the optimizer's part, 2 the gradients too, "

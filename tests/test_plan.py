@@ -82,6 +82,8 @@ def test_bf16_and_sgd_change_the_bytes():
     assert sgd.optimizer == 4
     offloaded = [state_bytes(stage, True, "adamw", offload=True).optimizer for stage in range(4)]
     assert offloaded == [12, 0, 0, 0]
+    weights = [state_bytes(stage, True, "adamw", True, offload_weights=True).weights for stage in range(4)]
+    assert weights == [2, 2, 2, 0]
 
 
 def test_sub_networks_of_few_visits_are_warned_about(tmp_path):

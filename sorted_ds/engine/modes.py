@@ -63,6 +63,11 @@ def is_offloaded(config: dict) -> bool:
     return _device(config, "offload_optimizer") != "none"
 
 
+def has_offloaded_weights(config: dict) -> bool:
+    """Whether the weights are kept on the CPU too, while no layer needs them."""
+    return _device(config, "offload_param") != "none"
+
+
 def _device(config: dict, kind: str) -> str:
     return config.get("zero_optimization", {}).get(kind, {}).get("device", "none")
 
@@ -77,7 +82,7 @@ def check_modes(config: dict, where: str, compile_layers: bool = False) -> None:
         _check_keys(given, proven, f"{section}.", where)
     if is_offloaded(config) and stage_of(config) == 0:
         raise UserError(f"{where}: offload_optimizer needs ZeRO. Set zero_optimization.stage to 1, 2 or 3.")
-    if _device(config, "offload_param") != "none" and not (stage_of(config) == 3 and is_offloaded(config)):
+    if has_offloaded_weights(config) and not (stage_of(config) == 3 and is_offloaded(config)):
         raise UserError(
             f"{where}: offload_param is proven exact at stage 3 together with offload_optimizer. Set both, or leave it "
             "out."
