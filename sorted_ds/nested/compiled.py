@@ -32,11 +32,11 @@ def compile_layers(model: NestedModel, backend: str = "inductor") -> None:
     for layer in model.model.layers:
         layer.run = run
         layer.nested = tuple(module for module in layer.modules() if isinstance(module, NestedLayer))
-        layer.__class__ = _compiled_class(type(layer))
+        layer.__class__ = _compiled_class(layer.__class__)
 
 
 @cache
-def _compiled_class(hf_class: type) -> type:
+def _compiled_class(hf_class: type[nn.Module]) -> type[nn.Module]:
     """A subclass: Hugging Face wraps the forward of each class in its checkpointing, which stays out of the graph."""
     plain_forward = unwrap(hf_class.forward)
 
