@@ -14,7 +14,7 @@ help:
 	@echo "make demo   train one network on the Python standard library and take a small one out (10 minutes)"
 	@echo "make test   every test"
 	@echo "make check  lint, format and types"
-	@echo "make bench  the parity, communication, time and exactness tables"
+	@echo "make bench  the parity, communication, memory, time and exactness tables"
 
 setup: .venv/.complete
 
@@ -38,6 +38,7 @@ check: setup
 bench: setup
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python -m benchmarks.communication
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.exactness
 

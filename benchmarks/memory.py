@@ -131,20 +131,18 @@ def print_building(num_ranks: int, folder: Path) -> None:
 DRAW, PLAIN, HF = "draw", "plain, our loss", "plain, HF's loss"
 
 
-def trained(ranks) -> dict[tuple[int, str, str], tuple[int, int, int]]:
-    """Live bytes of each stage, sub-network and way: between steps, in a pass, in a step."""
+def trained(ranks, stage: int) -> dict[tuple[str, str], tuple[int, int, int]]:
+    """Live bytes of each sub-network and way: between steps, in a pass, in a step."""
     found = {}
     ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
-    model = (ranks, config_of(TRAINED), space_of(TRAINED))
-    for stage in range(4):
-        zero = settings(stage)["zero_optimization"]
-        draws = of_draws(*model, zero, ids)
+    model, zero = (ranks, config_of(TRAINED), space_of(TRAINED)), settings(stage)["zero_optimization"]
+    draws = of_draws(*model, zero, ids)
+    gc.collect()
+    for name in NAMED:
+        found[name, DRAW] = draws[name]
+        found[name, PLAIN] = of_plain(*model, name, zero, ids)
+        found[name, HF] = of_plain(*model, name, zero, ids, chunked=False)
         gc.collect()
-        for name in NAMED:
-            found[stage, name, DRAW] = draws[name]
-            found[stage, name, PLAIN] = of_plain(*model, name, zero, ids)
-            found[stage, name, HF] = of_plain(*model, name, zero, ids, chunked=False)
-            gc.collect()
     return {key: (seen.between, seen.passes, seen.step) for key, seen in found.items()}
 
 
@@ -153,12 +151,13 @@ def print_training(folder: Path) -> None:
     print(f"\nTraining {TRAINED} on 2 ranks, fp32, AdamW, {ROWS} x {ROW_TOKENS} tokens: live MiB of rank 0, ratios\n")
     head = f"{'stage':7}{'sub-network':14}{'way':18}{'between':>9}{'passes':>9}{'step':>9}{'ratio':>8}"
     print(head + f"{'passes - between':>18}{'ratio':>8}")
-    found = on_ranks(2, trained, folder=folder)
-    for (stage, name, way), (before, passes, step) in found.items():
-        other_before, other_passes, other_step = found[stage, name, PLAIN]
-        row = f"{stage:<7}{name:14}{way:18}{before / MIB:>9.1f}{passes / MIB:>9.1f}{step / MIB:>9.1f}"
-        row += f"{step / other_step:>8.3f}{(passes - before) / MIB:>18.1f}"
-        print(row + f"{(passes - before) / (other_passes - other_before):>8.3f}", flush=True)
+    for stage in range(4):
+        found = on_ranks(2, trained, stage, folder=folder / f"stage{stage}")
+        for (name, way), (before, passes, step) in found.items():
+            other_before, other_passes, other_step = found[name, PLAIN]
+            row = f"{stage:<7}{name:14}{way:18}{before / MIB:>9.1f}{passes / MIB:>9.1f}{step / MIB:>9.1f}"
+            row += f"{step / other_step:>8.3f}{(passes - before) / MIB:>18.1f}"
+            print(row + f"{(passes - before) / (other_passes - other_before):>8.3f}", flush=True)
 
 
 def main() -> None:
