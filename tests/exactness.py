@@ -190,7 +190,7 @@ def run_engine(ranks, case: Case, num_steps: int) -> dict:
     with parts_off(case):
         engine = Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks, case.compile)
         seen = _train(engine, ranks, case, num_steps)
-    gathered = {"weights": gather_state(engine, ranks, lambda shard: shard.view(shard.flat))}
+    gathered = {"weights": gather_masters(engine, ranks)}
     if case.optimizer != "sgd":
         gathered["moments"] = gather_state(engine, ranks, lambda shard: engine.state_of(shard)["exp_avg"])
     full = model.space.full
@@ -239,6 +239,11 @@ def _one_micro_batch(engine: Engine, micro_batch: reference.MicroBatch, num_targ
         engine.backward(loss / num_targets)
         num_reduces = traffic.calls["reduce"] + traffic.calls["scatter"]
         seen["reduces_in_backward"] = max(seen["reduces_in_backward"], num_reduces)
+
+
+def gather_masters(engine, ranks) -> dict[str, torch.Tensor]:
+    """The fp32 master weights under the nested model's names."""
+    return gather_state(engine, ranks, lambda shard: shard.view(shard.flat))
 
 
 def gather_state(engine, ranks, value_of) -> dict[str, torch.Tensor]:
