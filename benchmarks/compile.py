@@ -64,7 +64,9 @@ def count_graphs(loss: SummedLoss, ids: torch.Tensor, graphs: list) -> None:
             loss.eval().model.set_subnet(subnet)
             loss(ids, ids)
     loss.train()
-    print(f"{len(SPACE)} sub-networks of 2 to 8 layers: {trained} graphs to train them, {len(graphs) - trained} more to")
+    print(
+        f"{len(SPACE)} sub-networks of 2 to 8 layers: {trained} graphs to train them, {len(graphs) - trained} more to"
+    )
     print(f"evaluate them, {time.perf_counter() - start:.0f} s in all\n")
 
 
