@@ -64,10 +64,8 @@ def count_graphs(loss: SummedLoss, ids: torch.Tensor, graphs: list) -> None:
             loss.eval().model.set_subnet(subnet)
             loss(ids, ids)
     loss.train()
-    print(
-        f"{len(SPACE)} sub-networks of 2 to 8 layers: {trained} graphs to train them, {len(graphs) - trained} more to"
-    )
-    print(f"evaluate them, {time.perf_counter() - start:.0f} s in all\n")
+    more, seconds = len(graphs) - trained, time.perf_counter() - start
+    print(f"{len(SPACE)} sub-networks: {trained} graphs to train them, {more} more to evaluate them, {seconds:.0f} s\n")
 
 
 def main() -> None:
