@@ -40,6 +40,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.communication
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.compile
 	$(BIN)/python -m benchmarks.exactness
 
 clean:

@@ -1,0 +1,100 @@
+"""Prints graphs compiled, and the time of one micro-batch with compiled layers as a multiple of eager: `make bench`.
+
+One process, fp32, forward and backward without optimizer step, of several sub-networks of one model. In turns: each
+round times one after the other, and the ratio is the round's. Median of the rounds with a 95 % interval (order
+statistics of the binomial). The graphs are counted while every sub-network of the space is run, trained and evaluated.
+`--backend inductor --rounds 40`.
+"""
+
+import argparse
+import time
+
+import torch
+import torch._dynamo
+from torch._dynamo.backends.registry import lookup_backend
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sorted_ds.loss import SummedLoss
+from sorted_ds.nested import nest
+from sorted_ds.nested.compiled import compile_layers
+from sorted_ds.space import SubNet, SubNetSpace
+
+SPACE = SubNetSpace.grid(depths=[2, 4, 8], groups=[1, 2, 4], ffn=[192, 384, 768])
+TIMED = ["d2-g1-f192", "d8-g1-f192", "d2-g4-f768", "d4-g2-f384", "d8-g2-f384", "d8-g4-f768"]
+ROWS, ROW_TOKENS, VOCAB = 4, 128, 1024
+
+
+def nested_loss() -> SummedLoss:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=VOCAB,
+    )
+    return SummedLoss(nest(LlamaForCausalLM(config), SPACE)).train()
+
+
+def seconds_of(loss: SummedLoss, subnet: SubNet, ids: torch.Tensor) -> float:
+    """Of one micro-batch; the gradient's memory is allocated anew each time, on both sides."""
+    loss.zero_grad()
+    loss.model.set_subnet(subnet)
+    start = time.perf_counter()
+    (loss(ids, ids) / ids.numel()).backward()
+    return time.perf_counter() - start
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Median, and its 95 % interval by order statistics: no assumption on the distribution."""
+    ordered, half = sorted(values), 0.98 * len(values) ** 0.5
+    low, high = round(len(values) / 2 - half), round(len(values) / 2 + half)
+    return ordered[len(values) // 2], ordered[max(0, low)], ordered[min(len(values) - 1, high)]
+
+
+def count_graphs(loss: SummedLoss, ids: torch.Tensor, graphs: list) -> None:
+    """Runs the space as a training run does: the full network first."""
+    start = time.perf_counter()
+    for subnet in reversed(list(SPACE)):
+        seconds_of(loss, subnet, ids)
+    trained = len(graphs)
+    with torch.no_grad():
+        for subnet in reversed(list(SPACE)):
+            loss.eval().model.set_subnet(subnet)
+            loss(ids, ids)
+    loss.train()
+    more, seconds = len(graphs) - trained, time.perf_counter() - start
+    print(f"{len(SPACE)} sub-networks: {trained} graphs to train them, {more} more to evaluate them, {seconds:.0f} s\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", default="inductor")
+    parser.add_argument("--rounds", type=int, default=40)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    inner, graphs = lookup_backend(args.backend), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return inner(graph, inputs)
+
+    eager, other = nested_loss(), nested_loss()
+    compile_layers(other.model, backend)
+    ids = torch.randint(VOCAB, (ROWS, ROW_TOKENS), generator=torch.Generator().manual_seed(0))
+    count_graphs(other, ids, graphs)
+    print(f"{'sub-network':13}{'compiled ms':>12}{'eager ms':>10}{'ratio':>8}  95 %")
+    for name in TIMED:
+        rows = []
+        for number in range(args.rounds):
+            turns = [other, eager] if number % 2 else [eager, other]
+            found = {id(loss): seconds_of(loss, SPACE[name], ids) for loss in turns}
+            rows.append((found[id(other)], found[id(eager)]))
+        ratio, low, high = interval([compiled / plain for compiled, plain in rows])
+        compiled, plain = (1000 * interval([row[side] for row in rows])[0] for side in (0, 1))
+        print(f"{name:13}{compiled:>12.1f}{plain:>10.1f}{ratio:>8.3f}  {low:.3f}-{high:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
