@@ -21,6 +21,8 @@ OTHER_FILES = {
     "CONTRIBUTING.md": "how to add a family, a strategy, a mode, a key",
     "Makefile": "set-up, demo, tests, checks",
     "docs/log.md": "what was measured, and what did not work",
+    "docs/matrix.md": "every mode of the engine against plain PyTorch",
+    "docs/scaling.md": "what a run costs on many GPUs: formulas, their errors, and what they say",
     "docs/pareto.png": "the demo's figure",
     "ds_configs": "DeepSpeed JSON: ZeRO stage, and bf16 where the name says so, else fp32",
     "launch/runs/demo.toml": "the run of `make demo`",
