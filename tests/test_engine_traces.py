@@ -178,3 +178,22 @@ def test_saved_tensors_hold_no_gathered_weight(tmp_path):
     released, kept = on_ranks(2, held, Case(3), folder=tmp_path)
     assert released > 60
     assert kept == 0
+
+
+def interrupted(ranks, case: Case) -> list[str]:
+    """What a pass says that comes before another one's backward pass, and that the first one goes on."""
+    engine, said = engine_of(ranks, case), []
+    loss = engine.forward(ids(), ids(), SMALL)
+    for other in (engine.evaluate, engine.forward):
+        try:
+            other(ids(), ids(), LARGE)
+        except RuntimeError as error:
+            said.append(str(error))
+    engine.backward(loss)
+    engine.evaluate(ids(), ids(), LARGE)
+    return said
+
+
+def test_no_pass_comes_between_another_one_s_forward_and_backward(tmp_path):
+    said = on_ranks(1, interrupted, Case(3), folder=tmp_path)
+    assert said == [f"a forward pass of {SMALL} waits for its backward pass; call it first"] * 2

@@ -91,6 +91,7 @@ class Engine:
             lay_out(model)
             if not is_bf16(config):
                 self.deepspeed.optimizer.register_step_pre_hook(self._clip)
+        self._awaits_backward = False
         self._traces: Traces | None = None
         self._offload = is_offloaded(config)
         accumulators.check(self.deepspeed.optimizer, self.stage, self._offload)
@@ -103,12 +104,17 @@ class Engine:
         """The loss of one micro-batch through `subnet`, in nats summed over its targets.
 
         Shapes: input_ids, labels [rows, row_tokens]; labels are shifted already, -100 where there is no target.
+
+        Raises: RuntimeError when another pass still waits for its `backward`.
         """
         self._select(subnet, training=True)
+        self._awaits_backward = True
         return self.deepspeed(input_ids.to(self.ranks.device), labels.to(self.ranks.device))
 
     def _select(self, subnet: SubNet, training: bool) -> None:
-        """The next pass runs `subnet`."""
+        """The next pass runs `subnet`. Until its backward pass no other one may: layers know one width at a time."""
+        if self._awaits_backward:
+            raise RuntimeError(f"a forward pass of {self.model.subnet} waits for its backward pass; call it first")
         self.model.set_subnet(subnet)
         if self.model.training != training:  # 2 ms for 8 layers: it walks over all modules
             self.deepspeed.train(training)
@@ -118,6 +124,7 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a share of the step's mean loss; the shares of all ranks and draws add up to it."""
         self.deepspeed.backward(loss * self.ranks.size, scale_wrt_gas=False)
+        self._awaits_backward = False
 
     def step(self, learning_rate: float) -> float:
         """One optimizer step with the gradients accumulated since the last. Returns their norm before clipping."""

@@ -51,8 +51,7 @@ class Traces:
         self._running: tuple[SubNet, bool] | None = None
         self._is_recording = False
         self.num_invalidated = 0
-        """Passes that did not follow their trace: right, but not prefetched from there on. Stays 0 unless an evaluation
-        comes between a forward pass and its backward pass."""
+        """Passes that did not follow their trace: right, but not prefetched from there on. Stays 0: tests say so."""
         self._decide = _uncached(getattr(type(coordinator), f"{PRIVATE}params_to_release"))
         self._set("params_to_release", self._params_to_release)
 
