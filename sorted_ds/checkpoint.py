@@ -11,7 +11,6 @@ The step is the only cursor: rows, draws and learning rate follow from it. Nothi
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from sorted_ds.engine.shards import MASTER, Shard
 from sorted_ds.errors import AgreedError, UserError
+from sorted_ds.files import sync
 from sorted_ds.ranks import Ranks
 
 INDEX = "checkpoint.json"
@@ -135,7 +135,7 @@ class Checkpoints:
             save_file(tensors, path, metadata=starts)
         except SafetensorError as error:
             raise OSError(f"{path.name}: {error}") from None
-        _sync(path)
+        sync(path)
         return sorted(state_keys - {MASTER})
 
     def _write_index(self, folder: Path, step: int, optimizer_steps: int, state_keys: list[str]) -> None:
@@ -153,14 +153,14 @@ class Checkpoints:
         }
         path = folder / INDEX
         path.write_text(json.dumps(index, indent=1))
-        _sync(path)
-        _sync(folder)
+        sync(path)
+        sync(folder)
 
     def _publish(self, hidden: Path, final: Path) -> None:
         if final.exists():
             _delete(final)
         hidden.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         for left in self.folder.glob(".deleting_*"):
             shutil.rmtree(left, ignore_errors=True)
         for old in self.complete()[: -self.keep_last]:
@@ -262,14 +262,6 @@ def _delete(folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_master_weights(folder: Path) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from sorted_ds.data.tokenizer import (
 )
 from sorted_ds.data.tokens import TOKENIZER_DIR, TokenizedText, open_tokens, write_meta
 from sorted_ds.errors import UserError
+from sorted_ds.files import sync
 
 TRAIN = "train"
 """`data.tokenizer` of a tokenizer that is trained on the run's text."""
@@ -93,7 +94,7 @@ def _make(spec: DataSpec, sources: Sequence[Source], folder: Path, workers: int,
         _write(spec, sources, hidden, workers, report)
         if _key(spec, sources, folder.parent, workers) != folder.name:
             raise UserError("data: the text was changed while it was being prepared. Start again.")
-        _sync(hidden)
+        _sync_all(hidden)
         _publish(hidden, folder)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -119,18 +120,10 @@ def _all(sources: Sequence[Source]) -> Iterator[str]:
     return (text for source in sources for text in documents(source))
 
 
-def _sync(folder: Path) -> None:
+def _sync_all(folder: Path) -> None:
     """Before the name appears, the contents are on the disk, not only in its cache."""
     for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
 
 
 def _publish(hidden: Path, folder: Path) -> None:
@@ -139,4 +132,4 @@ def _publish(hidden: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise  # Otherwise another process was first, with the same bytes.
-    _sync_one(folder.parent)
+    sync(folder.parent)
