@@ -27,7 +27,7 @@ MIB = 2**20
 HIDDEN = {"14 M": 256, "50 M": 512, "200 M": 1024}
 BUILT, TRAINED = ("50 M", "200 M"), "14 M"
 DEPTH, VOCAB = 16, 4000
-ROWS, ROW_TOKENS = 2, 256
+ROWS, ROW_TOKENS = 2, 64
 ZERO = {
     "overlap_comm": False,
     "reduce_bucket_size": 5_000_000,
@@ -143,7 +143,7 @@ def trained(ranks, stage: int) -> dict[tuple[str, str], tuple[int, int, int]]:
         found[name, PLAIN] = of_plain(*model, name, zero, ids)
         found[name, HF] = of_plain(*model, name, zero, ids, chunked=False)
         gc.collect()
-    return {key: (seen.between, seen.passes, seen.step) for key, seen in found.items()}
+    return {key: (seen.between, seen.passes, seen.most) for key, seen in found.items()}
 
 
 def print_training(folder: Path) -> None:

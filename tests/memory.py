@@ -73,9 +73,13 @@ class StepBytes:
     """Before it: weights and optimizer state."""
     passes: int
     """At most, in the forward and backward pass."""
-    step: int
-    """At most, in all of it."""
+    update: int
+    """At most, in the optimizer's update after them."""
     shapes: frozenset[torch.Size]
+
+    @property
+    def most(self) -> int:
+        return max(self.passes, self.update)
 
     @property
     def added(self) -> int:
@@ -136,5 +140,6 @@ def _measured(live: LiveBytes, passes: Callable[[], object], step: Callable[[], 
     before = live.now
     passes()
     in_passes = live.peak
+    live.restart()
     step()
     return StepBytes(before, in_passes, live.peak, frozenset(live.shapes))
