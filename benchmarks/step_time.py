@@ -2,7 +2,7 @@
 
 (a) the full network against plain DeepSpeed and the Hugging Face Trainer, whole steps; (b) each sub-network against
 its extracted model; (c) 24, 160 and 1,000 sub-networks in the space. `--part b --stages 3 --rounds 40`,
-`--part a --accumulation 1 4`, `--size small` for what Python costs, `--ranks 1 --cpu-time` where others use the machine,
+`--part a --accumulation 1 4`, `--size small` for what Python costs, `--ranks 1 --cpu-time` on a busy machine,
 `--device cuda --size large --bf16 --peak-tflops 989` on a GPU. Ten minutes at the defaults.
 """
 
