@@ -35,6 +35,8 @@ SCHEDULE = (
     (SMALL, LARGE, SMALL, SMALL),  # used in the middle
 )
 ROWS_PER_RANK, ROW_TOKENS, VOCAB = 2, 12, 96
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state."""
 SMALL_ZERO = {
     "reduce_bucket_size": 1000,
     "allgather_bucket_size": 1000,
@@ -150,8 +152,11 @@ def reference_weights(case: Case, num_ranks: int, num_steps: int, skip_unused: b
     model = plain_model(case)
     steps = [flat(step) for step in micro_batches(case, num_ranks)[:num_steps]]
     norms, optimizer = reference.train(model, steps, case.optim, skip_unused)
-    moments = {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters() if optimizer.state[p]}
-    return {"weights": model.state_dict(), "norms": norms, "moments": moments}
+    moments = {
+        kind: {name: optimizer.state[p][kind] for name, p in model.named_parameters()}
+        for kind in (MOMENTS if case.optimizer != "sgd" else ())
+    }
+    return {"weights": model.state_dict(), "norms": norms, **moments}
 
 
 PARTS = ("own_accumulation", "clean_accumulators", "both", "summed_loss")
@@ -191,8 +196,8 @@ def run_engine(ranks, case: Case, num_steps: int) -> dict:
         engine = Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks, case.compile)
         seen = _train(engine, ranks, case, num_steps)
     gathered = {"weights": gather_masters(engine, ranks)}
-    if case.optimizer != "sgd":
-        gathered["moments"] = gather_state(engine, ranks, lambda shard: engine.state_of(shard)["exp_avg"])
+    for kind in MOMENTS if case.optimizer != "sgd" else ():
+        gathered[kind] = gather_state(engine, ranks, lambda shard, kind=kind: engine.state_of(shard)[kind])
     full = model.space.full
     return {**seen, **{kind: hf_tensors(model, full, values.__getitem__) for kind, values in gathered.items()}}
 
@@ -264,4 +269,5 @@ def run_cases(ranks, cases: list[Case], num_steps: int) -> dict[str, dict]:
 
 
 def largest_difference(a: dict, b: dict) -> float:
-    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
+    """Not a number where any of them is none: `max` of Python would pass it over."""
+    return float(torch.stack([(a[name].float() - b[name].float()).abs().max() for name in a]).max())

@@ -52,6 +52,8 @@ def continued(folder: Path, first: tuple[int, Case], second: tuple[int, Case]) -
 MODES = [Case(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
 MODES += [Case(3, precision, default_thresholds=True) for precision in ("fp32", "bf16")]
 MODES += [Case(3, sub_group_size=1500), Case(2, offload=True), Case(3, "bf16", offload=True)]
+MODES += [Case(2, optimizer="fused"), Case(3, offload=True, offload_param=True)]
+MODES += [Case(stage, optimizer="cpu_adam", offload=True) for stage in (1, 3)]
 
 
 def both_ways(ranks, cases: list[Case], folder: str) -> dict[str, tuple[dict, dict]]:

@@ -72,6 +72,17 @@ def test_bf16_is_as_close_as_a_static_network_in_the_same_mode(trained, mode):
         assert drawn.moments <= 2 * static.moments
 
 
+def test_what_is_not_a_number_exceeds_every_bound():
+    nan = float("nan")
+    right = cover.expected(MODES[0])
+    broken = {name: value.clone() for name, value in right["weights"].items()}
+    list(broken.values())[-1].view(-1)[0] = nan
+    error = cover.error({**right, "weights": broken}, MODES[0])
+    assert error.weights != error.weights
+    assert cover.exceeds(error, cover.bounds(MODES[0]))
+    assert not cover.exceeds(cover.error(right, MODES[0]), cover.bounds(MODES[0]))
+
+
 def test_offloaded_and_partitioned_weights_were_gathered_and_released(trained):
     for mode in MODES:
         if mode.case.stage == 3 and mode.num_ranks > 1:

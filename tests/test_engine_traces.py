@@ -7,6 +7,7 @@ import torch
 
 from sorted_ds.engine import Engine
 from sorted_ds.nested import extract, nest
+from sorted_ds.nested.layers import NestedLayer
 from tests.exactness import DEEP, LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, VOCAB, WIDE, Case, plain_model
 from tests.spawn import on_ranks
 from tests.traffic import counted
@@ -154,13 +155,25 @@ def held(ranks, case: Case) -> tuple[int, int]:
     return held_by(engine_of(ranks, case))
 
 
+def nested_layers(engine: Engine) -> list[NestedLayer]:
+    return [module for module in engine.model.modules() if isinstance(module, NestedLayer)]
+
+
+def both_ways(layer: NestedLayer) -> list[tuple[int, int]]:
+    """Shapes of its whole weight, which a saved copy would have."""
+    rows, other = layer.bounds[-1][1], layer.blocks[0].weight.ds_shape[1]
+    return [(rows, other), (other, rows)]
+
+
 def held_by(engine: Engine) -> tuple[int, int]:
     """Of the tensors saved for backward: parameters themselves, which ZeRO-3 can release, and views of them."""
     parameters = list(engine.model.parameters())
     released, kept = 0, 0
+    weights = {shape for layer in nested_layers(engine) for shape in both_ways(layer)}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal released, kept
+        kept += tuple(tensor.shape) in weights and not tensor.requires_grad
         storages = {p.untyped_storage().data_ptr() for p in parameters if p.numel()}
         if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
             is_parameter = tensor.is_leaf and tensor.requires_grad

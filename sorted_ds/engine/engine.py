@@ -33,6 +33,7 @@ from sorted_ds.engine.modes import check_modes, complete, is_bf16, is_offloaded,
 from sorted_ds.engine.optimizers import (
     build_optimizer,
     check_implementation,
+    compile_ahead,
     implementation_of,
     set_steps_taken,
 )
@@ -79,6 +80,8 @@ class Engine:
         loss = SummedLoss(model)
         self.deepspeed_config = complete(config, micro_batch_rows, ranks.size, optim.clip_norm)
         implementation = implementation_of(optim, is_offloaded(config), ranks.device.type == "cuda")
+        with ranks.together():
+            compile_ahead(implementation)
         with redirect_stdout(StringIO()):  # on the CPU it tells that it built its ops
             self.deepspeed, *_ = deepspeed.initialize(
                 model=loss,

@@ -2,7 +2,7 @@
 
 In: the engine keys of the user's DeepSpeed JSON. Out: the complete dictionary for `deepspeed.initialize`, or one
 error that names what is not proven and what to use instead. Proven means: compared with the single-process reference
-by tests/test_engine_exact.py.
+by tests/test_engine_cover.py.
 """
 
 from typing import Any
@@ -147,7 +147,7 @@ def complete(config: dict, micro_batch_rows: int, num_ranks: int, clip_norm: flo
         gradient_clipping=clip_norm if clip_here else 0.0,
         managed_gradient_accumulation=False,
         zero_allow_untested_optimizer=True,
-        zero_force_ds_cpu_optimizer=False,  # torch's own AdamW, as everywhere
+        zero_force_ds_cpu_optimizer=False,  # optimizers.py chooses
         steps_per_print=NEVER_PRINT_STEPS,
     )
     return full

@@ -3,7 +3,7 @@
 In: activations of the drawn width. Out: the same layer's output at that width. The weight of a layer is a list of
 *blocks*, each an `nn.Module` that owns the rows that one width step adds. Where the blocks lie side by side in memory,
 a prefix of them is one matrix, used without a copy. Otherwise, and always under ZeRO-3 (`Width.join` off), they are
-multiplied one after the other, into one result.
+copied together for the time of a product, and never kept so.
 
 Legend: rows = the nested dimension (heads or feed-forward channels), always the first dimension of a block;
 a weight that is nested on its input side is therefore stored transposed, [in, out]. N = positions.
@@ -28,7 +28,7 @@ class Width:
         self.sizes = tuple(sizes)
         self.num_steps = len(self.sizes)
         self.join = True
-        """Use neighbouring blocks as one matrix. Off under ZeRO-3, where a block must be called to be gathered."""
+        """Use neighbouring blocks as one matrix. Off under ZeRO-3, where blocks are gathered one by one."""
 
     @property
     def size(self) -> int:
@@ -68,9 +68,10 @@ def are_adjacent(blocks: Sequence[Tensor]) -> bool:
 
 
 class _BlockedOutput(torch.autograd.Function):
-    """`x @ cat(weights).t() + cat(biases)` without the concatenation; `biases` follow the weights, or are none.
+    """`x @ weight.t() + bias` with the blocks of both put together for as long as the product takes.
 
     Saves the blocks themselves: under ZeRO-3 they are released after the forward pass and gathered again for this one.
+    One product, not one a block, so that bf16 rounds a sum once. `biases` follow the weights, or are none.
     Shapes: [N, in], [rows, in] each, [rows] each -> [N, all rows].
     """
 
@@ -78,31 +79,20 @@ class _BlockedOutput(torch.autograd.Function):
     def forward(ctx, x: Tensor, *blocks: Tensor) -> Tensor:
         weights = [block for block in blocks if block.dim() == 2]
         biases = blocks[len(weights) :]
-        ctx.rows, ctx.num_weights = [len(weight) for weight in weights], len(weights)
+        ctx.rows, ctx.has_bias = [len(weight) for weight in weights], bool(biases)
         ctx.save_for_backward(x, *weights)
-        y = x.new_empty(len(x), sum(ctx.rows))
-        for part, weight in zip(y.split(ctx.rows, 1), weights, strict=True):
-            torch.mm(x, weight.t(), out=part)
-        for part, bias in zip(y.split(ctx.rows, 1), biases, strict=False):
-            part += bias
-        return y
+        return F.linear(x, _together(weights), _together(biases) if biases else None)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        parts = grad.split(ctx.rows, 1)
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        if grad_x is not None:
-            for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-                torch.addmm(grad_x, part, weight, beta=min(number, 1), out=grad_x)
-        needed = ctx.needs_input_grad[1:]
-        grads = [part.t() @ x if need else None for part, need in zip(parts, needed, strict=False)]
-        bias_needed = needed[ctx.num_weights :]
-        return grad_x, *grads, *(part.sum(0) for part, _ in zip(parts, bias_needed, strict=False))
+        grad_x = grad @ _together(weights) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.sum(0).split(ctx.rows) if ctx.has_bias else ()
+        return grad_x, *(grad.t() @ x).split(ctx.rows), *grad_bias
 
 
 class _BlockedInput(torch.autograd.Function):
-    """`x @ cat(weights)` without the concatenation.
+    """`x @ weight`, likewise.
 
     Shapes: [N, all rows], [rows, out] each -> [N, out].
     """
@@ -111,21 +101,18 @@ class _BlockedInput(torch.autograd.Function):
     def forward(ctx, x: Tensor, *weights: Tensor) -> Tensor:
         ctx.rows = [len(weight) for weight in weights]
         ctx.save_for_backward(x, *weights)
-        y = x.new_empty(len(x), weights[0].shape[1])
-        for number, (part, weight) in enumerate(zip(x.split(ctx.rows, 1), weights, strict=True)):
-            torch.addmm(y, part, weight, beta=min(number, 1), out=y)
-        return y
+        return x @ _together(weights)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        if grad_x is not None:
-            for part, weight in zip(grad_x.split(ctx.rows, 1), weights, strict=True):
-                torch.mm(grad, weight.t(), out=part)
-        needed = ctx.needs_input_grad[1:]
-        parts = zip(x.split(ctx.rows, 1), needed, strict=True)
-        return grad_x, *(part.t() @ grad if need else None for part, need in parts)
+        grad_x = grad @ _together(weights).t() if ctx.needs_input_grad[0] else None
+        return grad_x, *(x.t() @ grad).split(ctx.rows)
+
+
+def _together(blocks: Sequence[Tensor]) -> Tensor:
+    """As one tensor: a copy, unless there is one block alone."""
+    return torch.cat(list(blocks)) if len(blocks) > 1 else blocks[0]
 
 
 class Block(nn.Module):
