@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 from benchmarks.common import SIZES, Setting, engine_of, interval, nested_llama, timed, token_ids
 from sorted_ds.config import Optim
+from sorted_ds.data.loader import deal
 from sorted_ds.engine import Engine
 from sorted_ds.nested import costs_of, sorted_by_cost, union_parameters
 from sorted_ds.plan import FORWARD_AND_BACKWARD, state_bytes
@@ -41,7 +42,7 @@ EIGHT_B = LlamaConfig(
     vocab_size=128256,
 )
 EIGHT_B_SPACE = SubNetSpace.grid(depths=[16, 20, 24, 28, 32], groups=[4, 8], ffn=[7168, 10752, 14336])
-ROW_TOKENS, STEP_ROWS, NUM_DRAWS = 4096, 1024, 4
+ROW_TOKENS, STEP_ROWS, NUM_DRAWS, MICRO_BATCH_ROWS = 4096, 1024, 4, 4
 SMALL_CHANGE = 1000
 """Bytes of norms and flags that are not counted."""
 GPUS = (8, 32, 128, 512)
@@ -81,7 +82,8 @@ def print_traffic(num_ranks: int, folder: Path) -> None:
     print(f"\nTraffic of a step of {', '.join(DRAWS)} on {num_ranks} ranks: kB gathered, reduced, scattered\n")
     for (stage, bf16), seen in found.items():
         formula = told(stage, bf16)
-        pairs = list(zip((formula.gathered, formula.reduced, formula.scattered), seen.values(), strict=False))
+        gathered = formula.gathered if num_ranks > 1 else 0  # a rank alone has all weights; a reduction is still called
+        pairs = list(zip((gathered, formula.reduced, formula.scattered), seen.values(), strict=False))
         worst = max(abs(b - a) / max(a, b) for a, b in pairs if max(a, b) > SMALL_CHANGE)
         cells = "".join(f"{a / 1000:>10,.1f}{b / 1000:>10,.1f}" for a, b in pairs)
         print(f"stage {stage} {'bf16' if bf16 else 'fp32'}  formula, counted: {cells}   error {worst:.1%}", flush=True)
@@ -151,18 +153,19 @@ def print_many(gb_per_second: float, peak_tflops: float, mfu: float) -> None:
     full = costs[space.full].parameters
     print(
         f"\nNot validated at this size. {full / 1e9:.1f} B parameters, {len(space)} sub-networks, bf16, AdamW, "
-        f"{NUM_DRAWS} draws and {STEP_ROWS} rows of {ROW_TOKENS} tokens a step.\n{peak_tflops:g} TFLOP/s x {mfu:.0%}, "
+        f"{NUM_DRAWS} draws and {STEP_ROWS} rows of {ROW_TOKENS} tokens a step, at most {MICRO_BATCH_ROWS} a forward "
+        f"pass.\n{peak_tflops:g} TFLOP/s x {mfu:.0%}, "
         f"{gb_per_second:g} GB/s a GPU. Seconds of a step: compute, and what ranks send without any overlap.\n"
     )
     print(f"{'GPUs':>5}{'compute':>9}" + "".join(f"{f'stage {s}':>9}{'GiB':>7}" for s in STAGES))
     unions = union_parameters(steps, EIGHT_B)
     for gpus in GPUS:
-        forwards = max(1, STEP_ROWS // NUM_DRAWS // gpus)
-        rows = STEP_ROWS / NUM_DRAWS / gpus
+        dealt = deal(STEP_ROWS, NUM_DRAWS, MICRO_BATCH_ROWS, gpus)
+        rows = dealt.forwards * dealt.rows_per_forward
         flops = sum(FORWARD_AND_BACKWARD * costs[s].flops_per_token for step in steps for s in step) / len(steps)
         row = f"{gpus:>5}{flops * rows * ROW_TOKENS / (peak_tflops * 1e12 * mfu):>9.2f}"
         for stage in STAGES:
-            row += f"{sent(stage, full, steps, unions, costs, forwards, gpus) / gb_per_second / 1e9:>9.2f}"
+            row += f"{sent(stage, full, steps, unions, costs, dealt.forwards, gpus) / gb_per_second / 1e9:>9.2f}"
             row += f"{state_bytes(stage, True, 'adamw').per_rank(stage, full, gpus) / GIB:>7.1f}"
         print(row)
 

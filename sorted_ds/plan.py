@@ -76,7 +76,7 @@ class StateBytes:
         return num_parameters * (kept + shared / num_ranks)
 
     def between_steps(self, stage: int, num_parameters: int, num_ranks: int) -> float:
-        """Without gradients, which only stage 3 keeps from step to step."""
+        """In fp32: without gradients, which only stage 3 keeps from step to step."""
         held = self if stage == 3 else replace(self, gradients=0)
         return held.per_rank(stage, num_parameters, num_ranks)
 

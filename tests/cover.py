@@ -147,14 +147,16 @@ class Error:
     """Largest difference."""
     moments: float
     """Of AdamW's two moments, sums of gradients and of their squares: largest difference relative to the largest of
-    each. 0 for SGD."""
+    each, of the squares half of it. 0 for SGD."""
     norms: float
     """Of the gradients' norms: largest relative difference."""
 
 
 def error(trained: dict, mode: Mode) -> Error:
     right = expected(mode)
-    moments = [_relative(trained[kind], right[kind]) for kind in exactness.MOMENTS if kind in trained]
+    # A square has twice the relative rounding of what is squared.
+    powers = zip(exactness.MOMENTS, (1, 2), strict=True)
+    moments = [_relative(trained[kind], right[kind]) / power for kind, power in powers if kind in trained]
     norms, right_norms = torch.tensor(trained["norms"]), torch.tensor(right["norms"])
     return Error(
         weights=exactness.largest_difference(trained["weights"], right["weights"]),
