@@ -103,7 +103,7 @@ def summary(modes: Sequence[Mode], found: dict[str, Error]) -> str:
         f"{', '.join(f'{name} {value}' for name, value in versions().items() if name != 'code')}, CPU, gloo.\n",
         "A line holds 1 to 4 ranks x overlap_comm (stages 2, 3) x clipping x tied embeddings x activation",
         "checkpointing x evaluation in between. Largest difference from one process of plain PyTorch after four",
-        "steps of four draws: weights absolute (SGD at rate 1, AdamW at 0.01; in bf16 at 1e-4), AdamW's first moments",
+        "steps of four draws: weights absolute (SGD at rate 1, AdamW at 0.01; in bf16 at 1e-4), AdamW's moments",
         "relative to the largest, gradient norms relative. Static: a network that never changes, in the same modes.\n",
         "| stage | offload | optimizer | precision | modes | weights | static | moments | static | norms |",
         "|---|---|---|---|---|---|---|---|---|---|",
