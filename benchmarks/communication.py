@@ -9,6 +9,8 @@ import argparse
 import copy
 import tempfile
 from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import deepspeed
@@ -20,6 +22,7 @@ from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.loss import SummedLoss
 from sorted_ds.nested import extract
+from sorted_ds.space import SubNet
 from tests.spawn import on_ranks
 from tests.traffic import Traffic, counted
 
@@ -31,6 +34,7 @@ ZERO = {
     "stage3_prefetch_bucket_size": 500_000,
     "stage3_max_reuse_distance": 0,
 }
+GATHERED, REDUCED = attrgetter("gathered"), attrgetter("reduced")
 Visit = tuple[Traffic, Traffic]
 """Of a micro-batch, and of the step after it."""
 
@@ -52,11 +56,13 @@ def of_draws(ranks, stage: int) -> dict[str, list[Visit]]:
     """Of each sub-network: its first visit and a later one."""
     engine = Engine(nested_llama(SIZE), settings(stage), "benchmark", Optim(), SIZE.rows, ranks)
     engine.warm_up(SIZE.rows, SIZE.row_tokens)
+
+    def passes(subnet: SubNet, ids: torch.Tensor) -> None:
+        engine.backward(engine.forward(ids, ids, subnet))
+
     visits: dict[str, list[Visit]] = {name: [] for name in VISITED}
     for name in VISITED * 2:
-        subnet = SPACE[name]
-        micro_batch = lambda ids, subnet=subnet: engine.backward(engine.forward(ids, ids, subnet))  # noqa: E731
-        visits[name].append(visit(micro_batch, lambda: engine.step(0.0)))
+        visits[name].append(visit(partial(passes, SPACE[name]), lambda: engine.step(0.0)))
     assert engine._traces is None or engine._traces.num_invalidated == 0
     return visits
 
@@ -85,16 +91,8 @@ def row(name: str, first: Visit, later: Visit, fixed: Visit) -> str:
     cells += [f"{each[0].reduced / size:>9.3f}" for each in (later, fixed)]
     cells += [f"{later[0].bytes['broadcast'] / size:>6.3f}"]
     cells += [f"{sum(each[0].calls.values()):>7}" for each in (later, fixed)]
-    cells += [f"{kind(each[1]) / size:>9.3f}" for kind in (gathered, reduced) for each in (later, fixed)]
+    cells += [f"{kind(each[1]) / size:>9.3f}" for kind in (GATHERED, REDUCED) for each in (later, fixed)]
     return "".join(cells)
-
-
-def gathered(traffic: Traffic) -> int:
-    return traffic.gathered
-
-
-def reduced(traffic: Traffic) -> int:
-    return traffic.reduced
 
 
 def main() -> None:

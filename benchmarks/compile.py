@@ -12,29 +12,19 @@ import time
 import torch
 import torch._dynamo
 from torch._dynamo.backends.registry import lookup_backend
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common import Size, interval, nested_llama
 from sorted_ds.loss import SummedLoss
-from sorted_ds.nested import nest
 from sorted_ds.nested.compiled import compile_layers
-from sorted_ds.space import SubNet, SubNetSpace
+from sorted_ds.space import SubNet
 
-SPACE = SubNetSpace.grid(depths=[2, 4, 8], groups=[1, 2, 4], ffn=[192, 384, 768])
+SIZE = Size(256, 768, 8, 8, 4, vocab=1024, rows=4, row_tokens=128)
+SPACE = SIZE.space()
 TIMED = ["d2-g1-f192", "d8-g1-f192", "d2-g4-f768", "d4-g2-f384", "d8-g2-f384", "d8-g4-f768"]
-ROWS, ROW_TOKENS, VOCAB = 4, 128, 1024
 
 
 def nested_loss() -> SummedLoss:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=VOCAB,
-    )
-    return SummedLoss(nest(LlamaForCausalLM(config), SPACE)).train()
+    return SummedLoss(nested_llama(SIZE)).train()
 
 
 def seconds_of(loss: SummedLoss, subnet: SubNet, ids: torch.Tensor) -> float:
@@ -44,13 +34,6 @@ def seconds_of(loss: SummedLoss, subnet: SubNet, ids: torch.Tensor) -> float:
     start = time.perf_counter()
     (loss(ids, ids) / ids.numel()).backward()
     return time.perf_counter() - start
-
-
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Median, and its 95 % interval by order statistics: no assumption on the distribution."""
-    ordered, half = sorted(values), 0.98 * len(values) ** 0.5
-    low, high = round(len(values) / 2 - half), round(len(values) / 2 + half)
-    return ordered[len(values) // 2], ordered[max(0, low)], ordered[min(len(values) - 1, high)]
 
 
 def count_graphs(loss: SummedLoss, ids: torch.Tensor, graphs: list) -> None:
@@ -82,18 +65,18 @@ def main() -> None:
 
     eager, other = nested_loss(), nested_loss()
     compile_layers(other.model, backend)
-    ids = torch.randint(VOCAB, (ROWS, ROW_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(SIZE.vocab, (SIZE.rows, SIZE.row_tokens), generator=torch.Generator().manual_seed(0))
     count_graphs(other, ids, graphs)
-    print(f"{'sub-network':13}{'compiled ms':>12}{'eager ms':>10}{'ratio':>8}  95 %")
+    print(f"{'sub-network':13}{'compiled ms':>12}{'eager ms':>10}  ratio (95 %)")
     for name in TIMED:
         rows = []
         for number in range(args.rounds):
             turns = [other, eager] if number % 2 else [eager, other]
             found = {id(loss): seconds_of(loss, SPACE[name], ids) for loss in turns}
             rows.append((found[id(other)], found[id(eager)]))
-        ratio, low, high = interval([compiled / plain for compiled, plain in rows])
-        compiled, plain = (1000 * interval([row[side] for row in rows])[0] for side in (0, 1))
-        print(f"{name:13}{compiled:>12.1f}{plain:>10.1f}{ratio:>8.3f}  {low:.3f}-{high:.3f}", flush=True)
+        ratio = interval([compiled / plain for compiled, plain in rows])
+        compiled, plain = (1000 * interval([row[side] for row in rows]).median for side in (0, 1))
+        print(f"{name:13}{compiled:>12.1f}{plain:>10.1f}  {ratio}", flush=True)
 
 
 if __name__ == "__main__":

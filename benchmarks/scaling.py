@@ -7,6 +7,7 @@ full network's, scaled by FLOPs. Then a Llama of 8 B parameters on 8 to 512 GPUs
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -119,12 +120,15 @@ def seconds(ranks, rounds: int) -> dict[str, list[float]]:
     setting = Setting(TIMED, stage=0, cpu_time=True)
     engine = engine_of(nested_llama(TIMED), setting, Optim(), ranks)
     ids, space = token_ids(TIMED, ranks), engine.model.space
+
+    def passes(subnet: SubNet) -> None:
+        engine.backward(engine.forward(ids, ids, subnet))
+
     found: dict[str, list[float]] = {subnet.name: [] for subnet in space}
     for _ in range(rounds):
         once = {}
         for subnet in space:
-            work = lambda subnet=subnet: engine.backward(engine.forward(ids, ids, subnet))  # noqa: E731
-            once[subnet.name] = timed(work, ranks, setting)
+            once[subnet.name] = timed(partial(passes, subnet), ranks, setting)
         engine.step(0.0)
         for name, value in once.items():
             found[name].append(value / once[space.full.name])
