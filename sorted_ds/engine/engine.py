@@ -35,6 +35,7 @@ from sorted_ds.engine.optimizers import (
     check_implementation,
     compile_ahead,
     implementation_of,
+    repeat_powers,
     set_steps_taken,
 )
 from sorted_ds.engine.shards import Shard, publish_masters, shards_of
@@ -219,6 +220,7 @@ class Engine:
     def restore(self, steps_taken: int, state_keys: list[str]) -> None:
         """Makes room for the optimizer state after `steps_taken` steps; then fill `state_of` each shard."""
         self.steps_taken = steps_taken
+        repeat_powers(self._base_optimizer, steps_taken)
         for flat in {id(shard.flat): shard.flat for shard in self.shards()}.values():
             state = self._base_optimizer.state[flat]
             state.clear()

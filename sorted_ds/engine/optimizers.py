@@ -72,18 +72,20 @@ def set_steps_taken(optimizer: torch.optim.Optimizer, state: dict, steps_taken: 
     """Writes AdamW's step number as the optimizer keeps it."""
     if isinstance(optimizer, DeepSpeedCPUAdam):
         state["step"] = steps_taken
-        _repeat_powers(optimizer, steps_taken)
         return
     is_fused = bool(optimizer.defaults.get("fused"))
     state["step"] = torch.tensor(float(steps_taken), device=device if is_fused else "cpu")
 
 
-def _repeat_powers(optimizer: DeepSpeedCPUAdam, steps_taken: int) -> None:
-    """DeepSpeed's code multiplies the powers of beta up from step to step, but raises them anew after a jump.
+def repeat_powers(optimizer: torch.optim.Optimizer, steps_taken: int) -> None:
+    """Call once when a run is resumed. torch's optimizers need nothing.
 
-    The two differ in the last bits, so a resumed run takes every step again, on nothing (about 10 us each). Source:
-    DeepSpeed 0.19.8, ops/csrc/includes/cpu_adam.h (`IncrementStep`).
+    DeepSpeed's code multiplies the powers of beta up from step to step, but raises them anew after a jump. The two
+    differ in the last bits, so every step is taken again, on nothing (about 10 us each). Source: DeepSpeed 0.19.8,
+    ops/csrc/includes/cpu_adam.h (`IncrementStep`).
     """
+    if not isinstance(optimizer, DeepSpeedCPUAdam):
+        return
     group, nothing = optimizer.param_groups[0], torch.empty(0)
     numbers = (*group["betas"], group["eps"], 0.0, True)
     for step in range(1, steps_taken + 1):
