@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sorted_ds.config import Optim
 from sorted_ds.engine import accumulators
-from sorted_ds.engine.gathering import gather_drawn_blocks
+from sorted_ds.engine.gathering import gather_drawn_blocks, gather_side_by_side, persist_as_extracted
 from sorted_ds.engine.modes import check_modes, complete, is_bf16, is_offloaded, stage_of
 from sorted_ds.engine.optimizers import (
     build_optimizer,
@@ -100,6 +100,8 @@ class Engine:
         self._offload = is_offloaded(config)
         accumulators.check(self.deepspeed.optimizer, self.stage, self._offload)
         if self.stage == 3:
+            persist_as_extracted(model, self.deepspeed.optimizer)
+            gather_side_by_side(model, self.deepspeed.optimizer)
             self._traces = Traces(self.deepspeed.optimizer.parameter_offload.get_param_coordinator(), model)
 
     # The step

@@ -2,8 +2,8 @@
 
 In: activations of the drawn width. Out: the same layer's output at that width. The weight of a layer is a list of
 *blocks*, each an `nn.Module` that owns the rows that one width step adds. Where the blocks lie side by side in memory,
-a prefix of them is one matrix, used without a copy. Otherwise, and always under ZeRO-3 (`Width.join` off), they are
-copied together for the time of a product, and never kept so.
+a prefix of them is one matrix, used without a copy; otherwise they are copied together for the time of a product.
+Under ZeRO-3 (`Width.join` off) that matrix is made anew in each pass, and never kept: blocks come and go.
 
 Legend: rows = the nested dimension (heads or feed-forward channels), always the first dimension of a block;
 a weight that is nested on its input side is therefore stored transposed, [in, out]. N = positions.
@@ -28,7 +28,7 @@ class Width:
         self.sizes = tuple(sizes)
         self.num_steps = len(self.sizes)
         self.join = True
-        """Use neighbouring blocks as one matrix. Off under ZeRO-3, where blocks are gathered one by one."""
+        """Let autograd keep neighbouring blocks as one matrix. Off under ZeRO-3, where blocks come and go."""
 
     @property
     def size(self) -> int:
@@ -44,12 +44,17 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *blocks: Tensor) -> Tensor:
         ctx.rows = [block.shape[0] for block in blocks]
-        first = blocks[0].detach()
-        return first.as_strided((sum(ctx.rows), *first.shape[1:]), first.stride(), first.storage_offset())
+        return _as_one(blocks)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         return grad.split(ctx.rows)
+
+
+def _as_one(blocks: Sequence[Tensor]) -> Tensor:
+    """A view of blocks that are neighbours."""
+    first = blocks[0].detach()
+    return first.as_strided((sum(map(len, blocks)), *first.shape[1:]), first.stride(), first.storage_offset())
 
 
 def are_adjacent(blocks: Sequence[Tensor]) -> bool:
@@ -111,8 +116,8 @@ class _BlockedInput(torch.autograd.Function):
 
 
 def _together(blocks: Sequence[Tensor]) -> Tensor:
-    """As one tensor: a copy, unless there is one block alone."""
-    return torch.cat(list(blocks)) if len(blocks) > 1 else blocks[0]
+    """As one tensor: a copy, unless they are neighbours."""
+    return _as_one(blocks) if are_adjacent(blocks) else torch.cat(list(blocks))
 
 
 class Block(nn.Module):

@@ -1,0 +1,80 @@
+"""Under ZeRO-3 the blocks of a layer come as one matrix, and stay or go as those of an extracted model do."""
+
+import re
+from collections import defaultdict
+
+import pytest
+
+from sorted_ds.engine import Engine
+from sorted_ds.nested import layers, nest
+from tests.exactness import LARGE, ROW_TOKENS, SMALL, SPACE, Case, plain_model
+from tests.spawn import on_ranks
+from tests.test_engine_traces import one_pass
+from tests.traffic import counted
+
+THRESHOLD = 600
+"""Elements. Some blocks are smaller that end a prefix which is not."""
+
+
+def gathering(ranks, threshold: int) -> dict:
+    case = Case(3, prefetch=100_000)
+    config = case.deepspeed()
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+    config["zero_optimization"]["stage3_max_live_parameters"] = 100_000  # a layer is never cut for want of room
+    engine = Engine(nest(plain_model(case), SPACE), config, "test.json", case.optim, 2, ranks)
+    engine.warm_up(2, ROW_TOKENS)
+    seen = []
+    are_adjacent = layers.are_adjacent
+
+    def watched(blocks) -> bool:
+        seen.append((len(blocks), are_adjacent(blocks)))
+        return seen[-1][1]
+
+    layers.are_adjacent = watched
+    for subnet in (LARGE, SMALL, LARGE):
+        one_pass(engine, subnet, training=True)
+    with counted() as stepped:
+        engine.step(0.0)
+    names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
+    persistent = engine.deepspeed.optimizer.persistent_parameters
+    return {
+        "seen": seen,
+        "calls": stepped.calls["gather"],
+        "bytes": stepped.gathered,
+        "persistent": {names[id(parameter)]: parameter.nbytes for parameter in persistent},
+        "sizes": {name: parameter.ds_numel for name, parameter in engine.model.named_parameters()},
+        "left": [n for n, p in engine.model.named_parameters() if p.numel() and id(p) not in set(map(id, persistent))],
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    return on_ranks(2, gathering, THRESHOLD, folder=tmp_path_factory.mktemp("gathering"))
+
+
+def test_blocks_that_come_and_go_are_one_matrix_without_a_copy(tmp_path):
+    found = on_ranks(2, gathering, 0, folder=tmp_path)
+    assert sum(num_blocks > 1 for num_blocks, _ in found["seen"]) > 20
+    assert all(is_one for _, is_one in found["seen"])
+
+
+def test_a_block_stays_gathered_where_the_extracted_weight_that_ends_with_it_would(found):
+    before = defaultdict(int)
+    expected, small = set(), set()
+    for name, size in found["sizes"].items():
+        before[_weight_of(name)] += size
+        small |= {name} if size <= THRESHOLD else set()
+        expected |= {name} if before[_weight_of(name)] <= THRESHOLD else set()
+    assert len(expected) < len(small), "or this would prove nothing"
+    assert any(".blocks.0.weight" in name for name in expected)
+    assert set(found["persistent"]) == expected
+    assert found["left"] == []
+
+
+def _weight_of(name: str) -> str:
+    return re.sub(r"blocks\.\d+", "", name)
+
+
+def test_what_stays_gathered_takes_one_call_after_a_step(found):
+    assert found["calls"] == 1
+    assert found["bytes"] == sum(found["persistent"].values())
