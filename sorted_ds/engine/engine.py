@@ -99,6 +99,8 @@ class Engine:
         self._traces: Traces | None = None
         self._offload = is_offloaded(config)
         accumulators.check(self.deepspeed.optimizer, self.stage, self._offload)
+        if self.stage == 2 and not self._offload:
+            accumulators.leave_gaps_open(self.deepspeed.optimizer)
         if self.stage == 3:
             persist_as_extracted(model, self.deepspeed.optimizer)
             gather_side_by_side(model, self.deepspeed.optimizer)

@@ -10,8 +10,7 @@ a weight that is nested on its input side is therefore stored transposed, [in, o
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import cast
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +62,17 @@ def are_adjacent(blocks: Sequence[Tensor]) -> bool:
     Asked at every use (under 1 us a block): `deepcopy`, `.to()` and reordered flat buffers change the answer, and a
     remembered one would read other weights silently.
     """
-    storage = blocks[0].untyped_storage().data_ptr()
-    end = blocks[0].storage_offset()
+    end = blocks[0].data_ptr()
     for block in blocks:
-        if block.storage_offset() != end or block.untyped_storage().data_ptr() != storage or not block.is_contiguous():
+        if block.data_ptr() != end or not block.is_contiguous():
             return False
-        end += block.numel()
-    return blocks[0].numel() > 0
+        end += block.nbytes
+    # Neighbours in memory, and all in one piece of it if the first and the last are.
+    return end > blocks[0].data_ptr() and _storage(blocks[0]) == _storage(blocks[-1])
+
+
+def _storage(block: Tensor) -> int:
+    return block.untyped_storage().data_ptr()
 
 
 class _BlockedOutput(torch.autograd.Function):
@@ -154,12 +157,10 @@ class NestedLayer(nn.Module):
             Block(weight[start:stop], None if bias is None else bias[start:stop]) for start, stop in self.bounds
         )
 
-    def drawn(self) -> list[Block]:
-        return cast(list[Block], list(self.blocks)[: self.width.num_steps])
-
     def values(self, name: str) -> list[Tensor]:
-        """The parameter `name` of each drawn block."""
-        return [getattr(block, name) for block in self.drawn()]
+        """The parameter `name` of each drawn block. Asked for at every use, so not by way of slow attributes."""
+        drawn = islice(self._modules["blocks"]._modules.values(), self.width.num_steps)  # type: ignore[union-attr]
+        return [block._parameters[name] for block in drawn]  # type: ignore[union-attr, misc]
 
     def drawn_rows(self) -> list[int]:
         return [stop - start for start, stop in self.bounds[: self.width.num_steps]]
@@ -168,11 +169,9 @@ class NestedLayer(nn.Module):
         """The drawn blocks' parameter as one tensor, or None where there is none or they must be used one by one."""
         if self.given is not None:
             return self.given.get(name)
-        if not self.width.join:
+        if not self.width.join or name not in self.names:
             return None
         tensors = self.values(name)
-        if tensors[0] is None:
-            return None
         if len(tensors) == 1:
             return tensors[0]
         return _Join.apply(*tensors) if are_adjacent(tensors) else None
