@@ -7,6 +7,7 @@ extracted model; (c) 24, 160 and 1,000 sub-networks in the space. `--part b --st
 """
 
 import argparse
+from dataclasses import replace
 
 from benchmarks import draws, spaces, whole_steps
 from benchmarks.common import SIZES, Setting, circumstances
@@ -18,6 +19,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--rounds", type=int, default=9, help="each of them times everything once, in turns")
     parser.add_argument("--size", choices=SIZES, default="middle")
+    parser.add_argument("--rows", type=int, help="of a micro-batch (default: the size's own)")
     parser.add_argument("--accumulation", type=int, nargs="+", default=[1], help="micro-batches a step, part (a)")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -31,6 +33,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     size = SIZES[args.size]
+    size = replace(size, rows=args.rows or size.rows)
     print(circumstances(args.ranks, args.device))
     print(f"{args.size}: {size}, {'bf16' if args.bf16 else 'fp32'}; medians of {args.rounds} rounds, 95 % intervals")
     for stage in args.stages:

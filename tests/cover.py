@@ -166,6 +166,24 @@ def error(trained: dict, mode: Mode) -> Error:
     )
 
 
+def update_error(trained: dict, mode: Mode) -> float:
+    """How far the last AdamW step is from its formula on the mode's own moments: largest difference over the rate.
+
+    In bf16 weights and the reference's agree within the rate whatever the update does. Loshchilov & Hutter,
+    arXiv 1711.05101, algorithm 2.
+    """
+    optim, largest = mode.case.optim, 0.0
+    correct_first, correct_second = (1 - beta**NUM_STEPS for beta in optim.betas)
+    for name, before in trained["before"].items():
+        first, second = (trained[kind][name] for kind in exactness.MOMENTS)
+        is_decayed = before.dim() > 1 and "embed" not in name and not (mode.case.tied and "lm_head" in name)
+        kept = before * (1 - optim.learning_rate * optim.weight_decay * is_decayed)
+        step = first / correct_first / ((second / correct_second).sqrt() + optim.eps)
+        found = (kept - trained["weights"][name]) / optim.learning_rate
+        largest = max(largest, float((found - step).abs().nan_to_num(nan=torch.inf).max()))
+    return largest
+
+
 def _relative(found: dict, right: dict) -> float:
     """The largest difference, in units of the largest value."""
     return exactness.largest_difference(found, right) / max(float(value.abs().max()) for value in right.values())

@@ -196,6 +196,8 @@ def run_engine(ranks, case: Case, num_steps: int) -> dict:
         engine = Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks, case.compile)
         seen = _train(engine, ranks, case, num_steps)
     gathered = {"weights": gather_masters(engine, ranks)}
+    if "before" in seen:
+        gathered["before"] = seen.pop("before")  # the last step
     for kind in MOMENTS if case.optimizer != "sgd" else ():
         gathered[kind] = gather_state(engine, ranks, lambda shard, kind=kind: engine.state_of(shard)[kind])
     full = model.space.full
@@ -231,6 +233,7 @@ def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
         if is_managed:
             engine._clean_accumulators()
         else:
+            seen["before"] = gather_masters(engine, ranks)
             seen["norms"].append(engine.step(case.optim.learning_rate))
     return seen
 

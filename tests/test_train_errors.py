@@ -3,9 +3,11 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -59,18 +61,42 @@ def test_a_truncated_token_file_is_named(whole, tmp_path):
 
 LYING = """
 import os, sys
+settings = []
+if os.environ["RANK"] == "1":
+    sys.path[:0] = [{path!r}]
+    settings = {settings!r}
 from sorted_ds.train import main
-settings = ["schedule.strategy=uniform"] if os.environ["RANK"] == "1" else []
 sys.exit(main([*sys.argv[1:], *settings]))
 """
 
 
-def test_ranks_that_disagree_are_one_error_before_anything_is_trained(whole, tmp_path):
+def other_code(folder: Path) -> None:
+    shutil.copytree(ROOT / "sorted_ds", folder / "sorted_ds")
+    with (folder / "sorted_ds" / "schedule.py").open("a") as file:
+        file.write("# Another version.\n")
+
+
+def other_torch(folder: Path) -> None:
+    (folder / "torch-0.1.dist-info").mkdir(parents=True)
+    (folder / "torch-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 0.1\n")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "settings", "told"),
+    [
+        (Path.mkdir, ["schedule.strategy=uniform"], 'rank 1 has schedule.strategy = "uniform", rank 0 has "strat'),
+        (other_code, [], "rank 1 has code = "),
+        (other_torch, [], "rank 1 has torch = 0.1, rank 0 has "),
+    ],
+    ids=["run file", "code", "versions"],
+)
+def test_ranks_that_disagree_are_one_error_before_anything_is_trained(whole, tmp_path, prepare, settings, told):
     run = copied(whole, tmp_path, keep_steps=0)
-    (tmp_path / "lying.py").write_text(LYING)
+    prepare(tmp_path / "other")
+    (tmp_path / "lying.py").write_text(LYING.format(path=str(tmp_path / "other"), settings=settings))
     done = by_launcher("torchrun", str(tmp_path / "lying.py"), str(run), *SETTINGS)
     assert done.returncode != 0
-    assert 'rank 1 has schedule.strategy = "uniform", rank 0 has "stratified"' in done.stderr
+    assert told in done.stderr
     assert not list((run_dir(run) / "checkpoints").iterdir())
 
 
