@@ -197,7 +197,7 @@ def run_engine(ranks, case: Case, num_steps: int) -> dict:
         seen = _train(engine, ranks, case, num_steps)
     gathered = {"weights": gather_masters(engine, ranks)}
     if "before" in seen:
-        gathered["before"] = seen.pop("before")  # the last step
+        gathered["before"] = seen.pop("before")
     for kind in MOMENTS if case.optimizer != "sgd" else ():
         gathered[kind] = gather_state(engine, ranks, lambda shard, kind=kind: engine.state_of(shard)[kind])
     full = model.space.full
@@ -219,7 +219,8 @@ def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
         "gathers": 0,
         "norms": [],
     }
-    for step in batches[:num_steps]:
+    steps = batches[:num_steps]
+    for step in steps:
         num_targets = sum(int((labels != -100).sum()) for _, _, labels in flat(step))
         for draw in step:
             own_targets = int((draw[ranks.rank][2] != -100).sum()) * len(step) * ranks.size
@@ -233,7 +234,8 @@ def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
         if is_managed:
             engine._clean_accumulators()
         else:
-            seen["before"] = gather_masters(engine, ranks)
+            if step is steps[-1]:
+                seen["before"] = gather_masters(engine, ranks)
             seen["norms"].append(engine.step(case.optim.learning_rate))
     return seen
 

@@ -84,7 +84,11 @@ def other_torch(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "settings", "told"),
     [
-        (Path.mkdir, ["schedule.strategy=uniform"], 'rank 1 has schedule.strategy = "uniform", rank 0 has "strat'),
+        (
+            Path.mkdir,
+            ["schedule.strategy=uniform"],
+            'rank 1 has schedule.strategy = "uniform", rank 0 has "stratified"',
+        ),
         (other_code, [], "rank 1 has code = "),
         (other_torch, [], "rank 1 has torch = 0.1, rank 0 has "),
     ],

@@ -29,8 +29,11 @@ NEEDED = {
     (2, True): ("accumulated_grads_in_cpu", "single_partition_of_fp32_groups", "norm_for_param_grads"),
 }
 NEEDED[1, True] = NEEDED[2, True]
-NEEDED[2, False] = ("all_grad_tensors", "get_all_grad_tensors", "finalize_gradient_accumulation_boundary")
-"""Attributes by ZeRO stage and offload. Elsewhere DeepSpeed starts clean by itself."""
+NEEDED[2, False] = (
+    *("all_grad_tensors", "get_all_grad_tensors", "get_param_gradient_attribute", "params_in_partition"),
+    "finalize_gradient_accumulation_boundary",
+)
+"""What is used here, by ZeRO stage and offload. Elsewhere nothing is: DeepSpeed starts clean by itself."""
 
 
 def check(optimizer, stage: int, offload: bool) -> None:
@@ -39,7 +42,7 @@ def check(optimizer, stage: int, offload: bool) -> None:
         if not hasattr(optimizer, name):
             raise UserError(
                 f"DeepSpeed {deepspeed.__version__} has no {name}, where 0.19.8 accumulates at stage {stage}. "
-                "Install deepspeed==0.19.8, or use stage 2 without offload."
+                "Install deepspeed==0.19.8, or use stage 1 without offload."
             )
 
 

@@ -10,13 +10,14 @@ Source: DeepSpeed 0.19.8, runtime/zero/partition_parameters.py (`_init_external_
 there; `AllGatherCoalescedHandle.wait`), runtime/zero/partitioned_param_coordinator.py (`iter_params`).
 """
 
-from collections.abc import Callable, ItemsView, Sequence
-from itertools import accumulate, groupby
+from collections import defaultdict
+from collections.abc import Callable, ItemsView
+from itertools import accumulate
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
 from sorted_ds.nested import NestedModel
 from sorted_ds.nested.layers import NestedLayer
@@ -31,12 +32,9 @@ def gather_drawn_blocks(model: NestedModel) -> None:
         if isinstance(layer, NestedLayer):
             layer._external_params = {}  # type: ignore[assignment]
             layer.ds_external_parameters = _drawn_of(layer)  # type: ignore[assignment]
-            for block in layer.blocks:
-                for name, parameter in block.named_parameters():
-                    setattr(parameter, WEIGHT_KEY, (id(layer), name))
 
 
-def persist_as_extracted(model: NestedModel, optimizer: optim.Optimizer) -> None:
+def persist_as_extracted(model: NestedModel, optimizer) -> None:
     """Keeps a block gathered between passes where the extracted model that ends with it would keep its weight.
 
     That is, where all blocks up to it are together not above `stage3_param_persistence_threshold`. DeepSpeed looks at
@@ -44,14 +42,14 @@ def persist_as_extracted(model: NestedModel, optimizer: optim.Optimizer) -> None
     `deepspeed.initialize`, before the first pass. Source: DeepSpeed 0.19.8, runtime/zero/parameter_offload.py
     (`mark_persistent_parameters`).
     """
-    threshold = optimizer.parameter_offload.param_numel_persistence_threshold  # type: ignore[attr-defined]
+    threshold = optimizer.parameter_offload.param_numel_persistence_threshold
     for layer in model.modules():
         if isinstance(layer, NestedLayer):
             for name in layer.names:
                 blocks = [getattr(block, name) for block in layer.blocks]
                 for block, size in zip(blocks, accumulate(block.ds_numel for block in blocks), strict=True):
                     block.ds_persist &= size <= threshold
-    persistent = optimizer.persistent_parameters  # type: ignore[attr-defined]
+    persistent = optimizer.persistent_parameters
     persistent[:] = [parameter for parameter in persistent if parameter.ds_persist]
 
 
@@ -62,19 +60,24 @@ def _drawn_of(layer: NestedLayer) -> Callable[[], ItemsView[str, nn.Parameter]]:
     return lambda: prefixes[layer.width.num_steps - 1].items()
 
 
-def gather_side_by_side(model: NestedModel, optimizer: optim.Optimizer) -> None:
+def gather_side_by_side(model: NestedModel, optimizer) -> None:
     """Call after `deepspeed.initialize`, before the first pass.
 
     The parameters that stay, which DeepSpeed gathers after each step with a call for each, take one call.
     """
+    for layer in model.modules():
+        if isinstance(layer, NestedLayer):
+            for block in layer.blocks:
+                for name, parameter in block.named_parameters():
+                    setattr(parameter, WEIGHT_KEY, (id(layer), name))
     for parameter in model.parameters():
         parameter.all_gather_coalesced = _adopting(parameter.all_gather_coalesced)  # type: ignore[attr-defined]
-    for parameter in optimizer.persistent_parameters[:1]:  # type: ignore[attr-defined]
+    for parameter in optimizer.persistent_parameters[:1]:
         parameter.all_gather = _gather_in_one_call
 
 
-def _gather_in_one_call(param_list: Sequence[nn.Parameter]) -> None:
-    absent: list = [one for one in param_list if one.ds_status == ZeroParamStatus.NOT_AVAILABLE]  # type: ignore
+def _gather_in_one_call(param_list: list) -> None:
+    absent = [parameter for parameter in param_list if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
     if absent:
         absent[0].all_gather_coalesced(absent).wait()
 
@@ -115,14 +118,12 @@ class _SideBySide(AllGatherCoalescedHandle):
 
     def _rooms(self) -> list[Tensor]:
         """Memory for each parameter. Blocks of one weight, which follow each other here, get neighbouring memory."""
+        weights: dict[tuple[int, str], list] = defaultdict(list)
+        for parameter in self.params:
+            weights[getattr(parameter, WEIGHT_KEY, (id(parameter), ""))].append(parameter)
         rooms: dict[int, Tensor] = {}
-        for _, alike in groupby(sorted(self.params, key=_weight_of), key=_weight_of):
-            blocks = list(alike)
+        for blocks in weights.values():
             sizes = [block.ds_numel for block in blocks]
             memory = self.partitions[0].new_empty(sum(sizes))
             rooms.update({id(block): room for block, room in zip(blocks, memory.split(sizes), strict=True)})
         return [rooms[id(parameter)] for parameter in self.params]
-
-
-def _weight_of(parameter: nn.Parameter) -> tuple[int, str]:
-    return getattr(parameter, WEIGHT_KEY, (id(parameter), ""))
