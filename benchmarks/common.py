@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from sorted_ds.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
-from sorted_ds.nested import NestedModel, nest
+from sorted_ds.nested import NestedModel, costs_of, nest
 from sorted_ds.plan import FORWARD_AND_BACKWARD
 from sorted_ds.ranks import Ranks
 from sorted_ds.space import Cost, SubNet, SubNetSpace
@@ -60,9 +60,9 @@ SIZES = {
     "tiny": Size(128, 384, 8, 8, 4, vocab=512, rows=2, row_tokens=64),
     "small": Size(256, 800, 8, 16, 16, vocab=1024, rows=4, row_tokens=128),
     "middle": Size(512, 1600, 8, 16, 16, vocab=4096, rows=2, row_tokens=128),
-    "large": Size(2048, 6400, 16, 16, 16, vocab=32000, rows=4, row_tokens=2048),
+    "large": Size(2048, 6400, 12, 16, 16, vocab=32000, rows=4, row_tokens=2048),
 }
-"""tiny: a CPU's ms. small: what Python costs. middle: a CPU's second, as tensors cost. large: 1.0 B, for one GPU."""
+"""tiny: a CPU's ms. small: what Python costs. middle: a CPU's second, as tensors cost. large: 0.8 B, for one GPU."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Setting:
         return {**keys, "bf16": {"enabled": True}} if self.bf16 else keys
 
 
-def llama(size: Size, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The same weights on every rank and at every call."""
+def llama(size: Size, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The same weights on every rank and at every call, made on the device that will hold them."""
     torch.manual_seed(1)
     config = LlamaConfig(
         hidden_size=size.hidden,
@@ -97,12 +97,24 @@ def llama(size: Size, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         vocab_size=size.vocab,
         use_cache=False,
     )
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def nested_llama(size: Size, space: SubNetSpace | None = None, dtype: torch.dtype = torch.float32) -> NestedModel:
+def nested_llama(
+    size: Size,
+    space: SubNetSpace | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> NestedModel:
     """The same, holding `space`, or the 27 sub-networks of its size."""
-    return nest(llama(size, dtype), space or size.space())
+    return nest(llama(size, dtype, device), space or size.space())
+
+
+def costs(size: Size) -> dict[SubNet, Cost]:
+    """Of the 27 sub-networks, in the size's rows."""
+    model = nested_llama(size, device="meta")
+    return costs_of(model.space, model.config, size.row_tokens)
 
 
 def engine_of(model: NestedModel, setting: Setting, optim: Optim, ranks: Ranks) -> Engine:

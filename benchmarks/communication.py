@@ -15,6 +15,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from benchmarks.common import SIZES, nested_llama
 from sorted_ds.config import Optim
@@ -44,7 +45,7 @@ def settings(stage: int) -> dict:
 
 
 def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], object]) -> Visit:
-    ids = torch.zeros(SIZE.rows, SIZE.row_tokens, dtype=torch.int64)
+    ids = torch.zeros(SIZE.rows, SIZE.row_tokens, dtype=torch.int64, device=get_accelerator().current_device_name())
     with counted() as in_micro_batch:
         micro_batch(ids)
     with counted() as in_step:
@@ -54,7 +55,7 @@ def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], obje
 
 def of_draws(ranks, stage: int) -> dict[str, list[Visit]]:
     """Of each sub-network: its first visit and a later one."""
-    engine = Engine(nested_llama(SIZE), settings(stage), "benchmark", Optim(), SIZE.rows, ranks)
+    engine = Engine(nested_llama(SIZE).to(ranks.device), settings(stage), "benchmark", Optim(), SIZE.rows, ranks)
     engine.warm_up(SIZE.rows, SIZE.row_tokens)
 
     def passes(subnet: SubNet, ids: torch.Tensor) -> None:
@@ -73,7 +74,7 @@ def of_static(ranks, stage: int) -> dict[str, Visit]:
 
 
 def static(ranks, stage: int, name: str) -> Visit:
-    loss = SummedLoss(extract(nested_llama(SIZE), name))
+    loss = SummedLoss(extract(nested_llama(SIZE), name)).to(ranks.device)
     config = copy.deepcopy(complete(settings(stage), SIZE.rows, ranks.size, 1.0))
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config, dist_init_required=False)
@@ -99,11 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="ranks share a GPU if they must")
     args = parser.parse_args()
     for stage in args.stages:
         with tempfile.TemporaryDirectory() as folder:
-            draws = on_ranks(args.ranks, of_draws, stage, folder=Path(folder) / "draws")
-            statics = on_ranks(args.ranks, of_static, stage, folder=Path(folder) / "static")
+            draws = on_ranks(args.ranks, of_draws, stage, folder=Path(folder) / "draws", device=args.device)
+            statics = on_ranks(args.ranks, of_static, stage, folder=Path(folder) / "static", device=args.device)
         print(f"\nZeRO stage {stage}, {args.ranks} ranks: multiples of the bytes of the active parameters\n")
         print(f"{'':24}{'micro-batch:':>13}{'':59}{'step:':>7}")
         print(

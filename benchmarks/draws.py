@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.common import (
     Setting,
+    costs,
     engine_of,
     interval,
     nested_llama,
@@ -22,7 +23,7 @@ from benchmarks.common import (
 )
 from sorted_ds.config import Optim
 from sorted_ds.loss import SummedLoss
-from sorted_ds.nested import costs_of, extract
+from sorted_ds.nested import extract
 from sorted_ds.space import SubNet
 from tests.spawn import on_ranks
 
@@ -37,7 +38,7 @@ def times(ranks, setting: Setting, num_rounds: int) -> Times:
     """Of each sub-network and round: seconds of the draw, and of the extracted model."""
     size = setting.size
     subnets = [size.of(*quarters) for quarters in QUARTERS]
-    model = nested_llama(size, dtype=setting.dtype)
+    model = nested_llama(size, dtype=setting.dtype, device=ranks.device)
     plain = {s: plain_deepspeed(SummedLoss(extract(model, s)), setting, ranks) for s in subnets}
     engine = engine_of(model, setting, Optim(name="sgd"), ranks)
     ids = token_ids(size, ranks)
@@ -65,12 +66,11 @@ def print_table(args: Namespace, setting: Setting) -> None:
     with tempfile.TemporaryDirectory() as folder:
         call = (args.ranks, times, setting, args.rounds)
         found = on_ranks(*call, folder=Path(folder), device=args.device, hang_seconds=args.hang_seconds)
-    model = nested_llama(setting.size)
-    costs = costs_of(model.space, model.config, setting.size.row_tokens)
+    cost = costs(setting.size)
     print(f"\n(b) ZeRO stage {setting.stage}: a micro-batch of each sub-network against its extracted model\n")
     print(f"{'sub-network':15}{'draw ms':>9}{'plain ms':>10}  ratio (95 %)")
     for subnet, rows in found.items():
         draw, plain = (interval([row[side] for row in rows]).median for side in (0, 1))
-        told = speed(training_tflops(costs[subnet], setting.size.tokens, draw), args.peak_tflops)
+        told = speed(training_tflops(cost[subnet], setting.size.tokens, draw), args.peak_tflops)
         ratio = interval([draw / plain for draw, plain in rows])
         print(f"{subnet.name:15}{draw * 1e3:>9.1f}{plain * 1e3:>10.1f}  {ratio}  {told}", flush=True)

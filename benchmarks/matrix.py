@@ -2,6 +2,8 @@
 
 `python -m benchmarks.matrix --minutes 60` goes on where it stopped; what is known is kept in .cache/matrix.jsonl, and
 thrown away when the code or a version changes. Modes come in random order, so that a part of them is a fair sample.
+`--device cuda` is a matrix of its own, docs/matrix_cuda.md, over NCCL; ranks share a GPU where there are too few.
+`--cover` takes the modes that the tests take.
 """
 
 import argparse
@@ -13,16 +15,16 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 from tests import cover, exactness
 from tests.cover import FACTORS, NUM_STEPS, Error, Mode
 from tests.spawn import ROOT, on_ranks
 
-KNOWN = ROOT / ".cache" / "matrix.jsonl"
-SUMMARY = ROOT / "docs" / "matrix.md"
 LAUNCH_CASES = 30
 """Cases of one launch; what a stop can lose."""
 CODE = (
@@ -30,7 +32,29 @@ CODE = (
     *("tests/exactness.py", "tests/reference.py", "tests/cover.py"),
 )
 """What defines a figure."""
-COMMAND = "python -m benchmarks.matrix"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What is known of the modes on one kind of device."""
+
+    device: str
+
+    @property
+    def file(self) -> Path:
+        return ROOT / ".cache" / f"matrix{self.suffix}.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return ROOT / "docs" / f"matrix{self.suffix}.md"
+
+    @property
+    def command(self) -> str:
+        return "python -m benchmarks.matrix" + (f" --device {self.device}" if self.suffix else "")
+
+    @property
+    def suffix(self) -> str:
+        return "" if self.device == "cpu" else f"_{self.device}"
 
 
 def versions() -> dict[str, str]:
@@ -42,28 +66,28 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **packages, "code": digest.hexdigest()[:16]}
 
 
-def known() -> dict[str, Error]:
+def known(matrix: Matrix) -> dict[str, Error]:
     """What an earlier run measured, by a mode's name."""
-    lines = KNOWN.read_text().splitlines() if KNOWN.is_file() else []
+    lines = matrix.file.read_text().splitlines() if matrix.file.is_file() else []
     if not lines or json.loads(lines[0]) != versions():
-        KNOWN.parent.mkdir(exist_ok=True)
-        KNOWN.write_text(json.dumps(versions()) + "\n")
+        matrix.file.parent.mkdir(exist_ok=True)
+        matrix.file.write_text(json.dumps(versions()) + "\n")
         return {}
     rows = [json.loads(line) for line in lines[1:] if line.endswith("}")]  # a stop can leave half a line
     return {row.pop("name"): Error(**row) for row in rows}
 
 
-def measure(modes: Sequence[Mode]) -> dict[str, Error]:
+def measure(modes: Sequence[Mode], device: str) -> dict[str, Error]:
     """Of modes on one number of ranks, in one launch."""
-    cases = [mode.case for mode in modes]
+    call = (modes[0].num_ranks, exactness.run_cases, [mode.case for mode in modes], NUM_STEPS)
     with tempfile.TemporaryDirectory() as folder:
-        trained = on_ranks(modes[0].num_ranks, exactness.run_cases, cases, NUM_STEPS, folder=Path(folder))
+        trained = on_ranks(*call, folder=Path(folder), device=device)
     return {mode.name: cover.error(trained[mode.case.name], mode) for mode in modes}
 
 
-def run(modes: Iterable[Mode], minutes: float) -> dict[str, Error]:
+def run(matrix: Matrix, modes: Iterable[Mode], minutes: float) -> dict[str, Error]:
     """Measures what is not known yet, until the time is over; twins of bf16 modes too."""
-    found, end = known(), time.monotonic() + 60 * minutes
+    found, end = known(matrix), time.monotonic() + 60 * minutes
     waiting: dict[int, dict[str, Mode]] = defaultdict(dict)
     for mode in modes:
         if time.monotonic() > end:
@@ -72,23 +96,23 @@ def run(modes: Iterable[Mode], minutes: float) -> dict[str, Error]:
             if one.name not in found:
                 waiting[mode.num_ranks][one.name] = one
         if len(waiting[mode.num_ranks]) >= LAUNCH_CASES:
-            found |= kept(list(waiting.pop(mode.num_ranks).values()))
+            found |= kept(matrix, list(waiting.pop(mode.num_ranks).values()))
     for rest in waiting.values():
         if rest and time.monotonic() < end:
-            found |= kept(list(rest.values()))
+            found |= kept(matrix, list(rest.values()))
     return found
 
 
-def kept(modes: Sequence[Mode]) -> dict[str, Error]:
+def kept(matrix: Matrix, modes: Sequence[Mode]) -> dict[str, Error]:
     """Measured, and written down."""
-    measured = measure(modes)
-    with KNOWN.open("a") as file:
+    measured = measure(modes, matrix.device)
+    with matrix.file.open("a") as file:
         file.writelines(json.dumps({"name": name, **asdict(error)}) + "\n" for name, error in measured.items())
     print(f"{len(modes)} more, largest {max(error.weights for error in measured.values()):.1e}", flush=True)
     return measured
 
 
-def summary(modes: Sequence[Mode], found: dict[str, Error]) -> str:
+def page(matrix: Matrix, modes: Sequence[Mode], found: dict[str, Error]) -> str:
     """A Markdown page: one line for each stage, offload, optimizer and precision."""
     groups: dict[tuple, list[Mode]] = defaultdict(list)
     for mode in modes:
@@ -97,10 +121,10 @@ def summary(modes: Sequence[Mode], found: dict[str, Error]) -> str:
         groups[case.stage, offload, case.optimizer, case.precision].append(mode)
     done = [mode for mode in modes if mode.name in found]
     outside = [mode.name for mode in done if cover.exceeds(found[mode.name], cover.bounds(mode))]
-    page = [
-        "# Every mode against plain PyTorch\n",
-        f"`{COMMAND}`: {len(done)} of {len(modes)} modes, {len(outside)} outside their bounds.",
-        f"{', '.join(f'{name} {value}' for name, value in versions().items() if name != 'code')}, CPU, gloo.\n",
+    lines = [
+        f"# Every mode against plain PyTorch{' on CUDA' if matrix.device == 'cuda' else ''}\n",
+        f"`{matrix.command}`: {len(done)} of {len(modes)} modes, {len(outside)} outside their bounds.",
+        f"{', '.join(f'{name} {value}' for name, value in versions().items() if name != 'code')}, {where(matrix)}.\n",
         "A line holds 1 to 4 ranks x overlap_comm (stages 2, 3) x clipping x tied embeddings x activation",
         "checkpointing x evaluation in between. Largest difference from one process of plain PyTorch after four",
         "steps of four draws: weights absolute (SGD at rate 1, AdamW at 0.01; in bf16 at 1e-4), AdamW's moments",
@@ -109,8 +133,16 @@ def summary(modes: Sequence[Mode], found: dict[str, Error]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, members in sorted(groups.items()):
-        page.append("| " + " | ".join(map(str, [*key, *_row(members, found)])) + " |")
-    return "\n".join([*page, *(f"\nOutside: {name}" for name in outside)]) + "\n"
+        lines.append("| " + " | ".join(map(str, [*key, *_row(members, found)])) + " |")
+    return "\n".join([*lines, *(f"\nOutside: {name}" for name in outside)]) + "\n"
+
+
+def where(matrix: Matrix) -> str:
+    if matrix.device == "cpu":
+        return "CPU, gloo"
+    num_gpus = torch.cuda.device_count()
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return f"{num_gpus} x {torch.cuda.get_device_name()}, which ranks beyond {num_gpus} share, NCCL {nccl}"
 
 
 def _row(members: Sequence[Mode], found: dict[str, Error]) -> list[str]:
@@ -127,11 +159,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=600, help="stop after about so long")
     parser.add_argument("--ranks", type=int, nargs="+", default=FACTORS["num_ranks"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cover", action="store_true", help="only the modes of tests/test_engine_cover.py")
     args = parser.parse_args()
-    modes = [cover.mode_of(setting) for setting in cover.settings() if cover.is_allowed(setting)]
+    matrix = Matrix(args.device)
+    settings = [setting for setting in cover.settings() if cover.is_allowed(setting)]
+    modes = [cover.mode_of(setting) for setting in settings]
     random.Random(0).shuffle(modes)
-    SUMMARY.write_text(summary(modes, run([mode for mode in modes if mode.num_ranks in args.ranks], args.minutes)))
-    print(SUMMARY)
+    wanted = [cover.mode_of(setting) for setting in cover.cover(settings)] if args.cover else modes
+    found = run(matrix, [mode for mode in wanted if mode.num_ranks in args.ranks], args.minutes)
+    matrix.summary.write_text(page(matrix, modes, found))
+    print(matrix.summary)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ DRAW, PLAIN, HF = "draw", "plain, our loss", "plain, HF's loss"
 def trained(ranks, stage: int) -> dict[tuple[str, str], tuple[int, int, int]]:
     """Live bytes of each sub-network and way: between steps, in a pass, in a step."""
     found = {}
-    ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
+    ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64, device=ranks.device)
     model, zero = (ranks, config_of(TRAINED), space_of(TRAINED)), settings(stage)["zero_optimization"]
     draws = of_draws(*model, zero, ids)
     gc.collect()
@@ -146,13 +146,14 @@ def trained(ranks, stage: int) -> dict[tuple[str, str], tuple[int, int, int]]:
     return {key: (seen.between, seen.passes, seen.most) for key, seen in found.items()}
 
 
-def print_training(folder: Path) -> None:
+def print_training(folder: Path, num_ranks: int, device: str) -> None:
     """The ratios are to plain DeepSpeed with our loss, which is the harder to equal."""
-    print(f"\nTraining {TRAINED} on 2 ranks, fp32, AdamW, {ROWS} x {ROW_TOKENS} tokens: live MiB of rank 0, ratios\n")
+    print(f"\nTraining {TRAINED} on {num_ranks} ranks ({device}), fp32, AdamW, {ROWS} x {ROW_TOKENS} tokens:")
+    print("live MiB of rank 0, ratios\n")
     head = f"{'stage':7}{'sub-network':14}{'way':18}{'between':>9}{'passes':>9}{'step':>9}{'ratio':>8}"
     print(head + f"{'passes - between':>18}{'ratio':>8}")
     for stage in range(4):
-        found = on_ranks(2, trained, stage, folder=folder / f"stage{stage}")
+        found = on_ranks(num_ranks, trained, stage, folder=folder / f"stage{stage}", device=device)
         for (name, way), (before, passes, step) in found.items():
             other_before, other_passes, other_step = found[name, PLAIN]
             row = f"{stage:<7}{name:14}{way:18}{before / MIB:>9.1f}{passes / MIB:>9.1f}{step / MIB:>9.1f}"
@@ -165,13 +166,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--skip-building", action="store_true")
     parser.add_argument("--skip-training", action="store_true")
+    parser.add_argument("--trained-ranks", type=int, default=2, help="of the training, as --ranks of the building")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the training")
     args = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     with tempfile.TemporaryDirectory() as folder:
         for num_ranks in [] if args.skip_building else args.ranks:
             print_building(num_ranks, Path(folder))
         if not args.skip_training:
-            print_training(Path(folder) / "trained")
+            print_training(Path(folder) / "trained", args.trained_ranks, args.device)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,20 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.common import Setting, engine_of, interval, llama, nested_llama, now, speed, token_ids, training_tflops
+from benchmarks.common import (
+    Setting,
+    costs,
+    engine_of,
+    interval,
+    llama,
+    nested_llama,
+    now,
+    speed,
+    token_ids,
+    training_tflops,
+)
 from sorted_ds.config import Optim
 from sorted_ds.loss import IGNORED_LABEL
-from sorted_ds.nested import costs_of
 from tests.spawn import on_ranks
 
 LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
@@ -55,7 +65,7 @@ Step = Callable[[], float]
 
 def our_step(ranks, setting: Setting, accumulation: int) -> Step:
     optim = Optim(clip_norm=CLIP_NORM, weight_decay=0.0, betas=(0.9, 0.999))
-    engine = engine_of(nested_llama(setting.size, dtype=setting.dtype), setting, optim, ranks)
+    engine = engine_of(nested_llama(setting.size, dtype=setting.dtype, device=ranks.device), setting, optim, ranks)
     ids = token_ids(setting.size, ranks)
     labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED_LABEL)], dim=1)
     num_targets = labels[:, :-1].numel() * accumulation * ranks.size
@@ -73,7 +83,7 @@ def our_step(ranks, setting: Setting, accumulation: int) -> Step:
 
 
 def deepspeed_step(ranks, setting: Setting, accumulation: int) -> Step:
-    model = llama(setting.size, setting.dtype).to(ranks.device)
+    model = llama(setting.size, setting.dtype, ranks.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     keys = peer_keys(setting, accumulation, ranks.size)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=keys, dist_init_required=False)[0]
@@ -132,7 +142,7 @@ def times(ranks, setting: Setting, accumulation: int, num_rounds: int) -> dict[s
     others = {OURS: our_step(ranks, setting, accumulation), DEEPSPEED: deepspeed_step(ranks, setting, accumulation)}
     turns = InTurns(ranks, setting, others)
     num_steps = WARM_UP_STEPS + num_rounds
-    model = llama(setting.size)
+    model = llama(setting.size, device=ranks.device)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -164,8 +174,7 @@ def print_table(args: Namespace, setting: Setting, accumulation: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         call = (args.ranks, times, setting, accumulation, args.rounds)
         found = on_ranks(*call, folder=Path(folder), device=args.device, hang_seconds=args.hang_seconds)
-    model = nested_llama(setting.size)
-    cost = costs_of(model.space, model.config, setting.size.row_tokens)[model.space.full]
+    cost = costs(setting.size)[setting.size.space().full]
     tokens = setting.size.tokens * accumulation
     print(f"\n(a) ZeRO stage {setting.stage}, {accumulation} micro-batches a step: the full network, whole steps\n")
     print(f"{'tool':11}{'step ms':>9}{'tokens/s':>10}{'mean loss':>11}  tokens/s of sorted_ds over its (95 %)")

@@ -191,7 +191,7 @@ def run_engine(ranks, case: Case, num_steps: int) -> dict:
     model = plain_model(case)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = nest(model, SPACE)
+    model = nest(model, SPACE).to(ranks.device)
     with parts_off(case):
         engine = Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks, case.compile)
         seen = _train(engine, ranks, case, num_steps)

@@ -94,7 +94,7 @@ NAMED = {"full": lambda space: space.full, "smallest": lambda space: space.small
 def of_draws(ranks, config: LlamaConfig, space: SubNetSpace, zero: dict, ids: torch.Tensor) -> dict[str, StepBytes]:
     """Of each named draw in the engine. A collective."""
     with LiveBytes() as live:
-        model = nest(LlamaForCausalLM(copy.deepcopy(config)), space)
+        model = nest(LlamaForCausalLM(copy.deepcopy(config)), space).to(ranks.device)
         engine = Engine(model, {"zero_optimization": zero}, "test.json", Optim(), len(ids), ranks)
         del model
         engine.warm_up(*ids.shape)
@@ -114,7 +114,7 @@ def of_plain(
     """Of a named draw's extracted model under plain DeepSpeed, its loss in chunks or Hugging Face's. A collective."""
     with LiveBytes() as live:
         model: nn.Module = extract(nest(LlamaForCausalLM(copy.deepcopy(config)), space), NAMED[name](space))
-        model = SummedLoss(model) if chunked else model
+        model = (SummedLoss(model) if chunked else model).to(ranks.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
         full = copy.deepcopy(complete({"zero_optimization": zero}, len(ids), ranks.size, 1.0))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=full, dist_init_required=False)

@@ -41,10 +41,24 @@ def _start(rank: int, num_ranks: int, device: str, folder: Path, log: Path) -> s
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions")),
+        **(_on_gpus(rank, num_ranks) if device == "cuda" else {}),
     }
     with log.open("w") as out:
         command = [sys.executable, "-m", "tests.spawn", str(folder)]
         return subprocess.Popen(command, env=env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+
+
+def _on_gpus(rank: int, num_ranks: int) -> dict[str, str]:
+    """Where there are fewer GPUs than ranks, ranks share them: slow, and right.
+
+    NCCL refuses two ranks on one GPU of one host, so each rank says that it is a host of its own, and they talk by
+    sockets. Source: NCCL's user guide, environment variables.
+    """
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    apart = {"NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+    return {"LOCAL_RANK": str(rank % num_gpus), **(apart if num_ranks > num_gpus else {})}
 
 
 def _wait(processes: list[subprocess.Popen], logs: list[Path], hang_seconds: int) -> None:
@@ -73,12 +87,13 @@ def _rank_main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     module, name, args, kind = pickle.loads((folder / "call.pickle").read_bytes())
-    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    result = getattr(importlib.import_module(module), name)(Ranks(rank, size, rank, device), *args)
+    result = getattr(importlib.import_module(module), name)(Ranks(rank, size, local_rank, device), *args)
     if rank == 0:
         (folder / "result.pickle").write_bytes(pickle.dumps(result))
     dist.barrier()

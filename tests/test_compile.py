@@ -15,7 +15,7 @@ from sorted_ds.cli import main
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import check_modes
 from sorted_ds.errors import UserError
-from sorted_ds.nested import NestedModel, compiled, nest
+from sorted_ds.nested import NestedModel, compiled, decoder_layer, nest
 from sorted_ds.nested.layers import NestedLayer
 from sorted_ds.run_file import load_run
 from sorted_ds.space import SubNetSpace
@@ -187,7 +187,7 @@ def test_compiled_layers_use_the_blocks_own_memory_at_any_offset():
     layers = [module for module in model.modules() if isinstance(module, NestedLayer)]
     for layer in (layers[0], layers[-1]):
         layer.width.select(layer.width.sizes[1])
-        for name, joined in compiled._drawn_weights([layer])[0].items():
+        for name, joined in decoder_layer.joined([layer], compiled._standing_alone)[0].items():
             assert joined.data_ptr() == layer.values(name)[0].data_ptr()
             assert torch.equal(joined, torch.cat(layer.values(name)))
             assert (joined.storage_offset(), joined._is_view()) == (0, False)

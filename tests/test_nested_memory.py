@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sorted_ds.errors import UserError
 from sorted_ds.nested import NestedModel, extract, nest
+from sorted_ds.nested.decoder_layer import joined
 from sorted_ds.nested.layers import NestedLayer, OutputNestedLinear, Width, are_adjacent
 from sorted_ds.nested.layout import is_laid_out, lay_out
 from sorted_ds.nested.weights import is_drawn, slices_of
@@ -71,10 +72,11 @@ def test_set_subnet_refuses_what_is_not_in_the_space_and_changes_nothing():
 def test_fresh_blocks_are_neighbours_and_used_as_one_matrix(variant):
     model = tiny_nested(variant)
     assert is_laid_out(model)
-    for layer in nested_layers(model):
-        joined = layer.joined("weight")
-        assert joined.data_ptr() == layer.blocks[0].weight.data_ptr()
-        assert len(joined) == layer.bounds[-1][1]
+    layers = nested_layers(model)
+    for layer, given in zip(layers, joined(layers), strict=True):
+        assert set(given) == set(layer.names)
+        assert given["weight"].data_ptr() == layer.blocks[0].weight.data_ptr()
+        assert len(given["weight"]) == layer.bounds[-1][1]
 
 
 def named_nested(model: nn.Module) -> list[tuple[str, NestedLayer]]:
@@ -104,7 +106,7 @@ def test_undrawn_blocks_get_no_gradient_and_no_gradient_holds_more_than_the_draw
 def test_the_joined_path_saves_weights_for_backward_as_views_of_the_blocks():
     model = tiny_nested()
     model.set_subnet("d4-g3-f80")
-    shapes = {tuple(layer.joined("weight").shape) for layer in nested_layers(model)}
+    shapes = {tuple(given["weight"].shape) for given in joined(nested_layers(model))}
     shapes |= {shape[::-1] for shape in shapes}
     inside = [(p.data_ptr(), p.data_ptr() + p.nbytes) for p in model.parameters()]
     views, copies = [], []
@@ -119,6 +121,23 @@ def test_the_joined_path_saves_weights_for_backward_as_views_of_the_blocks():
         logits_and_backward(model, tokens())
     assert len(views) == 7 * 4, "q, k, v, o, gate, up and down of four layers"
     assert copies == []
+
+
+def test_a_layer_holds_joined_weights_only_while_it_runs():
+    model = tiny_nested()
+    seen = []
+
+    def fail(*args) -> None:
+        seen.extend(len(layer.given) for layer in nested_layers(model.model.layers[1]))
+        raise ZeroDivisionError
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=tokens())
+    handle.remove()
+    assert seen == [1] * 7
+    model(input_ids=tokens())
+    assert all(not layer.given for layer in nested_layers(model))
 
 
 def equal_to_extracted(model: NestedModel, tolerance: float) -> None:
@@ -192,7 +211,7 @@ def test_a_reordered_buffer_is_not_joined():
     weights = [block.weight.detach().clone() for block in layer.blocks]
     swapped = torch.cat(weights[::-1])
     layer.blocks[0].weight.data, layer.blocks[1].weight.data = swapped[2:], swapped[:2]
-    assert layer.joined("weight") is None
+    assert joined([layer]) == [{}]
     torch.testing.assert_close(layer(x), before, rtol=1e-6, atol=1e-6)
 
 

@@ -14,12 +14,16 @@ import sysconfig
 import time
 from pathlib import Path
 
+from sorted_ds.launcher import num_devices
+
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"
 RUN_FILE = "launch/runs/demo.toml"
 RUN_DIR = "demo/run"
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data", "turtledemo"}
 BUDGET = "700k"
+RANKS = 2
+"""On a machine with one GPU it is one."""
 
 NATS_UNDER_UNIGRAM = 1.0
 LARGEST_CORRELATION = -0.9
@@ -29,7 +33,7 @@ FULL_WITHIN = 0.02
 def main() -> None:
     start = time.perf_counter()
     copy_standard_library()
-    run("sorted-ds", "train", RUN_FILE, "--ranks", "2")
+    run("sorted-ds", "train", RUN_FILE, "--ranks", str(min(RANKS, num_devices() or RANKS)))
     check_table(json.loads((ROOT / RUN_DIR / "subnets.json").read_text()))
     name = run("sorted-ds", "select", RUN_DIR, "--max-params", BUDGET, capture=True).strip()
     print(name)

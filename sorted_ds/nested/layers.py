@@ -27,7 +27,7 @@ class Width:
         self.sizes = tuple(sizes)
         self.num_steps = len(self.sizes)
         self.join = True
-        """Let autograd keep neighbouring blocks as one matrix. Off under ZeRO-3, where blocks come and go."""
+        """Let autograd keep a decoder layer's blocks as one matrix. Off under ZeRO-3, where blocks come and go."""
 
     @property
     def size(self) -> int:
@@ -37,20 +37,7 @@ class Width:
         self.num_steps = self.sizes.index(size) + 1
 
 
-class _Join(torch.autograd.Function):
-    """Neighbouring row blocks as one matrix, without a copy; the gradient is split back into views of itself."""
-
-    @staticmethod
-    def forward(ctx, *blocks: Tensor) -> Tensor:
-        ctx.rows = [block.shape[0] for block in blocks]
-        return _as_one(blocks)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad.split(ctx.rows)
-
-
-def _as_one(blocks: Sequence[Tensor]) -> Tensor:
+def as_one(blocks: Sequence[Tensor]) -> Tensor:
     """A view of blocks that are neighbours."""
     first = blocks[0].detach()
     return first.as_strided((sum(map(len, blocks)), *first.shape[1:]), first.stride(), first.storage_offset())
@@ -120,7 +107,7 @@ class _BlockedInput(torch.autograd.Function):
 
 def _together(blocks: Sequence[Tensor]) -> Tensor:
     """As one tensor: a copy, unless they are neighbours."""
-    return _as_one(blocks) if are_adjacent(blocks) else torch.cat(list(blocks))
+    return as_one(blocks) if are_adjacent(blocks) else torch.cat(list(blocks))
 
 
 class Block(nn.Module):
@@ -149,8 +136,8 @@ class NestedLayer(nn.Module):
         self.has_bias = bias is not None
         self.names = ("weight", "bias") if self.has_bias else ("weight",)
         """Of the parameters of a block."""
-        self.given: dict[str, Tensor] | None = None
-        """The drawn parameters as one tensor each, from whoever runs the layer compiled; None: it joins its blocks."""
+        self.given: dict[str, Tensor] = {}
+        """The drawn parameters as one tensor each, while a decoder layer runs; what is missing is used by blocks."""
         bounds = [0, *(size * rows_per_size for size in width.sizes)]
         self.bounds = list(pairwise(bounds))
         self.blocks = nn.ModuleList(
@@ -165,17 +152,6 @@ class NestedLayer(nn.Module):
     def drawn_rows(self) -> list[int]:
         return [stop - start for start, stop in self.bounds[: self.width.num_steps]]
 
-    def joined(self, name: str) -> Tensor | None:
-        """The drawn blocks' parameter as one tensor, or None where there is none or they must be used one by one."""
-        if self.given is not None:
-            return self.given.get(name)
-        if not self.width.join or name not in self.names:
-            return None
-        tensors = self.values(name)
-        if len(tensors) == 1:
-            return tensors[0]
-        return _Join.apply(*tensors) if are_adjacent(tensors) else None
-
     def extra_repr(self) -> str:
         return f"rows={[stop for _, stop in self.bounds]}"
 
@@ -187,8 +163,7 @@ class OutputNestedLinear(NestedLayer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.joined("weight")
-        bias = self.joined("bias")
+        weight, bias = self.given.get("weight"), self.given.get("bias")
         if weight is not None and (bias is not None or not self.has_bias):
             return F.linear(x, weight, bias)
         biases = self.values("bias") if self.has_bias else []
@@ -208,7 +183,7 @@ class InputNestedLinear(NestedLayer):
         self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.joined("weight")
+        weight = self.given.get("weight")
         if weight is not None:
             y = x @ weight
         else:
@@ -229,7 +204,7 @@ class NestedRMSNorm(NestedLayer):
     def forward(self, x: Tensor) -> Tensor:
         normed = x.float()
         normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
-        weight = self.joined("weight")
+        weight = self.given.get("weight")
         if weight is not None:
             return (weight * normed).to(x.dtype)
         parts = normed.split(self.drawn_rows(), dim=-1)

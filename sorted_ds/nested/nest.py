@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from sorted_ds.errors import UserError
 from sorted_ds.nested.costs import sorted_by_cost
+from sorted_ds.nested.decoder_layer import nest_decoder_layer
 from sorted_ds.nested.families import (
     check_space,
     family_of,
@@ -75,6 +76,7 @@ def nest(model: PreTrainedModel, space: SubNetSpace) -> NestedModel:
     for layer in model.model.layers:
         _nest_attention(layer.self_attn, model, family.nested_head_norms)
         _nest_mlp(layer.mlp, model.ffn_width)
+        nest_decoder_layer(layer)
     model.set_subnet(model.space.full)
     return model
 

@@ -1,0 +1,105 @@
+"""Decoder layers that run on their drawn weights, each as one matrix.
+
+In: a Hugging Face decoder layer whose projections are nested. Out: the same object, which first takes the drawn prefix
+of each weight out of its blocks. One autograd function does so for all of a layer's weights: one each would cost more
+Python than the products of a small draw (docs/log.md, "time, again"). Where blocks are no neighbours, and under ZeRO-3
+(`Width.join` off), a nested layer is given nothing and uses its blocks.
+"""
+
+from collections.abc import Callable, Sequence
+from inspect import unwrap
+from itertools import accumulate, chain, pairwise
+
+import torch
+from torch import Tensor, nn
+
+from sorted_ds.nested.layers import NestedLayer, are_adjacent, as_one
+
+Given = list[dict[str, Tensor]]
+"""Of each nested layer: the drawn weight, and bias, as one tensor."""
+
+
+class NestedDecoderLayer(nn.Module):
+    """What `nest_decoder_layer` adds to a Hugging Face class."""
+
+    plain_forward: Callable
+    """Hugging Face's own."""
+    nested: tuple[NestedLayer, ...]
+    """The nested layers inside."""
+    run: Callable
+    """`run`, or a compiled one (compiled.py)."""
+
+    def forward(self, hidden: Tensor, *args, **kwargs):
+        return self.run(self, hidden, args, kwargs)
+
+
+def nest_decoder_layer(layer: nn.Module) -> None:
+    """Call when its projections are nested."""
+    layer.__class__ = _nested_class(type(layer))
+    assert isinstance(layer, NestedDecoderLayer)
+    layer.nested = tuple(module for module in layer.modules() if isinstance(module, NestedLayer))
+    layer.run = run
+
+
+_nested_classes: dict[type[nn.Module], type[NestedDecoderLayer]] = {}
+
+
+def _nested_class(hf_class: type[nn.Module]) -> type[NestedDecoderLayer]:
+    """A subclass of the same name. Hugging Face wraps each class's forward, this one's too; `unwrap`: only once."""
+    if hf_class not in _nested_classes:
+        fields = {"plain_forward": unwrap(hf_class.forward)}
+        _nested_classes[hf_class] = type(hf_class.__name__, (NestedDecoderLayer, hf_class), fields)
+    return _nested_classes[hf_class]
+
+
+def run(layer: NestedDecoderLayer, hidden: Tensor, args: tuple, kwargs: dict):
+    """Hugging Face's forward of the layer, on the drawn weights as they are now."""
+    return run_on(joined(layer.nested), layer, hidden, args, kwargs)
+
+
+def run_on(given: Given, layer: NestedDecoderLayer, hidden: Tensor, args: tuple, kwargs: dict):
+    """The same on given weights. torch.compile compiles this as a whole."""
+    for own, weights in zip(layer.nested, given, strict=True):
+        own.given = weights
+    try:
+        return layer.plain_forward(hidden, *args, **kwargs)
+    finally:
+        for own in layer.nested:
+            own.given = {}
+
+
+def joined(layers: Sequence[NestedLayer], make: Callable[[Sequence[Tensor]], Tensor] | None = None) -> Given:
+    """The drawn prefix of each weight, as what `make` makes of its blocks.
+
+    Without `make` nothing is copied: one block is itself, neighbours are a view, and others are not joined.
+    """
+    given: Given = [{} for _ in layers]
+    places, lists = [], []
+    for own, layer in zip(given, layers, strict=True):
+        for name in layer.names if layer.width.join else ():
+            blocks = layer.values(name)
+            if make is None and len(blocks) == 1:
+                own[name] = blocks[0]
+            elif make is not None or are_adjacent(blocks):
+                places.append((own, name))
+                lists.append(blocks)
+    if lists:
+        counts = [len(blocks) for blocks in lists]
+        matrices = _Join.apply(make or as_one, counts, *chain.from_iterable(lists))
+        for (own, name), matrix in zip(places, matrices, strict=True):
+            own[name] = matrix
+    return given
+
+
+class _Join(torch.autograd.Function):
+    """Several lists of blocks, `counts` long, each as one matrix; each gradient is split back into views of itself."""
+
+    @staticmethod
+    def forward(ctx, make, counts: list[int], *blocks: Tensor) -> tuple[Tensor, ...]:
+        lists = [blocks[start:stop] for start, stop in pairwise(accumulate(counts, initial=0))]
+        ctx.rows = [[block.shape[0] for block in own] for own in lists]
+        return tuple(map(make, lists))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(part for grad, rows in zip(grads, ctx.rows, strict=True) for part in grad.split(rows))
