@@ -20,8 +20,9 @@ from sorted_ds.nested.families import family_of
 IGNORED_LABEL = -100
 """The label of a position that is no target."""
 
-CHUNK_ELEMENTS = 2**24
-"""Logits that exist at a time: 64 MiB in fp32, large enough for the matrix products to run at full speed."""
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+"""Logits that exist at a time: 64 MiB in fp32, 512 MiB on a GPU. There each chunk must have a thousand positions, or to
+add its share to the head's gradient takes as long as the products that make it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class LossHead(nn.Module):
 
     weight: nn.Parameter
     rule: LogitsRule
-    chunk_elements: int
+    chunk_elements: dict[str, int]
+    """By the kind of device."""
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, count_correct: bool = False
@@ -55,7 +57,7 @@ class LossHead(nn.Module):
         if labels is None:
             return F.linear(hidden, self.weight)
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
-        chunk = max(1, self.chunk_elements // self.weight.shape[0])
+        chunk = max(1, self.chunk_elements[hidden.device.type] // self.weight.shape[0])
         if count_correct or not torch.is_grad_enabled():
             nll_sum, num_correct = _evaluate(hidden, self.weight, labels, self.rule, chunk)
             return (nll_sum, num_correct) if count_correct else nll_sum
@@ -104,9 +106,9 @@ class _SummedNll(torch.autograd.Function):
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
             logits, slope = _logits(hidden[part], weight, rule)
-            nll, logits_grad = _nll_and_gradient(logits, slope, labels[part], rule)
+            nll, logits_grad = _nll_and_gradient(logits, slope, labels[part], rule, weight.dtype)
+            del logits, slope
             nll_sum += nll
-            logits_grad = logits_grad.to(weight.dtype)
             if hidden_grad is not None:
                 torch.mm(logits_grad, weight, out=hidden_grad[part])
             if needs_weight:
@@ -124,11 +126,14 @@ class _SummedNll(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, rule: LogitsRule) -> tuple[Tensor, Tensor | None]:
-    """Logits in fp32 and, where they are capped, the derivative of the cap.
+    """Logits, in fp32 where anything is done to them, and, where they are capped, the derivative of the cap.
 
     Shapes: [n, H], [V, H] -> [n, V] twice.
     """
-    logits = F.linear(hidden, weight).float()
+    logits = F.linear(hidden, weight)
+    if rule == LogitsRule():
+        return logits, None
+    logits = logits.float()
     if rule.divisor != 1.0:
         logits /= rule.divisor
     if rule.softcap is None:
@@ -137,21 +142,27 @@ def _logits(hidden: Tensor, weight: Tensor, rule: LogitsRule) -> tuple[Tensor, T
     return squashed * rule.softcap, 1 - squashed.square()
 
 
-def _nll_and_gradient(logits: Tensor, slope: Tensor | None, labels: Tensor, rule: LogitsRule) -> tuple[Tensor, Tensor]:
-    """The summed loss of a chunk and its gradient with respect to the head's output. Overwrites `logits`.
+def _nll_and_gradient(
+    logits: Tensor, slope: Tensor | None, labels: Tensor, rule: LogitsRule, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of a chunk, in fp32, and its gradient with respect to the head's output, in `dtype`.
+
+    A pass over the logits is what costs here, so there are three: log-probabilities, probabilities, gradient.
 
     Shapes: logits, slope [n, V], labels [n] -> scalar, [n, V].
     """
     is_target = labels != IGNORED_LABEL
     index = labels.where(is_target, 0).unsqueeze(1)
-    log_z = logits.logsumexp(1, keepdim=True)
-    nll = (log_z - logits.gather(1, index)).squeeze(1).where(is_target, 0).sum()
-    gradient = logits.sub_(log_z).exp_()  # the probabilities
+    log_p = F.log_softmax(logits, 1, dtype=torch.float32)
+    nll = -log_p.gather(1, index).squeeze(1).where(is_target, 0).sum()
+    gradient = log_p.exp_()
     gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
     if slope is not None:
         gradient *= slope
-    gradient *= (is_target / rule.divisor).unsqueeze(1)
-    return nll, gradient
+    scale = (is_target / rule.divisor).unsqueeze(1)
+    if dtype == gradient.dtype:
+        return nll, gradient.mul_(scale)
+    return nll, torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
 @torch.no_grad()
@@ -161,6 +172,6 @@ def _evaluate(hidden: Tensor, weight: Tensor, labels: Tensor, rule: LogitsRule, 
     num_correct = labels.new_zeros(())
     for part_hidden, part_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         logits, _ = _logits(part_hidden, weight, rule)
-        nll_sum += F.cross_entropy(logits, part_labels, ignore_index=IGNORED_LABEL, reduction="sum")
+        nll_sum += F.cross_entropy(logits.float(), part_labels, ignore_index=IGNORED_LABEL, reduction="sum")
         num_correct += (logits.argmax(1) == part_labels).sum()
     return nll_sum, num_correct

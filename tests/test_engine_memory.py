@@ -98,7 +98,7 @@ def step_bytes(ranks, stage: int) -> dict[str, tuple[StepBytes, StepBytes]]:
     zero = {"stage": stage, "overlap_comm": False, **exactness.SMALL_ZERO, "reduce_bucket_size": 20_000}
     ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
     space = sized_space(DEPTHS[0])
-    with mock.patch("sorted_ds.loss.CHUNK_ELEMENTS", CHUNK_ROWS * VOCAB):
+    with mock.patch("sorted_ds.loss.CHUNK_ELEMENTS", {"cpu": CHUNK_ROWS * VOCAB}):
         model = (ranks, sized(DEPTHS[0]), space)
         ours = of_draws(*model, zero, ids)
         return {name: (ours[name], of_plain(*model, name, zero, ids)) for name in NAMED}

@@ -28,7 +28,7 @@ def shifted(input_ids: Tensor) -> Tensor:
 def chunked(model: PreTrainedModel, positions: int) -> SummedLoss:
     """The model with its summed loss, in chunks of so many positions."""
     summed = SummedLoss(model)
-    summed.model.lm_head.chunk_elements = positions * VOCAB
+    summed.model.lm_head.chunk_elements = {"cpu": positions * VOCAB}
     return summed
 
 
@@ -95,7 +95,7 @@ def test_it_ends_in_the_caps_and_divisors_of_the_family():
 def test_gradients_equal_finite_differences(variant):
     model = attach_loss_head(tiny_model(variant).double())
     head = model.lm_head
-    head.chunk_elements = 2 * VOCAB
+    head.chunk_elements = {"cpu": 2 * VOCAB}
     hidden = torch.randn(5, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([3, IGNORED_LABEL, 130, 0, 7])
     direction = torch.randn(5, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -205,7 +205,8 @@ def test_the_whole_logits_never_exist_and_none_are_kept(variant):
 
 def test_chunks_hold_64_mib_of_logits_unless_told():
     head = attach_loss_head(tiny_model("llama")).lm_head
-    assert head.chunk_elements == CHUNK_ELEMENTS == 64 * 2**20 // 4
+    assert head.chunk_elements == CHUNK_ELEMENTS
+    assert CHUNK_ELEMENTS["cpu"] == 64 * 2**20 // 4
 
 
 def test_hugging_faces_forward_generation_and_files_work_with_the_head_attached(tmp_path):

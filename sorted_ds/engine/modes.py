@@ -135,11 +135,13 @@ def complete(config: dict, micro_batch_rows: int, num_ranks: int, clip_norm: flo
 
     Accumulation is our own (`managed_gradient_accumulation` off): one `step()` per optimizer step.
     """
-    zero = {"stage": stage_of(config), "overlap_comm": False, **config.get("zero_optimization", {})}
+    stage = stage_of(config)
+    # As DeepSpeed's own default: on at stage 3 (0.19.8, runtime/zero/config.py). Never left to it at stage 1.
+    zero = {"stage": stage, "overlap_comm": stage == 3, **config.get("zero_optimization", {})}
     full = {**config, "zero_optimization": zero}
-    if is_bf16(config) and zero["stage"] > 0:
+    if is_bf16(config) and stage > 0:
         full["data_types"] = {"grad_accum_dtype": "fp32", **config.get("data_types", {})}
-    clip_here = zero["stage"] > 0 or is_bf16(config)
+    clip_here = stage > 0 or is_bf16(config)
     full.update(
         train_micro_batch_size_per_gpu=micro_batch_rows,
         gradient_accumulation_steps=1,
