@@ -133,7 +133,8 @@ def page(matrix: Matrix, modes: Sequence[Mode], found: dict[str, Error]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, members in sorted(groups.items()):
-        lines.append("| " + " | ".join(map(str, [*key, *_row(members, found)])) + " |")
+        if any(mode.name in found for mode in members):
+            lines.append("| " + " | ".join(map(str, [*key, *_row(members, found)])) + " |")
     return "\n".join([*lines, *(f"\nOutside: {name}" for name in outside)]) + "\n"
 
 
