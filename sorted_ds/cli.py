@@ -1,4 +1,4 @@
-"""The command line: `sorted-ds plan | prepare | train | eval | select | export`.
+"""The command line: `sorted-ds plan | prepare | train | launch | eval | select | export`.
 
 In: arguments. Out: an exit code: 0, 1 for a failure of the program, 2 for what the user can mend (one line on stderr,
 no traceback), 130 after Ctrl-C. Each command's work is in `commands/`, imported when it is called: `--help` loads no
@@ -21,7 +21,7 @@ Commands = argparse._SubParsersAction
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Usage errors leave through argparse with code 2."""
-    args = _parse(argv)
+    args = _parse(_parser(), argv)
     try:
         if args.command not in LIGHT:
             importlib.import_module("sorted_ds.launcher").settle_accelerator()
@@ -35,18 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_main() -> int:
     """One rank, started by any launcher: what launch/train.py calls. deepspeed adds --local_rank=N, which we know."""
-    arguments = [text for text in sys.argv[1:] if not text.startswith("--local_rank")]
-    return importlib.import_module("sorted_ds.train").main(arguments)
+    importlib.import_module("sorted_ds.stop").listen()  # before the slow imports: a signal may come in them
+    parser = argparse.ArgumentParser(prog="train.py", description="One rank of a run, started by any launcher.")
+    _add_run_file(parser)
+    _add_time_limit(parser)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    args = _parse(parser)
+    return importlib.import_module("sorted_ds.train").main([str(args.run_file), *args.overrides])
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Overrides may also follow the flags: argparse leaves those over."""
-    parser = _parser()
     args, left = parser.parse_known_args(argv)
     if left and (not hasattr(args, "overrides") or any(text.startswith("-") for text in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
         args.overrides += left
+    if getattr(args, "time_limit", None):
+        args.overrides.append(f"train.time_limit={args.time_limit}")
     return args
 
 
@@ -57,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
+    _add_launch(commands)
     _add_prepare(commands)
     _add_train(commands)
     _add_eval(commands)
@@ -112,6 +119,28 @@ def _add_train(commands: Commands) -> None:
     )
     _add_run_file(parser)
     _add_ranks(parser)
+    _add_time_limit(parser)
+
+
+def _add_launch(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "launch",
+        "train as a job of a cluster: write its script, submit it, say how to follow it",
+        "Preempted or at its time limit, the job saves, is started again, and goes on.",
+        "sorted-ds launch slurm my.toml --nodes 2 --gpus-per-node 8 --time 1-00:00:00",
+    )
+    parser.add_argument("cluster", choices=("slurm",), metavar="slurm", help="what the cluster is run by")
+    _add_run_file(parser)
+    parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="nodes (default: 1)")
+    help_ranks = "ranks on a node, each with a GPU (default: 8)"
+    parser.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help=help_ranks)
+    parser.add_argument("--no-gpus", action="store_true", help="as many ranks, on CPUs")
+    parser.add_argument("--time", default="24:00:00", metavar="TIME", help="time limit (default: 24:00:00)")
+    help_sbatch = "any other option of sbatch, like --sbatch=--partition=a100; may be given again"
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=help_sbatch)
+    parser.add_argument("--after", metavar="JOB", help="start when this job has ended, however it did")
+    parser.add_argument("--dry-run", action="store_true", help="write the script, submit nothing")
 
 
 def _add_eval(commands: Commands) -> None:
@@ -167,6 +196,11 @@ def _add_run_file(parser: argparse.ArgumentParser) -> None:
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
     text = "processes, one per GPU (default: the number of GPUs, else 1)"
     parser.add_argument("--ranks", type=_positive, metavar="N", help=text)
+
+
+def _add_time_limit(parser: argparse.ArgumentParser) -> None:
+    text = "save and end before so long has passed, like 90 (minutes) or 1:30:00 (default: train.time_limit)"
+    parser.add_argument("--time-limit", metavar="TIME", help=text)
 
 
 def _add_dir(parser: argparse.ArgumentParser) -> None:

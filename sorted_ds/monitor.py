@@ -137,10 +137,10 @@ class Monitor:
         if self._is_on:
             self._console.print(f"saved {path.name} in {seconds:.1f} s")
 
-    def ended(self, step: int) -> None:
-        """The last word."""
+    def ended(self, step: int, left_early: str) -> None:
+        """The last word. `left_early`: why, and what comes of it."""
         if self._is_on and step < self._num_steps:
-            self._console.print(f"stopped after step {step} of {self._num_steps}; start the run again to go on")
+            self._console.print(f"stopped after step {step} of {self._num_steps}: {left_early}")
         elif self._is_on:
             self._console.print(f"trained {step} steps; model, table and figure are in {self._run_dir}")
 

@@ -1,30 +1,28 @@
-"""Which rank this process is, and what ranks say to each other outside of DeepSpeed.
+"""What ranks say to each other outside of DeepSpeed.
 
-May be imported by every stage. Ranks agree on few things: sums, a stop, and whether one of them failed. Everything
-else (rows, draws, learning rate) is a pure function of (seed, step) and needs no word.
+May be imported by every stage. Ranks agree on few things: sums, a stop, and whether one of them failed or is gone.
+Everything else (rows, draws, learning rate) is a pure function of (seed, step) and needs no word.
 """
 
 import json
 import os
-import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from sorted_ds.errors import AgreedError, UserError
+from sorted_ds.rendezvous import Place, find_place
 from sorted_ds.shuffle import keyed_number
 
 LARGEST_FACT = 2**32
 """Sums of a million ranks' numbers below this are exact in double precision."""
-LAUNCHERS = {
-    "deepspeed or torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-}
-"""Environment variables that name rank, number of ranks and rank on this machine, by who sets them."""
+SECONDS_FOR_SURVIVORS = 5.0
+"""How long those that are left wait for each other, before they name those that are not."""
 
 
 @dataclass(frozen=True)
@@ -102,62 +100,92 @@ class Ranks:
 
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """The process group for as long as it is needed. Ranks that all succeeded leave together."""
-    ranks = find_ranks()
+    """The process group for as long as it is needed. Ranks that all succeeded leave together.
+
+    Raises: LostRanksError, on one rank, when others ended; SystemExit on the rest.
+    """
+    place = find_place(os.environ)
+    device = _device(place)
+    store = _join(place, device)
+    ranks = Ranks(place.rank, place.size, place.local_rank, device)
     try:
         yield ranks
         if ranks.size > 1:
             dist.barrier()
+    except RuntimeError as error:
+        if ranks.size == 1 or not _is_connection_lost(error):
+            raise
+        dist.destroy_process_group()  # now those that wait for this rank hear of it
+        raise_for_lost(store, ranks, error)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def find_ranks() -> Ranks:
-    """Joins the process group that the launcher describes; without a launcher, one rank alone.
-
-    Raises: UserError when a launcher names ranks but no MASTER_ADDR and MASTER_PORT.
-    """
-    rank, size, local_rank = _from_environment()
-    device = _device(local_rank)
-    if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError(
-            f"{size} ranks were started, but MASTER_ADDR and MASTER_PORT do not say where rank 0 listens. "
-            "Export both before the launch."
-        )
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+def _join(place: Place, device: torch.device) -> dist.Store:
+    """Joins the process group. DeepSpeed reads the same numbers from the environment."""
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(device.index or 0))
+    if device.type == "cpu":
+        os.environ["LOCAL_RANK"] = str(place.local_rank)
     # By this variable DeepSpeed 0.19.8 makes 62 MB of shared memory on CPU ranks, which only its inference uses, and
     # never frees it (ops/csrc/cpu/comm/shm_interface.cpp).
     os.environ.pop("LOCAL_SIZE", None)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if size > 1:
-        dist.init_process_group(backend, rank=rank, world_size=size)
+    if place.size > 1:
+        os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
+        store, rank, size = next(dist.rendezvous("env://"))
     else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
-    return Ranks(rank, size, local_rank, device)
+        store, rank, size = dist.HashStore(), 0, 1
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size, store=dist.PrefixStore("sorted_ds", store))
+    return store
 
 
-def _from_environment() -> tuple[int, int, int]:
-    for names in LAUNCHERS.values():
-        if all(name in os.environ for name in names):
-            rank, size, local_rank = (int(os.environ[name]) for name in names)
-            return rank, size, local_rank
-    return 0, 1, 0
+def _device(place: Place) -> torch.device:
+    """The GPU of this rank. Where a launcher shows each rank one GPU alone, that one.
 
-
-def _device(local_rank: int) -> torch.device:
+    Raises: UserError when a host has more ranks than GPUs.
+    """
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    num_gpus = torch.cuda.device_count()
+    if num_gpus > 1 and place.local_rank >= num_gpus:
+        raise UserError(
+            f"rank {place.rank} is number {place.local_rank} on its host, which shows {num_gpus} GPUs. Start one rank "
+            "for each GPU."
+        )
+    device = torch.device("cuda", place.local_rank % num_gpus)
+    torch.cuda.set_device(device)
+    return device
 
 
-class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that a step ends and is saved before the process leaves."""
+class LostRanksError(Exception):
+    """Other ranks ended, so this one cannot go on."""
 
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
 
-    def _remember(self, number: int, frame: object) -> None:
-        self.requested = True
+def _is_connection_lost(error: RuntimeError) -> bool:
+    """What gloo and NCCL raise when a peer is gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "gloo::" in str(error)
+
+
+def raise_for_lost(store: dist.Store, ranks: Ranks, error: RuntimeError) -> NoReturn:
+    """Survivors tell the store that they are there; the first of them names those who are not.
+
+    Raises: LostRanksError on that one; SystemExit on the others. With rank 0 the store is usually gone too: then rank 1
+    speaks.
+    """
+    others = range(ranks.size)
+    try:
+        store.set(f"survivor_{ranks.rank}", "")
+        end = time.monotonic() + SECONDS_FOR_SURVIVORS
+        while time.monotonic() < end and not all(store.check([f"survivor_{rank}"]) for rank in others):
+            time.sleep(0.1)
+        survivors = [rank for rank in others if store.check([f"survivor_{rank}"])]
+    except (RuntimeError, OSError):
+        survivors = [rank for rank in others if rank > 0]
+    lost = [rank for rank in others if rank not in survivors]
+    if ranks.rank != survivors[0]:
+        raise SystemExit(1)
+    if not lost:
+        raise LostRanksError(f"the connection between ranks broke: {str(error).splitlines()[0]}")
+    who = f"rank {lost[0]}" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))}"
+    raise LostRanksError(f"{who} of {ranks.size} ended, or can no longer be reached")

@@ -8,7 +8,7 @@ learning rate follow from it, so a run that is started again goes on as if it ha
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -28,11 +28,14 @@ from sorted_ds.model_dir import Measured
 from sorted_ds.monitor import LossSums, Monitor
 from sorted_ds.nested import costs_of
 from sorted_ds.plan import make_plan
-from sorted_ds.ranks import Ranks, StopSignal, joined_ranks
+from sorted_ds.ranks import LostRanksError, Ranks, joined_ranks
 from sorted_ds.resolve import check_run, data_spec, schedule_of
 from sorted_ds.run_dir import RunDir, facts
 from sorted_ds.run_file import load_engine_config, load_run
+from sorted_ds.slurm import requeue
 from sorted_ds.space import Cost, SubNet
+from sorted_ds.stop import Stop
+from sorted_ds.watchdog import Watchdog
 
 
 def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
@@ -40,8 +43,8 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
 
     Raises: UserError, on all ranks, for what the user can mend.
     """
-    stop = StopSignal()
     with ranks.together():
+        stop = Stop(run.run_dir, run.train.time_limit, ranks.is_first)
         config, space = check_run(run)
         loader = training_loader(run, tokens, ranks)
         validation = validation_of(run, tokens, ranks)
@@ -58,12 +61,14 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
     with ranks.together():
         monitor = Monitor(run, space, step, ranks)
 
-    with monitor:
+    ends = goes_on_later = 0.0
+    with monitor, Watchdog(run.train.hang_minutes, run.run_dir, ranks.rank) as watchdog:
         monitor.started(step, make_plan(run, space, config, ranks.size), changes)
         while step < run.train.steps:
             draws, batches = schedule.draw(step), loader.batches(step)
-            num_targets, num_stops = ranks.sum_agreed([count_targets(batches), stop.requested], told(step, draws))
-            if num_stops:
+            asked = [count_targets(batches), *stop.wanted()]
+            num_targets, ends, goes_on_later = ranks.sum_agreed(asked, told(step, draws))
+            if ends:
                 break
             learning_rate = lr_at(step, run.train.steps, run.optim)
             losses = []
@@ -75,23 +80,37 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
             check_finite(step, losses, norm, checkpoints, ranks)
             sums.add(losses)
             step += 1
+            watchdog.beat()
             if is_due(step, run.log.every_steps) or step == run.train.steps:
                 monitor.trained(step, sums.take(ranks), learning_rate, norm)
             if is_due(step, run.eval.every_steps) and step < run.train.steps:
-                monitor.evaluated(step, *evaluate(engine, eval_subnets(run, space), validation, costs))
+                chosen = eval_subnets(run, space)
+                monitor.evaluated(step, *evaluate(engine, chosen, validation, costs, watchdog.beat))
             if is_due(step, run.checkpoint.every_steps):
                 monitor.saved(*save(checkpoints, engine, step))
                 saved_step = step
+                watchdog.beat()
 
         if step > saved_step:
             monitor.saved(*save(checkpoints, engine, step))
         if step == run.train.steps:
             folder.write_model(engine, space)
-            measured, seconds = evaluate(engine, space, validation, costs)
+            measured, seconds = evaluate(engine, space, validation, costs, watchdog.beat)
             folder.write_table(measured)
             monitor.evaluated(step, measured, seconds)
             monitor.table(measured, tokens.unigram_nats)
-        monitor.ended(step)
+        monitor.ended(step, left_early(stop, bool(goes_on_later), ranks) if ends else "")
+
+
+def left_early(stop: Stop, goes_on_later: bool, ranks: Ranks) -> str:
+    """Why, and what comes of it, on rank 0: a Slurm job that is to go on later is started again. A collective."""
+    reasons = ranks.gather(stop.reason)
+    if not ranks.is_first:
+        return ""
+    stop.heeded()
+    why = ", ".join(dict.fromkeys(filter(None, reasons)))
+    then = requeue(os.environ) if goes_on_later else ""
+    return f"{why}; {then or 'start the run again to go on'}"
 
 
 def is_due(step: int, every_steps: int) -> bool:
@@ -143,12 +162,17 @@ def restore(checkpoints: Checkpoints, engine: Engine, num_steps: int) -> int:
 
 
 def evaluate(
-    engine: Engine, subnets: Iterable[SubNet], batches: Sequence[MicroBatch], costs: Mapping[SubNet, Cost]
+    engine: Engine,
+    subnets: Iterable[SubNet],
+    batches: Sequence[MicroBatch],
+    costs: Mapping[SubNet, Cost],
+    beat: Callable[[], None],
 ) -> tuple[list[Measured], float]:
     """Validation of some sub-networks, and the seconds it took. A collective."""
     start = time.perf_counter()
 
     def forward(batch: MicroBatch, subnet: SubNet) -> tuple[Tensor, Tensor]:
+        beat()
         return engine.evaluate(batch.input_ids, batch.labels, subnet)
 
     measured = measure(forward, subnets, batches, engine.ranks.sum, costs)
@@ -191,8 +215,7 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"error (rank {os.environ.get('RANK', '0')}): {error}", file=sys.stderr, flush=True)
         return 2
+    except LostRanksError as error:
+        print(f"error: {error}. Start the run again to go on from its last checkpoint.", file=sys.stderr, flush=True)
+        return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sorted_ds"
 
 LINE = [
-    *("errors", "files", "shuffle", "space", "config", "run_file", "ranks", "schedule", "learning_rate"),
+    *("errors", "files", "shuffle", "stop", "watchdog", "slurm", "rendezvous"),
+    *("space", "config", "run_file", "ranks", "schedule", "learning_rate"),
     *("nested", "data", "loss", "engine", "checkpoint"),
     *(
         "model_config",
@@ -34,13 +35,17 @@ LINE = [
         "model_card",
         "export",
     ),
-    *("assemble", "launcher", "monitor", "run_dir", "train", "commands", "cli"),
+    *("assemble", "launcher", "monitor", "run_dir", "train", "commands", "cli", "rank"),
 ]
 """Whoever stands later may import from earlier, never the reverse."""
 
 KNOWS_ONLY = {
     "files": set(),
     "shuffle": set(),
+    "stop": {"errors"},
+    "watchdog": set(),
+    "slurm": set(),
+    "rendezvous": {"errors"},
     "space": {"errors"},
     "schedule": {"errors", "shuffle", "space"},
     "nested": {"errors", "space"},

@@ -16,4 +16,4 @@ def run(args: argparse.Namespace) -> int:
     prepare_data(settings, console)
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
     console.print(f"starting {ranks} (at the first start DeepSpeed compiles its operations: a minute)")
-    return launch(["sorted_ds.train", str(args.run_file), *args.overrides], num_ranks)
+    return launch(["sorted_ds.rank", str(args.run_file), *args.overrides], num_ranks)

@@ -126,7 +126,9 @@ def mode_warnings(config: dict, is_cuda: bool) -> list[str]:
     if stage_of(config) == 0 and is_bf16(config):
         warnings.append("stage 0 in bf16 accumulates gradients in bf16; stages 1 to 3 accumulate them in fp32")
     if is_cuda:
-        warnings.append("proven exact on CPU, and on one GPU that ranks shared (docs/matrix_cuda.md); not on several yet")
+        warnings.append(
+            "proven exact on CPU, and on one GPU that ranks shared (docs/matrix_cuda.md); not on several yet"
+        )
     return warnings
 
 

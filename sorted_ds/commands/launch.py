@@ -1,0 +1,92 @@
+"""`sorted-ds launch slurm`: checks the run file, writes the job's script into RUN_DIR, and submits it."""
+
+import argparse
+import re
+import shlex
+import subprocess
+from importlib.resources import files
+
+from rich.console import Console
+
+from sorted_ds.config import Run
+from sorted_ds.errors import UserError
+from sorted_ds.resolve import check_run
+from sorted_ds.run_file import load_run
+from sorted_ds.stop import seconds_of
+
+SCRIPT = "slurm.sbatch"
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = load_run(args.run_file, args.overrides)
+    check_run(settings)
+    seconds_of(args.time)
+    path = settings.run_dir / SCRIPT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(job_script(args, settings))
+    command = ["sbatch", "--parsable", *([f"--dependency=afterany:{args.after}"] if args.after else []), str(path)]
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"wrote {path}: {args.nodes} x {args.gpus_per_node} ranks", markup=False)
+    if args.dry_run:
+        console.print(f"submit it with: {shlex.join(command)}", markup=False)
+        print(path)
+        return 0
+    job = submit(command)
+    console.print(f"submitted job {job}", markup=False)
+    for what, how in following(job, settings):
+        console.print(f"  {what:22}{how}", markup=False)
+    print(job)
+    return 0
+
+
+def job_script(args: argparse.Namespace, settings: Run) -> str:
+    """The job script with this run's numbers and arguments. It can be submitted again by itself."""
+    options = {
+        "job-name": settings.run_dir.name,
+        "nodes": str(args.nodes),
+        "gpus-per-node": "" if args.no_gpus else str(args.gpus_per_node),
+        "ntasks-per-node": str(args.gpus_per_node),
+        "cpus-per-task": "1" if args.no_gpus else "8",
+        "time": args.time,
+        "output": str(settings.run_dir / "slurm-%j.log"),
+    }
+    given = [option if option.startswith("-") else f"--{option}" for option in args.sbatch]
+    text = files("sorted_ds").joinpath("jobs", SCRIPT).read_text()
+    for name, value in options.items():
+        head, _, tail = re.split(rf"(#SBATCH --{name}=.*\n)", text, maxsplit=1)
+        text = head + (f"#SBATCH --{name}={_quoted(value)}\n" if value else "") + tail
+    more = "".join(f"#SBATCH {option}\n" for option in given)
+    text = text.replace("\nset -euo pipefail\n", f"{more}\nset -euo pipefail\n", 1)
+    arguments = shlex.join([str(args.run_file.resolve()), *args.overrides])
+    first, usage, rest = text.partition("if [ $# = 0 ]")
+    return f'{first}set -- {arguments} "$@"\n{usage}{rest}'
+
+
+def _quoted(value: str) -> str:
+    """For an #SBATCH line, which knows double quotes alone. Raises: UserError for what it cannot hold."""
+    if '"' in value or "\n" in value or "\\" in value:
+        raise UserError(f"{value!r} cannot be written into a job script. Set run_dir to a path without quotes.")
+    return f'"{value}"' if re.search(r"[^\w@%+=:,./-]", value) else value
+
+
+def submit(command: list[str]) -> str:
+    """The job's number. Raises: UserError with what Slurm said."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise UserError("sbatch is not installed here. Call this on a login node of the cluster.") from None
+    if done.returncode:
+        raise UserError(f"sbatch refused the job: {done.stderr.strip()}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def following(job: str, settings: Run) -> list[tuple[str, str]]:
+    """What a user wants to do next."""
+    folder = shlex.quote(str(settings.run_dir))
+    return [
+        ("state", f"squeue --jobs {job}"),
+        ("output", f"tail -F {shlex.quote(str(settings.run_dir / f'slurm-{job}.log'))}"),
+        ("curves", f"tensorboard --logdir {folder}/tensorboard"),
+        ("save and start again", f"scancel --signal=USR1 {job}"),
+        ("save and end", f"touch {folder}/stop"),
+    ]

@@ -1,0 +1,34 @@
+"""What a run asks of Slurm: to start its job again.
+
+In: the environment of a job. Out: a sentence for the user. Asked by rank 0 after the last save. An exit code that the
+batch script turns into a requeue is racy, because the first rank's exit kills the others; and a job that exits 0 while
+it is being preempted is completed, not requeued. A job that is being cancelled is let go.
+"""
+
+import subprocess
+from collections.abc import Mapping
+
+SECONDS = 30
+GOES_ON = ("RUNNING", "PREEMPTED", "SUSPENDED")
+"""States of a job that may be started again; one that the user cancelled is in another."""
+
+
+def requeue(environment: Mapping[str, str]) -> str:
+    """Asks for the job to be started again. Returns what came of it; empty outside of Slurm."""
+    job = environment.get("SLURM_JOB_ID", "")
+    if not job:
+        return ""
+    state = _run("squeue", "--noheader", "--jobs", job, "--format", "%T")
+    if state not in GOES_ON:
+        return f"job {job} is {state or 'gone'}, so it is not started again"
+    problem = _run("scontrol", "requeue", job)
+    return f"job {job} could not be started again: {problem}" if problem else f"Slurm starts job {job} again"
+
+
+def _run(*command: str) -> str:
+    """What it says, on either stream."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return (done.stdout + done.stderr).strip()

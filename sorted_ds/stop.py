@@ -1,0 +1,84 @@
+"""When a run ends before its last step: a signal, a touched file, or a deadline.
+
+In: signals, files in RUN_DIR, the clock. Out, once a step: whether this rank wants the run to end, and whether it is to
+go on later, as a requeued Slurm job. Ranks add up what they want, so one is enough (train.py). Imports nothing slow:
+`listen` is called first of all, or a signal in the seconds of the imports would kill.
+
+| what | ends | goes on in a Slurm job |
+|---|---|---|
+| SIGTERM (preemption), SIGUSR1 (`#SBATCH --signal`, `scancel -s USR1`) | yes | yes |
+| SIGINT (Ctrl-C) | yes | no |
+| RUN_DIR/requeue is touched | yes | yes |
+| RUN_DIR/stop is touched | yes | no |
+| `train.time_limit` would pass in the next step | yes | yes, if a step was done |
+"""
+
+import re
+import signal
+import time
+from pathlib import Path
+
+from sorted_ds.errors import UserError
+
+LATER, FOR_GOOD = (signal.SIGTERM, signal.SIGUSR1), (signal.SIGINT,)
+STOP_FILE, REQUEUE_FILE = "stop", "requeue"
+SECONDS_TO_LEAVE = 5.0
+"""From the last save to the end of the process."""
+
+STARTED = time.monotonic()
+_signals: set[int] = set()
+
+
+def listen() -> None:
+    """Remembers signals from now on."""
+    for number in (*LATER, *FOR_GOOD):
+        signal.signal(number, lambda number, frame: _signals.add(number))
+
+
+class Stop:
+    """Asked once a step. Files and the clock are looked at by rank 0 alone."""
+
+    def __init__(self, run_dir: Path, time_limit: str, is_first: bool):
+        """Raises: UserError for a time limit that is none."""
+        self._files = {name: run_dir / name for name in (STOP_FILE, REQUEUE_FILE)} if is_first else {}
+        self._seconds = seconds_of(time_limit) if is_first and time_limit else float("inf")
+        self._asked = 0.0
+        self._longest = 0.0
+        self.reason = ""
+        """Of this rank, for the last word."""
+
+    def wanted(self) -> tuple[bool, bool]:
+        """Whether the run shall end now, and whether it shall go on later."""
+        now = time.monotonic()
+        if self._asked:
+            self._longest = max(self._longest, now - self._asked)
+        self._asked = now
+        touched = [name for name, path in self._files.items() if path.exists()]
+        # The longest time from question to question holds a step, an evaluation and a save; one more for the last save.
+        is_due = now - STARTED + 2 * self._longest + SECONDS_TO_LEAVE > self._seconds
+        names = [signal.Signals(number).name for number in sorted(_signals)]
+        names += [f"the file {name}" for name in touched] + ["the time limit"] * is_due
+        self.reason = ", ".join(names)
+        later = bool(_signals & set(LATER)) or REQUEUE_FILE in touched or (is_due and self._longest > 0)
+        return bool(names), later and not _signals & set(FOR_GOOD) and STOP_FILE not in touched
+
+    def heeded(self) -> None:
+        """The files have had their effect: the next start must not see them."""
+        for path in self._files.values():
+            path.unlink(missing_ok=True)
+
+
+def seconds_of(text: str) -> float:
+    """Of a time limit as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, or `days-` before hours.
+
+    Raises: UserError for anything else. Source: sbatch(1), `--time`.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if not found:
+        raise UserError(
+            f"train.time_limit = {text!r} should be like 90 (minutes), 90:00, 1:30:00 or 1-12:00:00 (days-hours...)."
+        )
+    days, *numbers = found.groups()
+    values = [int(number) for number in numbers if number is not None]
+    units = ((60,), (60, 1), (3600, 60, 1))[len(values) - 1] if days is None else (3600, 60, 1)
+    return 86_400 * int(days or 0) + float(sum(value * unit for value, unit in zip(values, units, strict=False)))

@@ -1,0 +1,63 @@
+"""A rank that hears nothing of its run for too long says where it stands, and leaves.
+
+In: a beat whenever something was finished. Out, after a silence: RUN_DIR/stacks/rank_0003.txt with the stack of every
+thread, one line on stderr, and the end of the process, which the launcher turns into the end of all. When one rank
+hangs, all wait for it, so all write: the stacks that differ from the others name the one.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+EXIT_CODE = 3
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class Watchdog:
+    """A thread, from `with` to its end."""
+
+    def __init__(self, minutes: float, run_dir: Path, rank: int):
+        """Never barks where `minutes` is 0."""
+        self._seconds, self._rank = 60 * minutes, rank
+        self._path = run_dir / "stacks" / f"rank_{rank:04d}.txt"
+        self._over = threading.Event()
+        self.beat()
+
+    def beat(self) -> None:
+        """Something was finished."""
+        self._last = time.monotonic()
+
+    def __enter__(self) -> "Watchdog":
+        self.beat()
+        if self._seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(SECONDS_BETWEEN_LOOKS, self._seconds / 4)):
+            if time.monotonic() - self._last > self._seconds:
+                self._bark()
+
+    def _bark(self) -> None:
+        where = str(self._path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            where = f"nowhere ({error})"
+        with suppress(OSError):
+            print(
+                f"error (rank {self._rank}): nothing was finished for {self._seconds / 60:g} minutes "
+                f"(train.hang_minutes). Stacks are in {where}. Start the run again to go on from its last checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(EXIT_CODE)

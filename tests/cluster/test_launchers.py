@@ -1,0 +1,101 @@
+"""Each launcher, for real, on two hosts: all give the weights of the run on one machine, bit for bit."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cluster.machines import Cluster
+from tests.launched import ROOT, SETTINGS, copied, masters, one_error
+
+PYTHON = sys.executable
+SCRIPT = str(ROOT / "launch" / "train.py")
+HOSTFILE = "h1 slots=1\nh2 slots=1\n"
+
+DEEPSPEED = ["deepspeed", "--hostfile", "{hostfile}", "--master_port", "{port}"]
+TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", "{node}"]
+NO_SSH = [*DEEPSPEED, "--no_ssh", "--node_rank", "{node}", "--master_addr", "h1"]
+SRUN = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+EXPORTED = ["DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "PATH"]
+AS_ROOT = ["--launcher_args=--allow-run-as-root"]
+OPEN_MPI = ["mpirun.openmpi", "--allow-run-as-root", "-n", "2", "--host", "h1,h2"]
+OPEN_MPI += [part for name in EXPORTED for part in ("-x", name)]
+
+FROM_ONE_HOST = {
+    "deepspeed over pdsh": [*DEEPSPEED, "--launcher", "pdsh", SCRIPT],
+    "deepspeed --launcher openmpi": [*DEEPSPEED, "--launcher", "openmpi", *AS_ROOT, SCRIPT],
+    "deepspeed --launcher mpich": [*DEEPSPEED, "--launcher", "mpich", SCRIPT],
+    "deepspeed --launcher slurm": [*DEEPSPEED, "--launcher", "slurm", SCRIPT],
+    "srun": [*SRUN, PYTHON, SCRIPT],
+    "mpirun with mpi4py": [*OPEN_MPI, PYTHON, SCRIPT],
+}
+NODE_BY_NODE = {
+    "deepspeed --no_ssh": [*NO_SSH, SCRIPT],
+    "torchrun": [*TORCHRUN, "--master-addr", "h1", "--master-port", "{port}", SCRIPT],
+}
+
+
+@pytest.fixture
+def run(whole, place) -> Path:
+    """The shared run's file on a disk that the hosts share, its data prepared, nothing trained."""
+    return copied(whole, place, keep_steps=0)
+
+
+def filled(command: list[str], cluster: Cluster, run: Path, node: int = 0) -> list[str]:
+    hostfile = cluster.folder / "hostfile"
+    hostfile.write_text(HOSTFILE)
+    port = 29500 + int(time.monotonic()) % 400
+    return [part.format(hostfile=hostfile, port=port, node=node) for part in command] + [str(run), *SETTINGS]
+
+
+def assert_same_weights(whole: Path, run: Path) -> None:
+    before, after = masters(whole), masters(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def with_deepspeed_env(cluster: Cluster, run: Path) -> dict[str, str]:
+    """deepspeed passes on what `.deepspeed_env` in the working directory or the home says."""
+    lines = [f"{name}={cluster.environment[name]}" for name in EXPORTED]
+    (run.parent / ".deepspeed_env").write_text("\n".join(lines))
+    return {"DS_ENV_FILE": str(run.parent / ".deepspeed_env")}
+
+
+@pytest.mark.parametrize("name", FROM_ONE_HOST)
+def test_a_launcher_that_reaches_the_other_host_gives_the_same_weights(cluster, whole, run, name):
+    command = filled(FROM_ONE_HOST[name], cluster, run)
+    environment = with_deepspeed_env(cluster, run)
+    if "mpich" in name:
+        environment["PATH"] = f"{mpich_first(cluster)}:{cluster.environment['PATH']}"
+    done = cluster.on("h1", *command, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_weights(whole, run)
+
+
+def mpich_first(cluster: Cluster) -> Path:
+    """Where Debian has both, `mpirun` is Open MPI's. MPICH's looks at its own name, so no link does."""
+    program = cluster.folder / "mpich" / "mpirun"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text('#!/bin/sh\nexec mpirun.mpich "$@"\n')
+    program.chmod(0o755)
+    return program.parent
+
+
+@pytest.mark.parametrize("name", NODE_BY_NODE)
+def test_a_launcher_that_is_started_on_each_host_gives_the_same_weights(cluster, whole, run, name):
+    commands = [filled(NODE_BY_NODE[name], cluster, run, node) for node in (0, 1)]
+    processes = [
+        subprocess.Popen(cluster.command(host, *command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for host, command in zip(cluster.hosts, commands, strict=True)
+    ]
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert_same_weights(whole, run)
+
+
+def test_a_hosts_own_run_file_is_one_error_from_srun(cluster, run):
+    done = cluster.on("h1", *SRUN, PYTHON, SCRIPT, str(run), "data.vocab_size=0")
+    assert done.returncode != 0
+    assert "vocab_size" in one_error(done.stderr)

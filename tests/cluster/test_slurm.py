@@ -1,0 +1,137 @@
+"""A job of a real Slurm on two nodes that is signalled, preempted, stopped or cancelled: nothing is lost."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cluster.machines import Cluster
+from tests.launched import SETTINGS, copied, masters, metrics, run_dir, train
+from tests.runs import run_file
+
+STEPS = 40
+LONGER = [*SETTINGS, f"train.steps={STEPS}", "checkpoint.every_steps=10", "eval.every_steps=0"]
+SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory) -> Path:
+    """The run file of an uninterrupted run on this machine, long enough to be caught in the middle."""
+    run = run_file(tmp_path_factory.mktemp("longer"))
+    train(run, *LONGER)
+    return run
+
+
+@pytest.fixture
+def run(longer, place) -> Path:
+    return copied(longer, place, keep_steps=0)
+
+
+class Job:
+    """A submitted run."""
+
+    def __init__(self, cluster: Cluster, run: Path):
+        self.cluster, self.run = cluster, run
+        command = [
+            "sorted-ds",
+            "launch",
+            "slurm",
+            str(run),
+            *LONGER,
+            "--nodes",
+            "2",
+            "--gpus-per-node",
+            "1",
+            "--no-gpus",
+        ]
+        self.number = cluster.said("h1", *command, "--time", "10:00").splitlines()[-1]
+
+    @property
+    def log(self) -> str:
+        path = run_dir(self.run) / f"slurm-{self.number}.log"
+        return path.read_text() if path.exists() else ""
+
+    def state(self, field: str = "JobState") -> str:
+        told = self.cluster.said("h1", "scontrol", "show", "job", self.number)
+        found = re.search(rf"{field}=(\S+)", told)
+        return found[1] if found else ""
+
+    def wait(self, is_so: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + SECONDS
+        while not is_so():
+            assert time.monotonic() < end, f"{what} did not come: {self.state()}\n{self.log}"
+            time.sleep(0.1)
+
+    def reach_step(self, step: int) -> None:
+        self.wait(lambda: f"\nstep {step}/" in self.log, f"step {step}")
+
+    def end(self) -> str:
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.wait(lambda: self.state() in ended, "the end")
+        return self.state()
+
+
+def assert_same(longer: Path, run: Path) -> None:
+    """The weights, and every step reported once."""
+    before, after = masters(longer, STEPS), masters(run, STEPS)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    steps = [row["step"] for row in metrics(run) if "loss/training" in row]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_signalled_job_saves_is_started_again_and_ends_bit_equal(cluster, longer, run):
+    job = Job(cluster, run)
+    job.reach_step(5)
+    cluster.said("h1", "scancel", "--signal=USR1", job.number)
+    assert job.end() == "COMPLETED", job.log
+    assert job.state("Restarts") == "1"
+    assert f"SIGUSR1; Slurm starts job {job.number} again" in job.log
+    assert "going on from the checkpoint of step" in job.log
+    assert_same(longer, run)
+
+
+def test_a_preempted_job_saves_is_started_again_and_ends_bit_equal(cluster, longer, run):
+    job = Job(cluster, run)
+    job.reach_step(5)
+    cluster.said(
+        "h1", "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2"
+    )
+    assert job.end() == "COMPLETED", job.log
+    assert job.state("Restarts") == "1"
+    assert "SIGTERM; Slurm starts job" in job.log
+    assert_same(longer, run)
+
+
+def test_a_cancelled_job_is_not_started_again(cluster, run):
+    job = Job(cluster, run)
+    job.reach_step(5)
+    cluster.said("h1", "scancel", job.number)
+    assert job.end() == "CANCELLED", job.log
+    time.sleep(8)  # a requeued job would start by now
+    assert job.state() == "CANCELLED"
+
+
+def test_a_touched_file_ends_the_job_for_good_and_the_next_one_goes_on(cluster, longer, run):
+    job = Job(cluster, run)
+    job.reach_step(5)
+    (run_dir(run) / "stop").touch()
+    assert job.end() == "COMPLETED", job.log
+    assert "the file stop; start the run again to go on" in job.log
+    assert not (run_dir(run) / "stop").exists()
+    assert Job(cluster, run).end() == "COMPLETED"
+    assert_same(longer, run)
+
+
+def test_a_rank_that_is_killed_ends_the_job_within_seconds_and_is_named(cluster, run):
+    job = Job(cluster, run)
+    job.reach_step(5)
+    start = time.monotonic()
+    cluster.on("h2", "pkill", "-9", "-f", "sorted_ds.rank")
+    assert job.end() == "FAILED"
+    assert time.monotonic() - start < 30
+    assert "rank 1" in job.log
+    for host in cluster.hosts:
+        assert cluster.on(host, "pgrep", "-f", "sorted_ds.rank").stdout == ""
