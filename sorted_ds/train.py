@@ -22,7 +22,7 @@ from sorted_ds.data.prepare import TokenizedText, find_prepared, open_tokens
 from sorted_ds.engine import Engine
 from sorted_ds.errors import AgreedError, UserError
 from sorted_ds.evaluate import measure
-from sorted_ds.launcher import settle_accelerator
+from sorted_ds.launcher import settle_deepspeed
 from sorted_ds.learning_rate import lr_at
 from sorted_ds.model_dir import Measured
 from sorted_ds.monitor import LossSums, Monitor
@@ -199,7 +199,7 @@ def shared_tokens(run: Run, ranks: Ranks) -> TokenizedText:
 
 def main(arguments: Sequence[str]) -> int:
     """One rank: RUN.toml and overrides. Returns the exit code; 2 for what the user can mend."""
-    settle_accelerator()
+    settle_deepspeed()
     disable_progress_bar()
     try:
         with joined_ranks() as ranks:

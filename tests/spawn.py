@@ -39,6 +39,7 @@ def _start(rank: int, num_ranks: int, device: str, folder: Path, log: Path) -> s
         "WORLD_SIZE": str(num_ranks),
         "DS_ACCELERATOR": device,
         "OMP_NUM_THREADS": "1",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # one ninja for all
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions")),
         **(_on_gpus(rank, num_ranks) if device == "cuda" else {}),

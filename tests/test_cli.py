@@ -15,7 +15,7 @@ from sorted_ds.model_dir import ModelDir
 from tests.runs import run_file
 from tests.trained import made_up_table, measured_run, trained_run
 
-COMMANDS = ["plan", "prepare", "train", "eval", "select", "export"]
+COMMANDS = ["plan", "prepare", "train", "launch", "eval", "select", "export"]
 ROOT = Path(__file__).parent.parent
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -100,3 +101,29 @@ def test_a_changed_precision_is_told(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=4)
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}))
     assert "changed since the last start: zero.json.bf16.enabled: not set before, true now" in train(run)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_takes_the_others_down_and_is_named(whole, tmp_path, victim):
+    run = copied(whole, tmp_path, keep_steps=0)
+    process = subprocess.Popen(command(run, "train.steps=4000"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    next(line for line in process.stderr if line.startswith("step 2/"))
+    ranks = {p.environ()["RANK"]: p for p in psutil.Process(process.pid).children(recursive=True) if is_rank(p)}
+    start = time.monotonic()
+    ranks[str(victim)].kill()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode not in (0, None)
+    assert time.monotonic() - start < 30
+    assert f"error: rank {victim} of 2 ended" in said
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks.values())
+
+
+def is_rank(process: psutil.Process) -> bool:
+    return "sorted_ds.rank" in process.cmdline() and "deepspeed" not in " ".join(process.cmdline())
+
+
+def test_a_time_limit_saves_before_it_and_the_run_goes_on(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=0)
+    said = train(run, "train.steps=100000", "--time-limit", "0:40")
+    assert ": the time limit; start the run again to go on" in said
+    assert f"saved {sorted(path.name for path in (run_dir(run) / 'checkpoints').iterdir())[-1]}" in said

@@ -4,6 +4,7 @@ The keys come from sorted_ds/config.py, a file's line from its docstring.
 """
 
 import ast
+import itertools
 import subprocess
 from pathlib import Path
 from typing import get_args
@@ -27,8 +28,6 @@ OTHER_FILES = {
     "docs/scaling.md": "what a run costs on many GPUs: formulas, their errors, and what they say",
     "docs/pareto.png": "the demo's figure",
     "ds_configs": "DeepSpeed JSON: ZeRO stage, and bf16 where the name says so, else fp32",
-    "launch/runs/demo.toml": "the run of `make demo`",
-    "launch/runs/text.toml": "a start for your own text",
     "pyproject.toml": "packaging, and why each dependency is there",
 }
 
@@ -112,14 +111,22 @@ def _folded(name: str) -> str:
 
 
 def _job(name: str) -> str:
-    """The first sentence of a file's docstring."""
-    if not name.endswith(".py"):
+    """The first sentence of a file's docstring, or of its first comment."""
+    if name in OTHER_FILES:
         return OTHER_FILES[name]
-    text = ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8"))) or "marks a package"
+    source = (ROOT / name).read_text(encoding="utf-8")
+    text = ast.get_docstring(ast.parse(source)) if name.endswith(".py") else _first_comment(source)
+    text = text or "marks a package"
     sentence = _one_line(text.split("\n\n")[0]).split(". ")[0].rstrip(".:").replace("|", "\\|")
     first = sentence.split()[0].rstrip("'s,")
     keeps_capital = first == "Hugging" or first[1:] != first[1:].lower()
     return sentence if keeps_capital else sentence[0].lower() + sentence[1:]
+
+
+def _first_comment(source: str) -> str:
+    lines = [line for line in source.splitlines() if not line.startswith("#!")]
+    own = itertools.takewhile(lambda line: line.startswith("# "), lines)
+    return " ".join(line.removeprefix("# ") for line in own)
 
 
 def main() -> None:

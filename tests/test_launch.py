@@ -1,0 +1,110 @@
+"""`sorted-ds launch slurm`: the script that it writes, what it submits, and what Slurm's refusal looks like."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sorted_ds.cli import main
+from tests.launched import ROOT, run_dir
+from tests.runs import run_file
+
+SCRIPTS = sorted((ROOT / "launch").glob("*.sbatch")) + sorted((ROOT / "launch").glob("*.sh"))
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return run_file(tmp_path / "a run's $(touch oops) folder")
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch) -> Path:
+    """Stands in for the program of that name; tests/cluster has the real one. Where its arguments are written."""
+    told = tmp_path / "told"
+    program = tmp_path / "bin" / "sbatch"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{told}"\necho "42;cluster"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return told
+
+
+def written(run: Path) -> str:
+    return (run_dir(run) / "slurm.sbatch").read_text()
+
+
+def test_a_dry_run_writes_the_script_and_submits_nothing(run, sbatch, capsys):
+    assert main(["launch", "slurm", str(run), "--nodes", "2", "--time", "4:00:00", "--dry-run"]) == 0
+    assert capsys.readouterr().out.strip() == str(run_dir(run) / "slurm.sbatch")
+    assert not sbatch.exists()
+    for line in ("--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=8", "--time=4:00:00", "--signal=USR1@300"):
+        assert f"#SBATCH {line}\n" in written(run)
+
+
+def test_a_job_is_submitted_and_its_number_is_told(run, sbatch, capsys):
+    arguments = ["--after", "41", "--sbatch=--partition=a100", "--sbatch", "account=us", "--gpus-per-node", "4"]
+    assert main(["launch", "slurm", str(run), "train.steps=5", *arguments]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == "42"
+    assert all(word in said.err for word in ("squeue --jobs 42", "scancel --signal=USR1 42", "slurm-42.log"))
+    assert sbatch.read_text().splitlines() == [
+        "--parsable",
+        "--dependency=afterany:41",
+        str(run_dir(run) / "slurm.sbatch"),
+    ]
+    assert "#SBATCH --partition=a100\n#SBATCH --account=us\n" in written(run)
+    assert "#SBATCH --ntasks-per-node=4\n" in written(run)
+
+
+def test_on_cpus_no_gpu_is_asked_for(run, sbatch):
+    assert main(["launch", "slurm", str(run), "--no-gpus", "--gpus-per-node", "2"]) == 0
+    assert "gpus-per-node" not in re.sub(r"(?m)^# .*$", "", written(run))
+
+
+def test_the_scripts_shell_sees_the_arguments_as_they_are(run, sbatch, tmp_path):
+    """Spaces, quotes and `$(...)` in a path are no code."""
+    main(["launch", "slurm", str(run), "optim.name=sgd", "--dry-run"])
+    for name in ("sorted-ds", "srun"):
+        program = sbatch.parent / "bin" / name
+        program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{tmp_path}/{name}.told"\n')
+        program.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{sbatch.parent / 'bin'}:{os.environ['PATH']}"}
+    subprocess.run(["bash", str(run_dir(run) / "slurm.sbatch")], check=True, cwd=tmp_path, env=environment)
+    assert (tmp_path / "sorted-ds.told").read_text().splitlines() == ["prepare", str(run), "optim.name=sgd"]
+    assert (tmp_path / "srun.told").read_text().splitlines()[-2:] == [str(run), "optim.name=sgd"]
+    assert not (tmp_path / "oops").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--time", "soon"], r"error: train.time_limit = 'soon' should be like"),
+        (["optim.name=adam"], r"error: .*optim.name = 'adam' should be"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(run, sbatch, capsys, arguments, told):
+    assert main(["launch", "slurm", str(run), *arguments]) == 2
+    assert re.search(told, capsys.readouterr().err)
+    assert not run_dir(run).exists()
+
+
+def test_what_slurm_refuses_is_told(run, sbatch, capsys):
+    (sbatch.parent / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    assert main(["launch", "slurm", str(run)]) == 2
+    assert "sbatch refused the job: sbatch: error: invalid partition" in capsys.readouterr().err
+
+
+def test_without_slurm_it_says_where_to_call_it(run, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["launch", "slurm", str(run)]) == 2
+    assert "Call this on a login node" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_each_script_is_shell_and_says_how_it_is_called(path):
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+    assert f"launch/{path.name}" in path.read_text()
+    done = subprocess.run(["bash", str(path)], capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 2, done.stderr

@@ -1,0 +1,133 @@
+"""What ends a run early: signals, files and a deadline; and what a rank says that nothing was finished."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from sorted_ds import slurm, stop
+from sorted_ds.errors import UserError
+from sorted_ds.stop import Stop, seconds_of
+from sorted_ds.watchdog import EXIT_CODE
+
+
+@pytest.fixture(autouse=True)
+def no_signals():
+    """None was seen, and handlers are as they were."""
+    before = {number: signal.getsignal(number) for number in (*stop.LATER, *stop.FOR_GOOD)}
+    stop._signals.clear()
+    yield
+    stop._signals.clear()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_time_limits_are_read_as_slurm_writes_them():
+    assert [seconds_of(text) for text in ("90", "90:30", "1:30:00", "2-3", "1-12:30", "1-02:03:04")] == [
+        *(5400, 5430, 5400, 2 * 86400 + 3 * 3600, 86400 + 45000, 86400 + 7384)
+    ]
+    for text in ("soon", "1h", "-5", "1:2:3:4", ""):
+        with pytest.raises(UserError, match=r"train.time_limit = .* should be like 90 \(minutes\)"):
+            seconds_of(text)
+
+
+@pytest.mark.parametrize(
+    ("number", "goes_on"), [(signal.SIGTERM, True), (signal.SIGUSR1, True), (signal.SIGINT, False)]
+)
+def test_a_signal_ends_the_run(tmp_path, number, goes_on):
+    stop.listen()
+    asked = Stop(tmp_path, "", is_first=False)
+    assert asked.wanted() == (False, False)
+    signal.raise_signal(number)
+    assert asked.wanted() == (True, goes_on)
+    assert asked.reason == number.name
+
+
+@pytest.mark.parametrize(("name", "goes_on"), [("stop", False), ("requeue", True)])
+def test_a_touched_file_ends_the_run_once_and_only_rank_0_looks(tmp_path, name, goes_on):
+    first, other = (Stop(tmp_path, "", is_first) for is_first in (True, False))
+    (tmp_path / name).touch()
+    assert first.wanted() == (True, goes_on)
+    assert other.wanted() == (False, False)
+    other.heeded()
+    assert (tmp_path / name).exists()
+    first.heeded()
+    assert first.wanted() == (False, False)
+
+
+def test_stop_is_stronger_than_requeue(tmp_path):
+    stop.listen()
+    (tmp_path / "stop").touch()
+    signal.raise_signal(signal.SIGTERM)
+    assert Stop(tmp_path, "", is_first=True).wanted() == (True, False)
+
+
+def test_the_deadline_leaves_time_for_the_longest_step_and_a_save(tmp_path):
+    clock = mock.Mock(return_value=stop.STARTED + 10)
+    with mock.patch.object(stop.time, "monotonic", clock):
+        asked = Stop(tmp_path, "10", is_first=True)
+        assert asked.wanted() == (False, False)
+        clock.return_value += 100  # a step with an evaluation
+        assert asked.wanted() == (False, False)
+        clock.return_value = stop.STARTED + 600 - 2 * 100 - stop.SECONDS_TO_LEAVE + 1
+        assert asked.wanted() == (True, True)
+        assert asked.reason == "the time limit"
+
+
+def test_a_limit_that_is_over_before_the_first_step_is_not_tried_again_and_again(tmp_path):
+    clock = mock.Mock(return_value=stop.STARTED + 61)
+    with mock.patch.object(stop.time, "monotonic", clock):
+        assert Stop(tmp_path, "1", is_first=True).wanted() == (True, False)
+
+
+def test_a_signal_during_the_imports_is_remembered():
+    script = "import sorted_ds.stop as s; s.listen(); import os, signal; os.kill(os.getpid(), signal.SIGTERM)\n"
+    script += "import torch; print(sorted(s._signals))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"[{int(signal.SIGTERM)}]"
+
+
+HANGS = """
+import sys, threading, time
+from pathlib import Path
+from sorted_ds.watchdog import Watchdog
+def stuck_in_a_collective():
+    threading.Event().wait()
+with Watchdog(float(sys.argv[2]), Path(sys.argv[1]), 3) as dog:
+    for _ in range(10):
+        time.sleep(0.05); dog.beat()
+    stuck_in_a_collective()
+"""
+
+
+def test_a_rank_that_finishes_nothing_writes_its_stack_and_leaves(tmp_path):
+    start = time.monotonic()
+    command = [sys.executable, "-c", HANGS, str(tmp_path / "a run"), str(0.3 / 60)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == EXIT_CODE
+    assert time.monotonic() - start > 0.75, "it barked while something was finished"
+    path = Path(tmp_path / "a run" / "stacks" / "rank_0003.txt")
+    assert "in stuck_in_a_collective" in path.read_text()
+    assert done.stderr.count("error (rank 3): nothing was finished for 0.005 minutes") == 1
+    assert str(path) in done.stderr
+
+
+def test_without_minutes_it_never_barks(tmp_path):
+    script = HANGS.replace("threading.Event().wait()", "time.sleep(1)")
+    command = [sys.executable, "-c", script, str(tmp_path), "0"]
+    assert subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0
+
+
+def test_outside_of_slurm_nothing_is_asked():
+    assert slurm.requeue({}) == ""
+
+
+def test_what_slurm_says_is_told():
+    with mock.patch.object(slurm, "_run", side_effect=["RUNNING", "Requested operation is presently disabled"]):
+        assert slurm.requeue({"SLURM_JOB_ID": "7"}).endswith("disabled")
+    with mock.patch.object(slurm, "_run", side_effect=["CANCELLED"]):
+        assert slurm.requeue({"SLURM_JOB_ID": "7"}) == "job 7 is CANCELLED, so it is not started again"
