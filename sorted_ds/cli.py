@@ -126,8 +126,9 @@ def _add_launch(commands: Commands) -> None:
     parser = _add(
         commands,
         "launch",
-        "train as a job of a cluster: write its script, submit it, say how to follow it",
-        "Preempted or at its time limit, the job saves, is started again, and goes on.",
+        "train as a job of a Slurm cluster",
+        "Writes the job's script into the run's directory, submits it, and says how to follow it.\nPreempted or at its "
+        "time limit, the job saves, is started again, and goes on.",
         "sorted-ds launch slurm my.toml --nodes 2 --gpus-per-node 8 --time 1-00:00:00",
     )
     parser.add_argument("cluster", choices=("slurm",), metavar="slurm", help="what the cluster is run by")

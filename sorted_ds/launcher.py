@@ -18,6 +18,8 @@ import torch
 
 from sorted_ds.errors import UserError
 
+_said_of_this_machine: set[str] = set()
+"""Variables that `settle_deepspeed` set: they do not hold for other machines."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SIGNALLED = 128
 """The shell's exit code of a process that a signal ended is this and the signal's number."""
@@ -36,8 +38,14 @@ def settle_deepspeed() -> None:
     programs = str(Path(sys.executable).parent)
     if os.environ.get("PATH", "").split(os.pathsep)[0] != programs:
         os.environ["PATH"] = os.pathsep.join(filter(None, [programs, os.environ.get("PATH")]))
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not torch.cuda.is_available() and "DS_ACCELERATOR" not in os.environ:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        _said_of_this_machine.add("DS_ACCELERATOR")
+
+
+def environment_for_others() -> dict[str, str]:
+    """What a job on other machines inherits."""
+    return {name: value for name, value in os.environ.items() if name not in _said_of_this_machine}
 
 
 def launch(module: Sequence[str], num_ranks: int) -> int:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NoReturn
 
 import torch
@@ -21,6 +22,9 @@ from sorted_ds.shuffle import keyed_number
 
 LARGEST_FACT = 2**32
 """Sums of a million ranks' numbers below this are exact in double precision."""
+TO_MEET = timedelta(minutes=10)
+TO_ANSWER = timedelta(hours=1)
+"""How long a collective may wait. Longer than `train.hang_minutes`, whose end tells more."""
 SECONDS_FOR_SURVIVORS = 5.0
 """How long those that are left wait for each other, before they name those that are not."""
 
@@ -112,14 +116,15 @@ def joined_ranks() -> Iterator[Ranks]:
         yield ranks
         if ranks.size > 1:
             dist.barrier()
+    except UserError:
+        dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         if ranks.size == 1 or not _is_connection_lost(error):
-            raise
+            raise  # with NCCL, to leave the group would wait for the other ranks: the traceback comes first
         dist.destroy_process_group()  # now those that wait for this rank hear of it
         raise_for_lost(store, ranks, error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _join(place: Place, device: torch.device) -> dist.Store:
@@ -132,11 +137,17 @@ def _join(place: Place, device: torch.device) -> dist.Store:
     os.environ.pop("LOCAL_SIZE", None)
     if place.size > 1:
         os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
-        store, rank, size = next(dist.rendezvous("env://"))
-    else:
-        store, rank, size = dist.HashStore(), 0, 1
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, store=dist.PrefixStore("sorted_ds", store))
+    try:
+        store = next(dist.rendezvous("env://", timeout=TO_MEET))[0] if place.size > 1 else dist.HashStore()
+        own = dist.PrefixStore("sorted_ds", store)
+        dist.init_process_group(backend, rank=place.rank, world_size=place.size, store=own, timeout=TO_ANSWER)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {place.rank} of {place.size} did not find the others by {place.address}:{place.port}: "
+            f"{str(error).splitlines()[0]}. See that all ranks were started, and that MASTER_ADDR and MASTER_PORT name "
+            "rank 0's host and a free port of it."
+        ) from None
     return store
 
 
@@ -163,7 +174,7 @@ class LostRanksError(Exception):
 
 
 def _is_connection_lost(error: RuntimeError) -> bool:
-    """What gloo and NCCL raise when a peer is gone."""
+    """What gloo raises when a peer is gone. With NCCL a rank may be ended by torch instead, after `TO_ANSWER`."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "gloo::" in str(error)
 
 

@@ -15,20 +15,26 @@ GOES_ON = ("RUNNING", "PREEMPTED", "SUSPENDED")
 
 def requeue(environment: Mapping[str, str]) -> str:
     """Asks for the job to be started again. Returns what came of it; empty outside of Slurm."""
-    job = environment.get("SLURM_JOB_ID", "")
+    job = _job(environment)
     if not job:
         return ""
-    state = _run("squeue", "--noheader", "--jobs", job, "--format", "%T")
-    if state not in GOES_ON:
+    works, state = _run("squeue", "--noheader", "--jobs", job, "--format", "%T")
+    if works and state not in GOES_ON:
         return f"job {job} is {state or 'gone'}, so it is not started again"
-    problem = _run("scontrol", "requeue", job)
-    return f"job {job} could not be started again: {problem}" if problem else f"Slurm starts job {job} again"
+    works, told = _run("scontrol", "requeue", job)
+    return f"Slurm starts job {job} again" if works else f"job {job} could not be started again: {told}"
 
 
-def _run(*command: str) -> str:
-    """What it says, on either stream."""
+def _job(environment: Mapping[str, str]) -> str:
+    """Of an array, this task alone: one of its tasks has the number of the whole."""
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID", "")
+
+
+def _run(*command: str) -> tuple[bool, str]:
+    """Whether it worked, and what it said: its output, or what went wrong."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return (done.stdout + done.stderr).strip()
+        return False, str(error)
+    return done.returncode == 0, (done.stderr if done.returncode else done.stdout).strip()

@@ -47,20 +47,21 @@ class Stop:
         self.reason = ""
         """Of this rank, for the last word."""
 
-    def wanted(self) -> tuple[bool, bool]:
-        """Whether the run shall end now, and whether it shall go on later."""
+    def wanted(self) -> tuple[bool, bool, bool]:
+        """Whether the run shall end now, whether it shall go on later, and whether it shall not, which is stronger."""
         now = time.monotonic()
         if self._asked:
             self._longest = max(self._longest, now - self._asked)
         self._asked = now
         touched = [name for name, path in self._files.items() if path.exists()]
-        # The longest time from question to question holds a step, an evaluation and a save; one more for the last save.
+        # The longest time from question to question so far holds a step, an evaluation and a save; another for the last
+        # save. Before the first save a save is taken to be no longer than that.
         is_due = now - STARTED + 2 * self._longest + SECONDS_TO_LEAVE > self._seconds
         names = [signal.Signals(number).name for number in sorted(_signals)]
         names += [f"the file {name}" for name in touched] + ["the time limit"] * is_due
         self.reason = ", ".join(names)
         later = bool(_signals & set(LATER)) or REQUEUE_FILE in touched or (is_due and self._longest > 0)
-        return bool(names), later and not _signals & set(FOR_GOOD) and STOP_FILE not in touched
+        return bool(names), later, bool(_signals & set(FOR_GOOD)) or STOP_FILE in touched
 
     def heeded(self) -> None:
         """The files have had their effect: the next start must not see them."""
@@ -68,16 +69,14 @@ class Stop:
             path.unlink(missing_ok=True)
 
 
-def seconds_of(text: str) -> float:
+def seconds_of(text: str, name: str = "train.time_limit") -> float:
     """Of a time limit as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, or `days-` before hours.
 
     Raises: UserError for anything else. Source: sbatch(1), `--time`.
     """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if not found:
-        raise UserError(
-            f"train.time_limit = {text!r} should be like 90 (minutes), 90:00, 1:30:00 or 1-12:00:00 (days-hours...)."
-        )
+        raise UserError(f"{name} = {text!r} should be like 90 (minutes), 90:00, 1:30:00 or 1-12:00:00 (days-hours...).")
     days, *numbers = found.groups()
     values = [int(number) for number in numbers if number is not None]
     units = ((60,), (60, 1), (3600, 60, 1))[len(values) - 1] if days is None else (3600, 60, 1)

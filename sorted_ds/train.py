@@ -61,13 +61,13 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
     with ranks.together():
         monitor = Monitor(run, space, step, ranks)
 
-    ends = goes_on_later = 0.0
+    ends = later = for_good = 0.0
     with monitor, Watchdog(run.train.hang_minutes, run.run_dir, ranks.rank) as watchdog:
         monitor.started(step, make_plan(run, space, config, ranks.size), changes)
         while step < run.train.steps:
             draws, batches = schedule.draw(step), loader.batches(step)
             asked = [count_targets(batches), *stop.wanted()]
-            num_targets, ends, goes_on_later = ranks.sum_agreed(asked, told(step, draws))
+            num_targets, ends, later, for_good = ranks.sum_agreed(asked, told(step, draws))
             if ends:
                 break
             learning_rate = lr_at(step, run.train.steps, run.optim)
@@ -99,7 +99,8 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
             folder.write_table(measured)
             monitor.evaluated(step, measured, seconds)
             monitor.table(measured, tokens.unigram_nats)
-        monitor.ended(step, left_early(stop, bool(goes_on_later), ranks) if ends else "")
+        monitor.ended(step, left_early(stop, bool(later and not for_good), ranks) if ends else "")
+        stop.heeded()
 
 
 def left_early(stop: Stop, goes_on_later: bool, ranks: Ranks) -> str:
@@ -107,7 +108,6 @@ def left_early(stop: Stop, goes_on_later: bool, ranks: Ranks) -> str:
     reasons = ranks.gather(stop.reason)
     if not ranks.is_first:
         return ""
-    stop.heeded()
     why = ", ".join(dict.fromkeys(filter(None, reasons)))
     then = requeue(os.environ) if goes_on_later else ""
     return f"{why}; {then or 'start the run again to go on'}"

@@ -15,6 +15,8 @@ from pathlib import Path
 
 EXIT_CODE = 3
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_FOR_OTHERS = 10.0
+"""Ranks bark one after the other: each from its own last beat."""
 
 
 class Watchdog:
@@ -60,4 +62,5 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
+        time.sleep(SECONDS_FOR_OTHERS)  # the first to leave has the launcher end the others
         os._exit(EXIT_CODE)

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,8 @@ def test_the_scripts_shell_sees_the_arguments_as_they_are(run, sbatch, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--time", "soon"], r"error: train.time_limit = 'soon' should be like"),
+        (["--time", "soon"], r"error: --time = 'soon' should be like"),
+        (["--sbatch=--array=0-3"], r"error: an array is several runs"),
         (["optim.name=adam"], r"error: .*optim.name = 'adam' should be"),
     ],
 )
@@ -88,6 +90,14 @@ def test_mistakes_are_told_before_anything_is_written(run, sbatch, capsys, argum
     assert main(["launch", "slurm", str(run), *arguments]) == 2
     assert re.search(told, capsys.readouterr().err)
     assert not run_dir(run).exists()
+
+
+def test_the_job_does_not_inherit_that_this_machine_has_no_gpu(run, sbatch):
+    (sbatch.parent / "bin" / "sbatch").write_text(f'#!/bin/sh\nenv > "{sbatch}"\necho 42\n')
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    script = "import sys; from sorted_ds.cli import main; sys.exit(main(sys.argv[1:]))"
+    subprocess.run([sys.executable, "-c", script, "launch", "slurm", str(run)], check=True, env=environment, cwd=ROOT)
+    assert "DS_ACCELERATOR" not in sbatch.read_text()
 
 
 def test_what_slurm_refuses_is_told(run, sbatch, capsys):

@@ -41,9 +41,9 @@ def test_time_limits_are_read_as_slurm_writes_them():
 def test_a_signal_ends_the_run(tmp_path, number, goes_on):
     stop.listen()
     asked = Stop(tmp_path, "", is_first=False)
-    assert asked.wanted() == (False, False)
+    assert asked.wanted() == (False, False, False)
     signal.raise_signal(number)
-    assert asked.wanted() == (True, goes_on)
+    assert asked.wanted() == (True, goes_on, not goes_on)
     assert asked.reason == number.name
 
 
@@ -51,37 +51,37 @@ def test_a_signal_ends_the_run(tmp_path, number, goes_on):
 def test_a_touched_file_ends_the_run_once_and_only_rank_0_looks(tmp_path, name, goes_on):
     first, other = (Stop(tmp_path, "", is_first) for is_first in (True, False))
     (tmp_path / name).touch()
-    assert first.wanted() == (True, goes_on)
-    assert other.wanted() == (False, False)
+    assert first.wanted() == (True, goes_on, not goes_on)
+    assert other.wanted() == (False, False, False)
     other.heeded()
     assert (tmp_path / name).exists()
     first.heeded()
-    assert first.wanted() == (False, False)
+    assert first.wanted() == (False, False, False)
 
 
 def test_stop_is_stronger_than_requeue(tmp_path):
     stop.listen()
     (tmp_path / "stop").touch()
     signal.raise_signal(signal.SIGTERM)
-    assert Stop(tmp_path, "", is_first=True).wanted() == (True, False)
+    assert Stop(tmp_path, "", is_first=True).wanted() == (True, True, True)
 
 
 def test_the_deadline_leaves_time_for_the_longest_step_and_a_save(tmp_path):
     clock = mock.Mock(return_value=stop.STARTED + 10)
     with mock.patch.object(stop.time, "monotonic", clock):
         asked = Stop(tmp_path, "10", is_first=True)
-        assert asked.wanted() == (False, False)
+        assert asked.wanted() == (False, False, False)
         clock.return_value += 100  # a step with an evaluation
-        assert asked.wanted() == (False, False)
+        assert asked.wanted() == (False, False, False)
         clock.return_value = stop.STARTED + 600 - 2 * 100 - stop.SECONDS_TO_LEAVE + 1
-        assert asked.wanted() == (True, True)
+        assert asked.wanted() == (True, True, False)
         assert asked.reason == "the time limit"
 
 
 def test_a_limit_that_is_over_before_the_first_step_is_not_tried_again_and_again(tmp_path):
     clock = mock.Mock(return_value=stop.STARTED + 61)
     with mock.patch.object(stop.time, "monotonic", clock):
-        assert Stop(tmp_path, "1", is_first=True).wanted() == (True, False)
+        assert Stop(tmp_path, "1", is_first=True).wanted() == (True, False, False)
 
 
 def test_a_signal_during_the_imports_is_remembered():
@@ -126,8 +126,21 @@ def test_outside_of_slurm_nothing_is_asked():
     assert slurm.requeue({}) == ""
 
 
-def test_what_slurm_says_is_told():
-    with mock.patch.object(slurm, "_run", side_effect=["RUNNING", "Requested operation is presently disabled"]):
-        assert slurm.requeue({"SLURM_JOB_ID": "7"}).endswith("disabled")
-    with mock.patch.object(slurm, "_run", side_effect=["CANCELLED"]):
-        assert slurm.requeue({"SLURM_JOB_ID": "7"}) == "job 7 is CANCELLED, so it is not started again"
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        ([(True, "RUNNING"), (False, "disabled")], "job 7 could not be started again: disabled"),
+        ([(True, "CANCELLED")], "job 7 is CANCELLED, so it is not started again"),
+        ([(False, "no answer"), (True, "")], "Slurm starts job 7 again"),
+    ],
+)
+def test_what_slurm_says_is_told(answers, told):
+    with mock.patch.object(slurm, "_run", side_effect=answers):
+        assert slurm.requeue({"SLURM_JOB_ID": "7"}) == told
+
+
+def test_of_an_array_only_the_own_task_is_started_again():
+    array = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    with mock.patch.object(slurm, "_run", return_value=(True, "RUNNING")) as asked:
+        slurm.requeue(array)
+    assert [call.args[-1] for call in asked.call_args_list][-1] == "7_3"

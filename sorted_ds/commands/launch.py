@@ -5,11 +5,13 @@ import re
 import shlex
 import subprocess
 from importlib.resources import files
+from pathlib import Path
 
 from rich.console import Console
 
 from sorted_ds.config import Run
 from sorted_ds.errors import UserError
+from sorted_ds.launcher import environment_for_others
 from sorted_ds.resolve import check_run
 from sorted_ds.run_file import load_run
 from sorted_ds.stop import seconds_of
@@ -20,10 +22,8 @@ SCRIPT = "slurm.sbatch"
 def run(args: argparse.Namespace) -> int:
     settings = load_run(args.run_file, args.overrides)
     check_run(settings)
-    seconds_of(args.time)
-    path = settings.run_dir / SCRIPT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(job_script(args, settings))
+    seconds_of(args.time, "--time")
+    path = written(job_script(args, settings), settings.run_dir / SCRIPT)
     command = ["sbatch", "--parsable", *([f"--dependency=afterany:{args.after}"] if args.after else []), str(path)]
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(f"wrote {path}: {args.nodes} x {args.gpus_per_node} ranks", markup=False)
@@ -39,6 +39,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def written(text: str, path: Path) -> Path:
+    """Raises: UserError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}. Set another run_dir.") from None
+    return path
+
+
 def job_script(args: argparse.Namespace, settings: Run) -> str:
     """The job script with this run's numbers and arguments. It can be submitted again by itself."""
     options = {
@@ -48,31 +58,38 @@ def job_script(args: argparse.Namespace, settings: Run) -> str:
         "ntasks-per-node": str(args.gpus_per_node),
         "cpus-per-task": "1" if args.no_gpus else "8",
         "time": args.time,
-        "output": str(settings.run_dir / "slurm-%j.log"),
+        "output": str(settings.run_dir).replace("%", "%%") + "/slurm-%j.log",
     }
-    given = [option if option.startswith("-") else f"--{option}" for option in args.sbatch]
+    given = [f"--{option.lstrip('-')}" for option in args.sbatch]
+    if any(option.startswith("--array") for option in given):
+        raise UserError("an array is several runs: call `sbatch --array 0-3 launch/slurm.sbatch RUN.toml`.")
     text = files("sorted_ds").joinpath("jobs", SCRIPT).read_text()
     for name, value in options.items():
         head, _, tail = re.split(rf"(#SBATCH --{name}=.*\n)", text, maxsplit=1)
         text = head + (f"#SBATCH --{name}={_quoted(value)}\n" if value else "") + tail
-    more = "".join(f"#SBATCH {option}\n" for option in given)
+    more = "".join(f"#SBATCH {_option(option)}\n" for option in given)
     text = text.replace("\nset -euo pipefail\n", f"{more}\nset -euo pipefail\n", 1)
-    arguments = shlex.join([str(args.run_file.resolve()), *args.overrides])
+    arguments = shlex.join([str(args.run_file.absolute()), *args.overrides])
     first, usage, rest = text.partition("if [ $# = 0 ]")
     return f'{first}set -- {arguments} "$@"\n{usage}{rest}'
+
+
+def _option(text: str) -> str:
+    name, equals, value = text.partition("=")
+    return f"{name}{equals}{_quoted(value)}"
 
 
 def _quoted(value: str) -> str:
     """For an #SBATCH line, which knows double quotes alone. Raises: UserError for what it cannot hold."""
     if '"' in value or "\n" in value or "\\" in value:
-        raise UserError(f"{value!r} cannot be written into a job script. Set run_dir to a path without quotes.")
+        raise UserError(f"{value!r} cannot be written into a job script. Name it without quotes.")
     return f'"{value}"' if re.search(r"[^\w@%+=:,./-]", value) else value
 
 
 def submit(command: list[str]) -> str:
     """The job's number. Raises: UserError with what Slurm said."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment_for_others())
     except FileNotFoundError:
         raise UserError("sbatch is not installed here. Call this on a login node of the cluster.") from None
     if done.returncode:

@@ -1,6 +1,7 @@
 """A cluster on one machine: hosts with their own network, processes, /tmp and sshd, and a Slurm whose nodes they are.
 
-A host is a set of namespaces on a bridge; the rest of the disk is shared, as a home directory on NFS is. Slurm's
+A host is a set of namespaces on a bridge; the rest of the disk is shared, as a home directory on NFS is (/tmp too, where
+this project lies in it). Slurm's
 controller runs outside, one slurmd inside each host. Needs root and the packages that tests/cluster/install.sh names.
 `python -m tests.cluster.machines FOLDER COMMAND ...` runs a command on the first host of a cluster of two.
 """
@@ -52,7 +53,7 @@ SetEnv PATH={path}
 START = """\
 set -e
 hostname {host}
-for place in /tmp /dev/shm /run; do mount -t tmpfs tmpfs $place; chmod 1777 $place; done
+for place in {own}; do mount -t tmpfs tmpfs $place; chmod 1777 $place; done
 mkdir -p /run/sshd /root/.ssh
 mount --bind {folder}/hosts /etc/hosts
 mount --bind {folder}/ssh /root/.ssh
@@ -106,7 +107,7 @@ class Cluster:
     """Hosts h1, h2, ...; from `with` to its end."""
 
     def __init__(self, folder: Path, num_hosts: int = 2):
-        """`folder`: on the disk that the hosts share, so not below /tmp."""
+        """`folder`: where everything of the cluster is kept."""
         self.folder = folder
         self.hosts = {f"h{number + 1}": f"{NETWORK}.{number + 1}" for number in range(num_hosts)}
         self.environment = {
@@ -151,6 +152,8 @@ class Cluster:
         for name in ("ssh", "munge", "state", *(f"{host}/spool" for host in self.hosts)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         values = {"folder": self.folder, "network": NETWORK, "path": self.environment["PATH"]}
+        shared = self.folder.is_relative_to("/tmp") or VENV.is_relative_to("/tmp")
+        values["own"] = " ".join(("/dev/shm", "/run", *([] if shared else ["/tmp"])))
         values["controller"] = socket.gethostname().split(".")[0]
         lines = [f"{address} {host}" for host, address in self.hosts.items()]
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))

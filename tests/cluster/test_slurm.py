@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.cluster.machines import Cluster
-from tests.launched import SETTINGS, copied, masters, metrics, run_dir, train
+from tests.launched import ROOT, SETTINGS, copied, masters, metrics, run_dir, train
 from tests.runs import run_file
 
 STEPS = 40
@@ -33,8 +33,15 @@ def run(longer, place) -> Path:
 class Job:
     """A submitted run."""
 
-    def __init__(self, cluster: Cluster, run: Path):
+    def __init__(self, cluster: Cluster, run: Path, script: str = ""):
+        """By `sorted-ds launch`, or with a script of launch/."""
         self.cluster, self.run = cluster, run
+        if script:
+            log = f"--output={run_dir(run)}/slurm-%j.log"
+            sizes = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10:00"]
+            command = ["sbatch", "--parsable", *sizes, log, str(ROOT / "launch" / script), str(run), *LONGER]
+            self.number = cluster.said("h1", *command)
+            return
         command = [
             "sorted-ds",
             "launch",
@@ -90,6 +97,15 @@ def test_a_signalled_job_saves_is_started_again_and_ends_bit_equal(cluster, long
     assert job.state("Restarts") == "1"
     assert f"SIGUSR1; Slurm starts job {job.number} again" in job.log
     assert "going on from the checkpoint of step" in job.log
+    assert_same(longer, run)
+
+
+def test_a_signalled_job_of_the_deepspeed_launcher_goes_on_too(cluster, longer, run):
+    job = Job(cluster, run, "slurm_deepspeed.sbatch")
+    job.reach_step(5)
+    cluster.said("h1", "scancel", "--signal=USR1", job.number)
+    assert job.end() == "COMPLETED", job.log
+    assert job.state("Restarts") == "1"
     assert_same(longer, run)
 
 
