@@ -1,8 +1,8 @@
 """A cluster on one machine: hosts with their own network, processes, /tmp and sshd, and a Slurm whose nodes they are.
 
-A host is a set of namespaces on a bridge; the rest of the disk is shared, as a home directory on NFS is (/tmp too, where
-this project lies in it). Slurm's
-controller runs outside, one slurmd inside each host. Needs root and the packages that tests/cluster/install.sh names.
+A host is a set of namespaces on a bridge; the rest of the disk is shared, as a home directory on NFS is, and /tmp too
+where this project lies in it. Slurm's controller runs outside, one slurmd inside each host. Needs root and the packages
+that tests/cluster/install.sh names.
 `python -m tests.cluster.machines FOLDER COMMAND ...` runs a command on the first host of a cluster of two.
 """
 
