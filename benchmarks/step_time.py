@@ -3,7 +3,7 @@
 (a) the full network against plain DeepSpeed and the Hugging Face Trainer, whole steps; (b) each sub-network against its
 extracted model; (c) 24, 160 and 1,000 sub-networks in the space. `--part b --stages 3 --rounds 40`,
 `--part a --accumulation 1 4`, `--size small` for what Python costs, `--ranks 1 --cpu-time` where others compute too,
-`--device cuda --size large --bf16 --peak-tflops 989` on a GPU. Ten minutes at the defaults.
+`--device cuda --size large --bf16 --part a b --peak-tflops 989` on a GPU. Ten minutes at the defaults.
 """
 
 import argparse
@@ -27,7 +27,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="of one device, for MFU")
     parser.add_argument("--cpu-time", action="store_true", help="of rank 0, not of the wall clock; use --ranks 1")
     parser.add_argument("--hang-seconds", type=int, default=1200, help="a table that takes longer has failed")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if "c" in args.part and SIZES[args.size].layers % 8:
+        parser.error(f"--part c needs a multiple of 8 layers, and {args.size} has {SIZES[args.size].layers}.")
+    return args
 
 
 def main() -> None:
