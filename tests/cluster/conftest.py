@@ -1,4 +1,4 @@
-"""One cluster for all of these tests. Where its programs are missing they are skipped, in CI they fail."""
+"""One cluster for all of these tests. Where its programs are missing they are skipped; in CI they fail then."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.machines import Cluster, missing
+from tests.cluster.machines import Cluster, forbidden, missing
 from tests.launched import ROOT
 
 REQUIRED = "SORTED_DS_REQUIRE_CLUSTER"
@@ -22,6 +22,8 @@ def cluster() -> Iterator[Cluster]:
         if os.environ.get(REQUIRED):
             pytest.fail(told)
         pytest.skip(told)
+    if told := forbidden():
+        pytest.skip(f"this machine cannot hold hosts of its own: {told}")
     folder = Path(tempfile.mkdtemp(prefix="cluster-", dir=ROOT / ".cache"))
     with Cluster(folder) as running:
         yield running
@@ -31,6 +33,8 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def place(request) -> Iterator[Path]:
     """A folder that all hosts see: each has its own /tmp."""
+    if told := forbidden():
+        pytest.skip(f"this machine cannot hold hosts of its own: {told}")
     folder = Path(tempfile.mkdtemp(prefix="place-", dir=ROOT / ".cache"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -39,6 +39,15 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if not shutil.which(name, path=search)] + ["root"] * (os.geteuid() != 0)
 
 
+def forbidden() -> str:
+    """What this machine lets nobody do, installed or not; empty where hosts can be made."""
+    unshare = ["unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork", "--mount-proc", "true"]
+    bridge = ["ip", "link", "add", f"{BRIDGE}-try", "type", "bridge"]
+    told = [subprocess.run(command, capture_output=True, text=True, check=False) for command in (unshare, bridge)]
+    subprocess.run(["ip", "link", "del", f"{BRIDGE}-try"], capture_output=True, check=False)
+    return " ".join(done.stderr.strip() for done in told if done.returncode)
+
+
 SSHD = """\
 HostKey {folder}/{host}/key
 PidFile none
