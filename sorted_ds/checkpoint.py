@@ -69,10 +69,12 @@ class Checkpoints:
                     shutil.rmtree(hidden, ignore_errors=True)
                     hidden.mkdir(parents=True)
             with self.ranks.together():
-                state_keys = self._write_shards(engine, hidden)
+                own, state_keys = self._write_shards(engine, hidden)
+            written = self.ranks.gather(json.dumps(own))
             with self.ranks.together():
                 if self.ranks.is_first:
-                    self._write_index(hidden, step, engine.steps_taken, state_keys)
+                    files = {name: facts for text in written for name, facts in json.loads(text).items()}
+                    self._write_index(hidden, step, engine.steps_taken, state_keys, files)
                     self._publish(hidden, final)
         except UserError as error:
             if self.ranks.is_first:
@@ -120,7 +122,8 @@ class Checkpoints:
         complete = self.complete()
         return f"Last good checkpoint: {complete[-1]}." if complete else "There is no earlier checkpoint."
 
-    def _write_shards(self, engine: Sharded, folder: Path) -> list[str]:
+    def _write_shards(self, engine: Sharded, folder: Path) -> tuple[dict[str, dict], list[str]]:
+        """This rank's file, with its size and checksum, and the keys of the optimizer's state."""
         tensors: dict[str, Tensor] = {}
         starts: dict[str, str] = {}
         state_keys: set[str] = set()
@@ -136,12 +139,12 @@ class Checkpoints:
         except SafetensorError as error:
             raise OSError(f"{path.name}: {error}") from None
         sync(path)
-        return sorted(state_keys - {MASTER})
+        facts = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        return {path.name: facts}, sorted(state_keys - {MASTER})
 
-    def _write_index(self, folder: Path, step: int, optimizer_steps: int, state_keys: list[str]) -> None:
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
-        }
+    def _write_index(
+        self, folder: Path, step: int, optimizer_steps: int, state_keys: list[str], files: dict[str, dict]
+    ) -> None:
         index = {
             "format": FORMAT,
             "step": step,
