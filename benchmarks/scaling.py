@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.common import SIZES, Setting, engine_of, interval, nested_llama, timed, token_ids
+from benchmarks.common import SIZES, Setting, costs, engine_of, interval, nested_llama, timed, token_ids
 from sorted_ds.config import Optim
 from sorted_ds.data.loader import deal
 from sorted_ds.engine import Engine
@@ -137,12 +137,11 @@ def seconds(ranks, rounds: int) -> dict[str, list[float]]:
 
 def print_compute(rounds: int, folder: Path) -> None:
     found = on_ranks(1, seconds, rounds, folder=folder)
-    model = nested_llama(TIMED)
-    costs = costs_of(model.space, model.config, TIMED.row_tokens)
-    full = costs[model.space.full].flops_per_token
+    flops = {subnet: cost.flops_per_token for subnet, cost in costs(TIMED).items()}
+    full = flops[TIMED.space().full]
     print("\nTime of forward and backward against the full network's: by FLOPs, and measured\n")
-    for subnet in model.space:
-        formula, measured = costs[subnet].flops_per_token / full, interval(found[subnet.name])
+    for subnet in flops:
+        formula, measured = flops[subnet] / full, interval(found[subnet.name])
         print(f"{subnet.name:13} {formula:.3f}  {measured}  error {formula / measured.median - 1:+.1%}", flush=True)
 
 

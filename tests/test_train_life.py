@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sorted_ds.cli import main
+from sorted_ds.launcher import ranks_of
 from tests.launched import (
     ROOT,
     STEPS,
@@ -108,7 +109,9 @@ def test_a_rank_that_is_killed_takes_the_others_down_and_is_named(whole, tmp_pat
     run = copied(whole, tmp_path, keep_steps=0)
     process = subprocess.Popen(command(run, "train.steps=4000"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     next(line for line in process.stderr if line.startswith("step 2/"))
-    ranks = {p.environ()["RANK"]: p for p in psutil.Process(process.pid).children(recursive=True) if is_rank(p)}
+    launcher = psutil.Process(process.pid).children()[0]
+    ranks = {rank.environ()["RANK"]: rank for rank in ranks_of(launcher.pid)}
+    assert sorted(ranks) == ["0", "1"]
     start = time.monotonic()
     ranks[str(victim)].kill()
     said = process.communicate(timeout=60)[1]
@@ -116,10 +119,6 @@ def test_a_rank_that_is_killed_takes_the_others_down_and_is_named(whole, tmp_pat
     assert time.monotonic() - start < 30
     assert f"error: rank {victim} of 2 ended" in said
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks.values())
-
-
-def is_rank(process: psutil.Process) -> bool:
-    return "sorted_ds.rank" in process.cmdline() and "deepspeed" not in " ".join(process.cmdline())
 
 
 def test_a_time_limit_saves_before_it_and_the_run_goes_on(whole, tmp_path):
