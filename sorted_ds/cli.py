@@ -38,7 +38,7 @@ def train_main() -> int:
     importlib.import_module("sorted_ds.stop").listen()  # before the slow imports: a signal may come in them
     parser = argparse.ArgumentParser(prog="train.py", description="One rank of a run, started by any launcher.")
     _add_run_file(parser)
-    _add_time_limit(parser)
+    _add_life(parser)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     args = _parse(parser)
     return importlib.import_module("sorted_ds.train").main([str(args.run_file), *args.overrides])
@@ -53,6 +53,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -
         args.overrides += left
     if getattr(args, "time_limit", None):
         args.overrides.append(f"train.time_limit={args.time_limit}")
+    if getattr(args, "extend_space", False):
+        args.overrides.append("checkpoint.extend_space=true")
     return args
 
 
@@ -119,7 +121,7 @@ def _add_train(commands: Commands) -> None:
     )
     _add_run_file(parser)
     _add_ranks(parser)
-    _add_time_limit(parser)
+    _add_life(parser)
 
 
 def _add_launch(commands: Commands) -> None:
@@ -199,9 +201,11 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=_positive, metavar="N", help=text)
 
 
-def _add_time_limit(parser: argparse.ArgumentParser) -> None:
+def _add_life(parser: argparse.ArgumentParser) -> None:
     text = "save and end before so long has passed, like 90 (minutes) or 1:30:00 (default: train.time_limit)"
     parser.add_argument("--time-limit", metavar="TIME", help=text)
+    text = "go on from checkpoints whose space is a part of this one, with the same weights"
+    parser.add_argument("--extend-space", action="store_true", help=text)
 
 
 def _add_dir(parser: argparse.ArgumentParser) -> None:

@@ -149,7 +149,13 @@ class Checkpoint(Section):
     every_steps: Positive = 500
     """Steps between checkpoints; one more is saved at the end, and on SIGTERM or SIGINT."""
     keep_last: Positive = 2
-    """Checkpoints that are kept."""
+    """Checkpoints that are kept. With two, a damaged one costs a few steps, not the run."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in host memory: 12 bytes a parameter (AdamW), shared by the ranks."""
+    strict: bool = False
+    """Refuse to start when the newest checkpoint is damaged. Otherwise the run goes on from the newest whole one."""
+    extend_space: bool = False
+    """Go on from checkpoints whose space is a part of this one, with the same weights."""
 
 
 class Log(Section):

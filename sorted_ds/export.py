@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from sorted_ds.data.content_key import TOKENIZER_FILES
 from sorted_ds.errors import UserError
 from sorted_ds.evaluate import load_nested, stored_dtype
+from sorted_ds.files import share
 from sorted_ds.model_card import model_card
 from sorted_ds.model_dir import ModelDir
 from sorted_ds.nested import NestedModel, extract
@@ -72,6 +73,7 @@ def _export_one(
         logits = _compare(model, subnet, hidden, input_ids)
         if store_logits:
             save_file({"input_ids": input_ids, "logits": logits}, hidden / LOGITS_FILE)
+        share(hidden)
         hidden.rename(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} could not be written: {error}. Free the space, or name another --out.") from error

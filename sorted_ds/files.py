@@ -1,7 +1,9 @@
-"""What a file system must be told so that nothing is lost."""
+"""What a file system must be told so that nothing is lost, and so that others may read it."""
 
 import os
 from pathlib import Path
+
+READ_AND_WRITE = 0o666
 
 
 def sync(path: Path) -> None:
@@ -11,3 +13,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def share(path: Path) -> None:
+    """A file, or those of a folder, with whoever may read the folder, which the umask decided.
+
+    safetensors 0.8.0 makes files that only their owner may read, whatever the umask.
+    """
+    for file in path.iterdir() if path.is_dir() else (path,):
+        if file.is_file():
+            file.chmod(file.parent.stat().st_mode & READ_AND_WRITE)

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from sorted_ds.checkpoint import Saved
 from sorted_ds.config import Run
 from sorted_ds.model_dir import Measured
 from sorted_ds.plan import Plan
@@ -29,6 +30,7 @@ from sorted_ds.space import SubNet, SubNetSpace
 from sorted_ds.tables import console, measured_table, plan_table, step_lines
 
 GIB = 2**30
+SAVE_SECONDS, PAUSE_SECONDS = "speed/checkpoint_seconds", "speed/checkpoint_pause_seconds"
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,13 @@ class Monitor:
         self._board = SummaryWriter(board, purge_step=first_step + 1) if run.log.tensorboard else None
         self._progress = _progress(self._console) if self._console.is_terminal else None
 
-    def started(self, step: int, plan: Plan, changes: Sequence[str]) -> None:
+    def started(self, step: int, plan: Plan, changes: Sequence[str], warnings: Sequence[str] = ()) -> None:
         """Training begins: time counts from now. `changes`: what the run says otherwise than at the last start."""
         self._last = time.perf_counter()
         if not self._is_on:
             return
         told = [f"changed since the last start: {change}" for change in changes]
-        told += [f"warning: {warning}" for warning in plan.warnings]
+        told += [f"warning: {warning}" for warning in (*plan.warnings, *warnings)]
         for line in (plan_table(plan), *step_lines(plan), *told, f"writing to {self._run_dir}"):
             self._console.print(line)
         if step:
@@ -131,11 +133,16 @@ class Monitor:
         spread = f"; {len(losses)} others {min(losses.values()):.4f} to {max(losses.values()):.4f}" if losses else ""
         self._console.print(f"step {step}: validation loss {full:.4f} (full){spread}; took {seconds:.1f} s")
 
-    def saved(self, path: Path, seconds: float) -> None:
-        """A checkpoint. The seconds do not count as training."""
-        self._last += seconds
-        if self._is_on:
-            self._console.print(f"saved {path.name} in {seconds:.1f} s")
+    def saved(self, saves: Iterable[Saved]) -> None:
+        """What became of checkpoints. The time that training waited for them does not count as training."""
+        for save in saves:
+            self._last += save.pause_seconds
+            if self._is_on and save.error:
+                self._console.print(f"warning: {save.folder.name} could not be written: {save.error}; going on without")
+            elif self._is_on:
+                self._write(save.step, {SAVE_SECONDS: save.seconds, PAUSE_SECONDS: save.pause_seconds})
+                waited = f"training waited for {save.pause_seconds:.1f} s"
+                self._console.print(f"saved {save.folder.name} in {save.seconds:.1f} s; {waited}")
 
     def ended(self, step: int, left_early: str) -> None:
         """The last word. `left_early`: why, and what comes of it."""

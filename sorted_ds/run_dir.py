@@ -1,9 +1,7 @@
 """What training writes into RUN_DIR beside checkpoints and curves: run.json, and at the end the trained model.
 
-    RUN_DIR/run.json         the resolved run file, DeepSpeed's whole dictionary, versions and commit
-    RUN_DIR/model/           the full network as an ordinary Hugging Face directory, and sorted.json (model_dir.py)
-
-Also what defines a run's result, its fingerprint: checkpoints of a run with another one are refused.
+RUN_DIR/run.json         the resolved run file, DeepSpeed's whole dictionary, versions and commit
+RUN_DIR/model/           the full network as an ordinary Hugging Face directory, and sorted.json (model_dir.py)
 """
 
 import hashlib
@@ -20,12 +18,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from sorted_ds.checkpoint import Checkpoints
 from sorted_ds.config import Run
 from sorted_ds.data.prepare import TokenizedText
 from sorted_ds.data.tokenizer import load_tokenizer, save_tokenizer
 from sorted_ds.engine import Engine
 from sorted_ds.errors import UserError
 from sorted_ds.evaluate import save
+from sorted_ds.files import share
+from sorted_ds.identity import Identity, flat
 from sorted_ds.model_dir import Measured, ModelDir, Sorted
 from sorted_ds.nested import extract
 from sorted_ds.ranks import Ranks
@@ -34,11 +35,6 @@ from sorted_ds.space import SubNetSpace
 
 RUN_JSON = "run.json"
 PACKAGES = ("sorted-ds", "torch", "deepspeed", "transformers", "tokenizers", "safetensors")
-
-IDENTITY = ("seed", "space.", "schedule.", "batch.step_rows", "batch.row_tokens", "optim.name")
-"""Sections and keys that a run cannot change and still be the same run. Others may: each change is reported."""
-NOT_THE_MODEL = ("transformers_version", "dtype", "use_cache", "architectures", "_name_or_path")
-"""Keys of a Hugging Face config that say nothing of the network."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +46,11 @@ class RunDir:
     tokens: TokenizedText
     ranks: Ranks
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.run.run_dir / "checkpoints"
-
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        """What defines the run's result, key by key."""
-        keys = flat(self.run.model_dump(mode="json"))
-        model = flat({key: value for key, value in self.config.to_dict().items() if key not in NOT_THE_MODEL})
-        return {
-            **{key: value for key, value in keys.items() if key.startswith(IDENTITY)},
-            **{f"model.{key}": value for key, value in model.items()},
-            "data": self.tokens.key,
-        }
+    def checkpoints(self) -> Checkpoints:
+        """RUN_DIR/checkpoints, of this run alone."""
+        settings = self.run.checkpoint
+        folder, identity = self.run.run_dir / "checkpoints", Identity.of(self.run, self.config, self.tokens.key)
+        return Checkpoints(folder, settings.keep_last, identity, self.ranks, settings.asynchronous, settings.strict)
 
     def open(self, engine_config: Mapping, deepspeed_config: Mapping) -> list[str]:
         """Writes run.json, and returns what the run says otherwise than at the last start. A collective."""
@@ -77,7 +64,7 @@ class RunDir:
                     "run": run,
                     "deepspeed": deepspeed_config,
                     "num_ranks": self.ranks.size,
-                    "fingerprint": self.fingerprint,
+                    "identity": Identity.of(self.run, self.config, self.tokens.key).facts,
                     "versions": versions(),
                     "commit": _commit(),
                 }
@@ -98,6 +85,7 @@ class RunDir:
             model.save_pretrained(hidden)
             save_tokenizer(load_tokenizer(str(self.tokens.tokenizer_dir)), hidden)
             ModelDir(self.run.run_dir, hidden).write(self._sorted(space))
+            share(hidden)
             shutil.rmtree(final, ignore_errors=True)
             hidden.rename(final)
         except (OSError, SafetensorError) as error:
@@ -118,15 +106,6 @@ class RunDir:
         with self.ranks.together():
             if self.ranks.is_first:
                 save(ModelDir.find(self.run.run_dir), measured, self.tokens.unigram_nats)
-
-
-def flat(fields: Mapping, prefix: str = "") -> dict[str, str]:
-    """Nested keys joined by dots, values as JSON."""
-    found: dict[str, str] = {}
-    for key, value in fields.items():
-        name = f"{prefix}{key}"
-        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: json.dumps(value)}
-    return found
 
 
 def versions() -> dict[str, str]:

@@ -47,16 +47,20 @@ class Stop:
         self.reason = ""
         """Of this rank, for the last word."""
 
-    def wanted(self) -> tuple[bool, bool, bool]:
-        """Whether the run shall end now, whether it shall go on later, and whether it shall not, which is stronger."""
+    def wanted(self, seconds_to_save: float) -> tuple[bool, bool, bool]:
+        """Whether the run shall end now, whether it shall go on later, and whether it shall not, which is stronger.
+
+        `seconds_to_save`: how long a save took, 0 where there was none yet.
+        """
         now = time.monotonic()
         if self._asked:
             self._longest = max(self._longest, now - self._asked)
         self._asked = now
         touched = [name for name, path in self._files.items() if path.exists()]
-        # The longest time from question to question so far holds a step, an evaluation and a save; another for the last
-        # save. Before the first save a save is taken to be no longer than that.
-        is_due = now - STARTED + 2 * self._longest + SECONDS_TO_LEAVE > self._seconds
+        # The longest time from question to question so far holds a step, an evaluation and the wait for a save. Before
+        # the first save a save is taken to be no longer than that.
+        seconds_to_save = seconds_to_save or self._longest
+        is_due = now - STARTED + self._longest + seconds_to_save + SECONDS_TO_LEAVE > self._seconds
         names = [signal.Signals(number).name for number in sorted(_signals)]
         names += [f"the file {name}" for name in touched] + ["the time limit"] * is_due
         self.reason = ", ".join(names)

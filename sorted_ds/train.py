@@ -54,20 +54,22 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
     engine = engine_of(run, model, ranks)
     engine.warm_up(loader.dealt.rows_per_forward, run.batch.row_tokens)
     folder = RunDir(run, config, tokens, ranks)
-    checkpoints = Checkpoints(folder.checkpoints, run.checkpoint.keep_last, folder.fingerprint, ranks)
-    step = saved_step = restore(checkpoints, engine, run.train.steps)
+    checkpoints = folder.checkpoints()
+    step = restore(checkpoints, engine, run.train.steps)
     sums = LossSums(space, 1 / (loader.dealt.forwards * ranks.size), ranks.device)
     changes = folder.open(load_engine_config(run.engine.deepspeed), engine.deepspeed_config)
     with ranks.together():
         monitor = Monitor(run, space, step, ranks)
 
     ends = later = for_good = 0.0
-    with monitor, Watchdog(run.train.hang_minutes, run.run_dir, ranks.rank) as watchdog:
-        monitor.started(step, make_plan(run, space, config, ranks.size), changes)
+    with monitor, Watchdog(run.train.hang_minutes, run.run_dir, ranks.rank) as watchdog, checkpoints.finished():
+        monitor.started(step, make_plan(run, space, config, ranks.size), changes, checkpoints.warnings)
         while step < run.train.steps:
             draws, batches = schedule.draw(step), loader.batches(step)
-            asked = [count_targets(batches), *stop.wanted()]
-            num_targets, ends, later, for_good = ranks.sum_agreed(asked, told(step, draws))
+            asked = [count_targets(batches), *stop.wanted(checkpoints.seconds_to_save), checkpoints.is_ready()]
+            num_targets, ends, later, for_good, ready = ranks.sum_agreed(asked, told(step, draws))
+            if ready == ranks.size:
+                monitor.saved(checkpoints.advance())
             if ends:
                 break
             learning_rate = lr_at(step, run.train.steps, run.optim)
@@ -87,12 +89,12 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
                 chosen = eval_subnets(run, space)
                 monitor.evaluated(step, *evaluate(engine, chosen, validation, costs, watchdog.beat))
             if is_due(step, run.checkpoint.every_steps):
-                monitor.saved(*save(checkpoints, engine, step))
-                saved_step = step
+                monitor.saved(checkpoints.start(engine, step))
                 watchdog.beat()
 
-        if step > saved_step:
-            monitor.saved(*save(checkpoints, engine, step))
+        monitor.saved(checkpoints.finish())
+        if step > checkpoints.last_step:
+            monitor.saved(checkpoints.save(engine, step))
         if step == run.train.steps:
             folder.write_model(engine, space)
             measured, seconds = evaluate(engine, space, validation, costs, watchdog.beat)
@@ -148,6 +150,7 @@ def check_finite(
     bad = [(subnet, float(nll)) for subnet, nll, _ in losses if float(nll) - float(nll) != 0]
     told = ranks.gather(f"the loss of {bad[0][0]} is {bad[0][1]}" if bad else "")
     what = next(filter(None, told), "the gradient is not finite")
+    checkpoints.finish()
     raise AgreedError(f"step {step}: {what} (gradient norm {norm}). Nothing was saved. {checkpoints.last_good()}")
 
 
@@ -177,12 +180,6 @@ def evaluate(
 
     measured = measure(forward, subnets, batches, engine.ranks.sum, costs)
     return measured, time.perf_counter() - start
-
-
-def save(checkpoints: Checkpoints, engine: Engine, step: int) -> tuple[Path, float]:
-    """A checkpoint, and the seconds it took. A collective."""
-    start = time.perf_counter()
-    return checkpoints.save(engine, step), time.perf_counter() - start
 
 
 def shared_tokens(run: Run, ranks: Ranks) -> TokenizedText:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "sorted_ds"
 
 LINE = [
     *("errors", "files", "shuffle", "stop", "watchdog", "slurm", "rendezvous"),
-    *("space", "config", "run_file", "ranks", "schedule", "learning_rate"),
+    *("space", "config", "identity", "run_file", "ranks", "schedule", "learning_rate"),
     *("nested", "data", "loss", "engine", "checkpoint"),
     *(
         "model_config",
@@ -53,7 +53,7 @@ KNOWS_ONLY = {
     "loss": {"nested"},
     "traffic": set(),
     "engine": {"errors", "space", "config", "ranks", "nested", "loss"},
-    "checkpoint": {"errors", "files", "ranks", "engine"},
+    "checkpoint": {"errors", "files", "identity", "ranks", "engine"},
 }
 
 

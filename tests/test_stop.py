@@ -41,9 +41,9 @@ def test_time_limits_are_read_as_slurm_writes_them():
 def test_a_signal_ends_the_run(tmp_path, number, goes_on):
     stop.listen()
     asked = Stop(tmp_path, "", is_first=False)
-    assert asked.wanted() == (False, False, False)
+    assert asked.wanted(0) == (False, False, False)
     signal.raise_signal(number)
-    assert asked.wanted() == (True, goes_on, not goes_on)
+    assert asked.wanted(0) == (True, goes_on, not goes_on)
     assert asked.reason == number.name
 
 
@@ -51,37 +51,37 @@ def test_a_signal_ends_the_run(tmp_path, number, goes_on):
 def test_a_touched_file_ends_the_run_once_and_only_rank_0_looks(tmp_path, name, goes_on):
     first, other = (Stop(tmp_path, "", is_first) for is_first in (True, False))
     (tmp_path / name).touch()
-    assert first.wanted() == (True, goes_on, not goes_on)
-    assert other.wanted() == (False, False, False)
+    assert first.wanted(0) == (True, goes_on, not goes_on)
+    assert other.wanted(0) == (False, False, False)
     other.heeded()
     assert (tmp_path / name).exists()
     first.heeded()
-    assert first.wanted() == (False, False, False)
+    assert first.wanted(0) == (False, False, False)
 
 
 def test_stop_is_stronger_than_requeue(tmp_path):
     stop.listen()
     (tmp_path / "stop").touch()
     signal.raise_signal(signal.SIGTERM)
-    assert Stop(tmp_path, "", is_first=True).wanted() == (True, True, True)
+    assert Stop(tmp_path, "", is_first=True).wanted(0) == (True, True, True)
 
 
 def test_the_deadline_leaves_time_for_the_longest_step_and_a_save(tmp_path):
     clock = mock.Mock(return_value=stop.STARTED + 10)
     with mock.patch.object(stop.time, "monotonic", clock):
         asked = Stop(tmp_path, "10", is_first=True)
-        assert asked.wanted() == (False, False, False)
+        assert asked.wanted(0) == (False, False, False)
         clock.return_value += 100  # a step with an evaluation
-        assert asked.wanted() == (False, False, False)
+        assert asked.wanted(0) == (False, False, False)
         clock.return_value = stop.STARTED + 600 - 2 * 100 - stop.SECONDS_TO_LEAVE + 1
-        assert asked.wanted() == (True, True, False)
+        assert asked.wanted(0) == (True, True, False)
         assert asked.reason == "the time limit"
 
 
 def test_a_limit_that_is_over_before_the_first_step_is_not_tried_again_and_again(tmp_path):
     clock = mock.Mock(return_value=stop.STARTED + 61)
     with mock.patch.object(stop.time, "monotonic", clock):
-        assert Stop(tmp_path, "1", is_first=True).wanted() == (True, False, False)
+        assert Stop(tmp_path, "1", is_first=True).wanted(0) == (True, False, False)
 
 
 def test_a_signal_during_the_imports_is_remembered():

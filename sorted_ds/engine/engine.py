@@ -43,6 +43,7 @@ from sorted_ds.engine.traces import Traces
 from sorted_ds.loss import SummedLoss
 from sorted_ds.nested import NestedModel, compiled
 from sorted_ds.nested.layout import lay_out
+from sorted_ds.nested.weights import slices_of
 from sorted_ds.ranks import Ranks
 from sorted_ds.space import SubNet
 
@@ -215,6 +216,19 @@ class Engine:
             return held
         shares = (shard.share(self.ranks.rank, self.ranks.size) for shard in held)
         return (share for share in shares if share.num)
+
+    def places(self) -> dict[str, tuple[str, int]]:
+        """Of every parameter the whole weight that it is a block of, and the number of its first element in it.
+
+        Weights have Hugging Face's names, and are numbered rows first (`o_proj` and `down_proj` transposed): a space
+        cuts them into other blocks, never into other rows.
+        """
+        found = {}
+        slices = slices_of(self.model)
+        for name, parameter in self.model.named_parameters():
+            part, num = slices[name], getattr(parameter, "ds_numel", parameter.numel())
+            found[name] = (part.name, part.start * num // (part.stop - part.start) if part.stop else 0)
+        return found
 
     def state_of(self, shard: Shard) -> dict[str, Tensor]:
         """The optimizer's tensors of the shape of the weights (AdamW: both moments), this shard of them."""

@@ -1,0 +1,61 @@
+"""Writing while training goes on: a copy of what is written, and a thread that writes it.
+
+In: this rank's tensors. Out: the same values in host memory, until the next copy; and the result of some work, later.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class Staging:
+    """Host memory for one copy, made at the first use and kept: page-locked where the tensors are a GPU's."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The values as they are now, fp32. The copy before is gone."""
+        on_gpu = any(value.is_cuda for value in tensors.values())
+        num = sum(map(len, tensors.values()))
+        if len(self._buffer) != num:
+            self._buffer = torch.empty(num, pin_memory=on_gpu)
+        copies = dict(zip(tensors, self._buffer.split([len(value) for value in tensors.values()]), strict=True))
+        for name, value in tensors.items():
+            copies[name].copy_(value, non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
+
+
+class Task(Generic[Result]):
+    """Some work in a thread of its own. A process that ends does not wait for it."""
+
+    def __init__(self, work: Callable[[], Result]):
+        """Starts it."""
+        self._work = work
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._work()
+        except Exception as error:  # told to whoever asks for the result
+            self._error = error
+
+    @property
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> Result:
+        """Waits for it. Raises: what the work raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result

@@ -1,0 +1,258 @@
+"""The checkpoints of a run: saved while training goes on, complete or invisible, and found again.
+
+    RUN_DIR/checkpoints/step_00000200/
+        rank_0000.safetensors ...   fp32 master weights and optimizer state, each rank's own (shard_files.py)
+        checkpoint.json             step, the run's identity, size and sha256 of each file (index.py)
+
+A save has two halves. Each rank copies its shards aside, and training goes on while a thread writes and syncs them into
+a hidden folder; when all have told that they are done, rank 0's thread adds checkpoint.json and renames the folder. So
+a run that is killed leaves either the whole checkpoint or none. Ranks tell each other within the sum that begins each
+step (`is_ready`): the threads need no word of their own. The step is the only cursor: rows, draws and learning rate
+follow from it. Nothing is pickled.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from sorted_ds.checkpoint.background import Staging, Task
+from sorted_ds.checkpoint.finding import complete_ones, newest_whole, wait_for
+from sorted_ds.checkpoint.index import Index
+from sorted_ds.checkpoint.shard_files import Sharded, file_of, fill, state_keys_of, tensors_of, write_file
+from sorted_ds.errors import AgreedError
+from sorted_ds.files import sync
+from sorted_ds.identity import Identity
+from sorted_ds.ranks import Ranks
+
+FAILURES_IN_A_ROW = 2
+"""A disk may be full for an hour; a run that cannot save at all is not worth its GPUs."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of a save."""
+
+    folder: Path
+    step: int
+    seconds: float
+    """From its start until it was published."""
+    pause_seconds: float
+    """Of those, how long training waited."""
+    error: str = ""
+    """Why there is no checkpoint, if there is none."""
+
+
+@dataclass
+class _Save:
+    """One on its way."""
+
+    folder: Path
+    hidden: Path
+    step: int
+    started: float
+    task: Task
+    pause_seconds: float
+    is_written: bool = False
+    """By every rank; now rank 0 publishes."""
+
+
+class Checkpoints:
+    """Every method that says so is a collective: all ranks call it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        identity: Identity,
+        ranks: Ranks,
+        asynchronous: bool = True,
+        strict: bool = False,
+    ):
+        """`keep_last` checkpoints are kept. `strict`: a damaged one is an error, even if the one before is whole."""
+        self.folder = folder
+        self.warnings: list[str] = []
+        """What the user should know of how the run was restored."""
+        self.last_step = 0
+        """Of the newest whole checkpoint."""
+        self.seconds_to_save = 0.0
+        """How long the longest save took, of those since the last start and the one before it."""
+        self._keep_last, self._identity, self._ranks, self._strict = keep_last, identity, ranks, strict
+        self._staging = Staging() if asynchronous else None
+        self._pending: _Save | None = None
+        self._failures = 0
+
+    # Saving
+
+    def start(self, engine: Sharded, step: int) -> list[Saved]:
+        """Begins to save, and returns what became of the save before: there is one at a time. A collective.
+
+        Raises: AgreedError when saving failed twice in a row.
+        """
+        before, started = self.finish(), time.perf_counter()
+        folder, hidden = self.folder / f"step_{step:08d}", self.folder / f".writing_step_{step:08d}"
+        try:
+            with self._ranks.together():
+                if self._ranks.is_first:
+                    shutil.rmtree(hidden, ignore_errors=True)
+                    hidden.mkdir(parents=True)
+        except AgreedError as error:
+            return [*before, self._failed(folder, step, time.perf_counter() - started, str(error))]
+        tensors = tensors_of(engine)
+        if self._staging is not None:
+            tensors = self._staging.copy(tensors)
+        else:
+            tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        optimizer_steps = engine.steps_taken
+
+        def write() -> dict:
+            path = hidden / file_of(self._ranks.rank)
+            wait_for(hidden.is_dir)
+            return {
+                "optimizer_steps": optimizer_steps,
+                "state_keys": state_keys_of(tensors),
+                "files": {path.name: write_file(path, tensors)},
+            }
+
+        self._pending = _Save(folder, hidden, step, started, Task(write), time.perf_counter() - started)
+        return before if self._staging else [*before, *self.finish()]
+
+    def is_ready(self) -> bool:
+        """Whether this rank has done its part of the half that a save is in."""
+        return self._pending is not None and self._pending.task.is_done
+
+    def advance(self) -> list[Saved]:
+        """Call when all ranks are ready, or to wait for them: ends this half of the save. A collective.
+
+        Returns what became of the save, when it is over. Raises: AgreedError when saving failed twice in a row.
+        """
+        save, began, result = self._pending, time.perf_counter(), {}
+        assert save is not None
+        try:
+            with self._ranks.together():
+                result = save.task.result()
+            if not save.is_written:
+                parts = [json.loads(text) for text in self._ranks.gather(json.dumps(result))]
+                save.is_written, save.task = True, Task(self._publisher(save, parts))
+                save.pause_seconds += time.perf_counter() - began
+                return []
+        except AgreedError as error:
+            self._pending = None
+            if self._ranks.is_first:
+                shutil.rmtree(save.hidden, ignore_errors=True)
+            return [self._failed(save.folder, save.step, time.perf_counter() - save.started, str(error))]
+        self._pending, self._failures, self.last_step = None, 0, save.step
+        now = time.perf_counter()
+        self.seconds_to_save = max(self.seconds_to_save, now - save.started)
+        return [Saved(save.folder, save.step, now - save.started, save.pause_seconds + now - began)]
+
+    def finish(self) -> list[Saved]:
+        """Waits until no save is on its way. A collective.
+
+        Raises: AgreedError when saving failed twice in a row.
+        """
+        ended = []
+        while self._pending is not None:
+            ended += self.advance()
+        return ended
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """A run that ends by an error that all ranks know of still publishes what it was writing."""
+        try:
+            yield
+        except AgreedError:
+            with suppress(AgreedError):
+                self.finish()
+            raise
+
+    def save(self, engine: Sharded, step: int) -> list[Saved]:
+        """Saves, and waits for it. A collective.
+
+        Raises: AgreedError when it could not be written; nothing is left but the older checkpoints.
+        """
+        ended = [*self.start(engine, step), *self.finish()]
+        if ended[-1].error:
+            raise AgreedError(self._told(step, ended[-1].error))
+        return ended
+
+    def last_good(self) -> str:
+        """A sentence for an error message."""
+        complete = complete_ones(self.folder)
+        return f"Last good checkpoint: {complete[-1]}." if complete else "There is no earlier checkpoint."
+
+    def _failed(self, folder: Path, step: int, seconds: float, error: str) -> Saved:
+        self._failures += 1
+        if self._failures == FAILURES_IN_A_ROW:
+            raise AgreedError(self._told(step, error))
+        return Saved(folder, step, seconds, seconds, error)
+
+    def _told(self, step: int, error: str) -> str:
+        return f"step {step}: the checkpoint could not be written: {error}. {self.last_good()}"
+
+    def _publisher(self, save: _Save, parts: list[dict]) -> Callable[[], None]:
+        """What is left to do for rank 0; nothing for the others."""
+        if not self._ranks.is_first:
+            return lambda: None
+        files = {name: facts for part in parts for name, facts in part["files"].items()}
+        state_keys = sorted({key for part in parts for key in part["state_keys"]})
+        seconds = time.perf_counter() - save.started
+        steps, identity = parts[0]["optimizer_steps"], self._identity.facts
+        index = Index(save.step, steps, self._ranks.size, seconds, state_keys, identity, files)
+
+        def publish() -> None:
+            self._see_all(save.hidden, files)
+            index.write(save.hidden)
+            if save.folder.exists():
+                _delete(save.folder)
+            save.hidden.rename(save.folder)
+            sync(self.folder)
+            for left in self.folder.glob(".deleting_*"):
+                shutil.rmtree(left, ignore_errors=True)
+            for old in complete_ones(self.folder)[: -self._keep_last]:
+                _delete(old)
+
+        return publish
+
+    def _see_all(self, hidden: Path, files: dict[str, dict]) -> None:
+        """Raises: OSError when rank 0 does not see what other ranks wrote."""
+        for name, facts in files.items():
+            if not wait_for(partial(_has_bytes, hidden / name, facts["bytes"])):
+                raise OSError(f"rank 0 does not see {name}. Put run_dir on a file system that all ranks see")
+
+    # Restoring
+
+    def restore_latest(self, engine: Sharded) -> int:
+        """Loads the newest whole checkpoint into the engine and returns its step; 0 when there is none. A collective.
+
+        Damaged ones that are newer are put aside, and told in `warnings`.
+
+        Raises: AgreedError when there are only damaged ones, or some and `strict`, or another run's.
+        """
+        index, folder, self.warnings = newest_whole(self.folder, self._identity, self._ranks, self._strict)
+        if index is None:
+            return 0
+        engine.restore(index.optimizer_steps, index.state_keys)
+        with self._ranks.together():
+            fill(engine, (folder / name for name in index.files))
+        engine.publish()
+        self.last_step, self.seconds_to_save = index.step, index.seconds
+        return index.step
+
+
+def _has_bytes(path: Path, num_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == num_bytes
+
+
+def _delete(folder: Path) -> None:
+    """Out of sight first: a kill in the middle leaves no half checkpoint. A failure costs space, never the run."""
+    hidden = folder.with_name(f".deleting_{folder.name}")
+    try:
+        folder.rename(hidden)
+    except OSError:
+        return
+    shutil.rmtree(hidden, ignore_errors=True)

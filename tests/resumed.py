@@ -1,0 +1,162 @@
+"""A run cut into legs: each trains some steps from the newest checkpoint, in a mode of its own, and saves at its end.
+
+Rows, draws and checkpoints are the real ones; the model is that of the exactness tests.
+"""
+
+import json
+import shutil
+import threading
+import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from sorted_ds.checkpoint import Checkpoints, shard_files
+from sorted_ds.data.loader import Loader
+from sorted_ds.data.rows import PackedRows
+from sorted_ds.engine import Engine
+from sorted_ds.identity import Identity
+from sorted_ds.learning_rate import lr_at
+from sorted_ds.nested import nest
+from sorted_ds.nested.weights import hf_tensors
+from sorted_ds.schedule import SubNetSchedule
+from sorted_ds.space import SubNetSpace
+from tests import exactness
+from tests.exactness import SPACE, Case
+
+SEED, STEP_ROWS, DRAWS = 3, 24, 2
+HALF, STEPS = 3, 6
+TOKENS = np.random.default_rng(7).integers(0, exactness.VOCAB, 61 * exactness.ROW_TOKENS + 1)
+"""61 rows: epochs end within the run."""
+PART = SubNetSpace.of(["d1-g1-f16", "d3-g1-f64", "d1-g4-f64", "d3-g4-f64"])
+"""A space that SPACE extends: its width steps are cut into more."""
+
+
+@dataclass(frozen=True)
+class Leg:
+    """How one stretch of the run is trained."""
+
+    case: Case = field(default_factory=lambda: Case(2))
+    micro_batch_rows: int = 2
+    asynchronous: bool = True
+    space: SubNetSpace = SPACE
+    schedule: SubNetSpace = SPACE
+    """Whose sub-networks are drawn."""
+
+    @property
+    def name(self) -> str:
+        more = "" if self.asynchronous else ", synchronous saving"
+        return f"{self.case.name}, {self.micro_batch_rows} rows{more}"
+
+
+class Trainer:
+    """On each rank: the engine of a leg, and its checkpoints."""
+
+    def __init__(self, ranks, leg: Leg, folder: str, facts: dict[str, str] | None = None, **settings):
+        rows = PackedRows(TOKENS, exactness.ROW_TOKENS)
+        self.ranks = ranks
+        self.loader = Loader(rows, SEED, STEP_ROWS, DRAWS, leg.micro_batch_rows, ranks.rank, ranks.size)
+        self.schedule = SubNetSchedule(list(leg.schedule), DRAWS, "stratified", SEED)
+        model = nest(exactness.plain_model(leg.case), leg.space)
+        self.optim = leg.case.optim
+        self.engine = Engine(model, leg.case.deepspeed(), "test.json", self.optim, leg.micro_batch_rows, ranks)
+        self.engine.warm_up(self.loader.dealt.rows_per_forward, exactness.ROW_TOKENS)
+        identity = Identity(facts or {"seed": "1"}, settings.pop("extends_space", False))
+        settings = {"keep_last": 2, "asynchronous": leg.asynchronous, **settings}
+        self.checkpoints = Checkpoints(Path(folder), identity=identity, ranks=ranks, **settings)
+        self.rows: list[list[list[int]]] = []
+        self.draws: list[str] = []
+
+    def train(self, first_step: int, last_step: int, between: Callable[[int], None] = lambda step: None) -> None:
+        """`between` is called before each step."""
+        for step in range(first_step, last_step):
+            between(step)
+            draws, batches = self.schedule.draw(step), self.loader.batches(step)
+            num_targets = self.ranks.sum([sum(batch.num_targets for draw in batches for batch in draw)])[0]
+            for subnet, draw in zip(draws, batches, strict=True):
+                for batch in draw:
+                    nll = self.engine.forward(batch.input_ids, batch.labels, subnet)
+                    self.engine.backward(nll / num_targets)
+            self.engine.step(lr_at(step, STEPS, self.optim))
+            self.rows.append([self._rows_of(draw) for draw in batches])
+            self.draws.append(" ".join(map(str, draws)))
+
+    def _rows_of(self, batches) -> list[int]:
+        """Of one draw, over all ranks."""
+        own = [zlib.crc32(ids.numpy().tobytes()) for batch in batches for ids in batch.input_ids[: batch.num_rows]]
+        return sorted(row for rows in self.ranks.gather(json.dumps(own)) for row in json.loads(rows))
+
+    def result(self) -> dict:
+        """Weights and moments under Hugging Face's names, and what the steps trained on."""
+        engine, full = self.engine, self.engine.model.space.full
+        states = {"weights": exactness.gather_masters(engine, self.ranks)}
+        for kind in exactness.MOMENTS:
+            states[kind] = exactness.gather_state(
+                engine, self.ranks, lambda shard, kind=kind: engine.state_of(shard)[kind]
+            )
+        gathered = {kind: hf_tensors(engine.model, full, values.__getitem__) for kind, values in states.items()}
+        return {**gathered, "rows": self.rows, "draws": self.draws}
+
+
+def train(ranks, leg: Leg, folder: str, first_step: int, last_step: int, **settings) -> dict:
+    """From the newest checkpoint, which is of `first_step`, to `last_step`, where it saves."""
+    trainer = Trainer(ranks, leg, folder, **settings)
+    assert trainer.checkpoints.restore_latest(trainer.engine) == first_step
+    trainer.train(first_step, last_step)
+    trainer.checkpoints.save(trainer.engine, last_step)
+    return trainer.result()
+
+
+@contextmanager
+def held_back():
+    """Writing does not begin before the event that this gives is set."""
+    event, write = threading.Event(), shard_files.write_file
+
+    def late(*args):
+        event.wait()
+        return write(*args)
+
+    with mock.patch("sorted_ds.checkpoint.checkpoints.write_file", late):
+        yield event
+
+
+def train_on_while_saving(ranks, leg: Leg, folder: str) -> dict:
+    """All steps; a save begins after half of them, and writes when two more are done."""
+    trainer = Trainer(ranks, leg, folder)
+    trainer.train(0, HALF)
+    with held_back() as event:
+        if not leg.asynchronous:
+            event.set()
+        trainer.checkpoints.start(trainer.engine, HALF)
+        assert trainer.checkpoints.is_ready() is False
+        trainer.train(HALF, HALF + 2)
+        event.set()
+        trainer.checkpoints.finish()
+    trainer.train(HALF + 2, STEPS)
+    return trainer.result()
+
+
+def both_ways(ranks, legs: list[Leg], folder: str) -> dict[str, tuple[dict, dict]]:
+    """Of each leg: all steps at once, and the second half from the checkpoint that was written meanwhile."""
+    results = {}
+    for leg in legs:
+        whole = train_on_while_saving(ranks, leg, f"{folder}/{leg.name}")
+        results[leg.name] = (whole, train(ranks, leg, f"{folder}/{leg.name}", HALF, STEPS))
+    return results
+
+
+def continued(ranks, sources: dict[str, str], legs: list[Leg], folder: str) -> dict[tuple[str, str], dict]:
+    """Every leg after every source, a folder of checkpoints that end at half."""
+    results = {}
+    for source, checkpoints in sources.items():
+        for leg in legs:
+            copy = Path(folder) / source / leg.name
+            with ranks.together():
+                if ranks.is_first:
+                    shutil.copytree(checkpoints, copy)
+            results[source, leg.name] = train(ranks, leg, str(copy), HALF, STEPS)
+    return results
