@@ -102,8 +102,8 @@ class Train(Section):
     """Save and end before so long has passed since the start, like Slurm's `--time`: `90` (minutes), `1:30:00` or
     `1-12:00:00` (days-hours...). Default: none. A Slurm job is then requeued."""
     hang_minutes: Annotated[float, Field(ge=0)] = 30.0
-    """After so long without a finished step, evaluation or save every rank writes its stacks to RUN_DIR/stacks and
-    ends; 0 never."""
+    """After so long without a finished step, evaluation, save or part of the start every rank writes its stacks to
+    RUN_DIR/stacks and ends; 0 never."""
 
 
 class Optim(Section):

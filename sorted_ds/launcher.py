@@ -16,13 +16,13 @@ from types import FrameType
 import psutil
 import torch
 
+from sorted_ds.ancestors import FIRST
 from sorted_ds.errors import UserError
+from sorted_ds.stop import SIGNALLED
 
 _said_of_this_machine: set[str] = set()
 """Variables that `settle_deepspeed` set: they do not hold for other machines."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-SIGNALLED = 128
-"""The shell's exit code of a process that a signal ended is this and the signal's number."""
 
 
 def num_devices() -> int:
@@ -54,6 +54,7 @@ def launch(module: Sequence[str], num_ranks: int) -> int:
     The first SIGTERM, SIGINT or SIGHUP reaches the ranks as SIGTERM: they end the step, save and leave. A second kills.
     """
     env, devices = launch_environment(num_ranks)
+    env[FIRST] = str(os.getpid())
     flags = ["--no_local_rank", f"--master_port={free_port()}", "--log_level=critical", *devices]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *flags, "--module", *module]
     # A session of its own, or the terminal's Ctrl-C would reach the launcher, which kills.

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from sorted_ds.errors import AgreedError, UserError
 from sorted_ds.rendezvous import Place, find_place
 from sorted_ds.shuffle import keyed_number
+from sorted_ds.stop import nothing_to_save
 
 LARGEST_FACT = 2**32
 """Sums of a million ranks' numbers below this are exact in double precision."""
@@ -139,9 +140,10 @@ def _join(place: Place, device: torch.device) -> dist.Store:
         os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        store = next(dist.rendezvous("env://", timeout=TO_MEET))[0] if place.size > 1 else dist.HashStore()
-        own = dist.PrefixStore("sorted_ds", store)
-        dist.init_process_group(backend, rank=place.rank, world_size=place.size, store=own, timeout=TO_ANSWER)
+        with nothing_to_save():
+            store = next(dist.rendezvous("env://", timeout=TO_MEET))[0] if place.size > 1 else dist.HashStore()
+            own = dist.PrefixStore("sorted_ds", store)
+            dist.init_process_group(backend, rank=place.rank, world_size=place.size, store=own, timeout=TO_ANSWER)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {place.rank} of {place.size} did not find the others by {place.address}:{place.port}: "

@@ -115,16 +115,21 @@ def versions() -> dict[str, str]:
 
 def facts(run: Run) -> dict[str, str]:
     """What every rank must have alike: the run, DeepSpeed's settings, versions and code."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
     engine = load_engine_config(run.engine.deepspeed)
     return {
         **flat(run.model_dump(mode="json")),
         **flat({"deepspeed": engine}),
         **versions(),
-        "code": digest.hexdigest()[:16],
+        "code": code_digest(),
     }
+
+
+def code_digest() -> str:
+    """Of this package."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _changes(path: Path, run: Mapping) -> list[str]:

@@ -11,17 +11,22 @@ go on later, as a requeued Slurm job. Ranks add up what they want, so one is eno
 | RUN_DIR/requeue is touched | yes | yes |
 | RUN_DIR/stop is touched | yes | no |
 | `train.time_limit` would pass in the next step | yes | yes, if a step was done |
+| a process that started the ranks is gone (ancestors.py) | yes | no |
 """
 
 import re
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sorted_ds.errors import UserError
 
 LATER, FOR_GOOD = (signal.SIGTERM, signal.SIGUSR1), (signal.SIGINT,)
 STOP_FILE, REQUEUE_FILE = "stop", "requeue"
+SIGNALLED = 128
+"""The shell's exit code of a process that a signal ended is this and the signal's number."""
 SECONDS_TO_LEAVE = 5.0
 """From the last save to the end of the process."""
 
@@ -35,11 +40,27 @@ def listen() -> None:
         signal.signal(number, lambda number, frame: _signals.add(number))
 
 
+@contextmanager
+def nothing_to_save() -> Iterator[None]:
+    """While ranks wait for each other SIGTERM ends the process at once: one that died before never comes.
+
+    Raises: SystemExit when it came before.
+    """
+    if signal.SIGTERM in _signals:
+        raise SystemExit(SIGNALLED + signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Stop:
     """Asked once a step. Files and the clock are looked at by rank 0 alone."""
 
-    def __init__(self, run_dir: Path, time_limit: str, is_first: bool):
-        """Raises: UserError for a time limit that is none."""
+    def __init__(self, run_dir: Path, time_limit: str, is_first: bool, is_orphan: Callable[[], bool] = bool):
+        """`is_orphan`: whether nobody waits for this rank any more. Raises: UserError for a time limit that is none."""
+        self._is_orphan = is_orphan
         self._files = {name: run_dir / name for name in (STOP_FILE, REQUEUE_FILE)} if is_first else {}
         self._seconds = seconds_of(time_limit) if is_first and time_limit else float("inf")
         self._asked = 0.0
@@ -63,6 +84,7 @@ class Stop:
         is_due = now - STARTED + self._longest + seconds_to_save + SECONDS_TO_LEAVE > self._seconds
         names = [signal.Signals(number).name for number in sorted(_signals)]
         names += [f"the file {name}" for name in touched] + ["the time limit"] * is_due
+        names += ["the process that started it is gone"] * self._is_orphan()
         self.reason = ", ".join(names)
         later = bool(_signals & set(LATER)) or REQUEUE_FILE in touched or (is_due and self._longest > 0)
         return bool(names), later, bool(_signals & set(FOR_GOOD)) or STOP_FILE in touched

@@ -9,24 +9,27 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from sorted_ds.ancestors import Ancestors
 from sorted_ds.assemble import engine_of, eval_subnets, load_model, training_loader, validation_of
 from sorted_ds.checkpoint import Checkpoints
 from sorted_ds.config import Run
-from sorted_ds.data.loader import MicroBatch
+from sorted_ds.data.loader import Loader, MicroBatch
 from sorted_ds.data.prepare import TokenizedText, find_prepared, open_tokens
 from sorted_ds.engine import Engine
 from sorted_ds.errors import AgreedError, UserError
 from sorted_ds.evaluate import measure
+from sorted_ds.files import claim
 from sorted_ds.launcher import settle_deepspeed
 from sorted_ds.learning_rate import lr_at
 from sorted_ds.model_dir import Measured
 from sorted_ds.monitor import LossSums, Monitor
-from sorted_ds.nested import costs_of
+from sorted_ds.nested import NestedModel, costs_of
 from sorted_ds.plan import make_plan
 from sorted_ds.ranks import LostRanksError, Ranks, joined_ranks
 from sorted_ds.resolve import check_run, data_spec, schedule_of
@@ -38,21 +41,20 @@ from sorted_ds.stop import Stop
 from sorted_ds.watchdog import Watchdog
 
 
-def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
+def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> None:
     """Trains from the last checkpoint, or from step 0, to the end or until a stop is asked for. A collective.
 
     Raises: UserError, on all ranks, for what the user can mend.
     """
     with ranks.together():
-        stop = Stop(run.run_dir, run.train.time_limit, ranks.is_first)
+        launchers = Ancestors(os.environ, is_launched=ranks.size > 1)
+        stop = Stop(run.run_dir, run.train.time_limit, ranks.is_first, launchers.one_is_gone)
         config, space = check_run(run)
         loader = training_loader(run, tokens, ranks)
         validation = validation_of(run, tokens, ranks)
-    model = load_model(run, config, space, ranks)
     costs = costs_of(space, config, run.batch.row_tokens)
     schedule = schedule_of(run, costs)
-    engine = engine_of(run, model, ranks)
-    engine.warm_up(loader.dealt.rows_per_forward, run.batch.row_tokens)
+    engine = warm_engine(run, load_model(run, config, space, ranks), loader, ranks, watchdog)
     folder = RunDir(run, config, tokens, ranks)
     checkpoints = folder.checkpoints()
     step = restore(checkpoints, engine, run.train.steps)
@@ -62,7 +64,7 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
         monitor = Monitor(run, space, step, ranks)
 
     ends = later = for_good = 0.0
-    with monitor, Watchdog(run.train.hang_minutes, run.run_dir, ranks.rank) as watchdog, checkpoints.finished():
+    with monitor, checkpoints.finished():
         monitor.started(step, make_plan(run, space, config, ranks.size), changes, checkpoints.warnings)
         while step < run.train.steps:
             draws, batches = schedule.draw(step), loader.batches(step)
@@ -103,6 +105,16 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks) -> None:
             monitor.table(measured, tokens.unigram_nats)
         monitor.ended(step, left_early(stop, bool(later and not for_good), ranks) if ends else "")
         stop.heeded()
+
+
+def warm_engine(run: Run, model: NestedModel, loader: Loader, ranks: Ranks, watchdog: Watchdog) -> Engine:
+    """The engine around the model, with everything compiled that will be. A collective."""
+    watchdog.beat()
+    engine = engine_of(run, model, ranks)
+    watchdog.beat()
+    engine.warm_up(loader.dealt.rows_per_forward, run.batch.row_tokens)
+    watchdog.beat()
+    return engine
 
 
 def left_early(stop: Stop, goes_on_later: bool, ranks: Ranks) -> str:
@@ -204,7 +216,10 @@ def main(arguments: Sequence[str]) -> int:
                 run = load_run(Path(arguments[0]), arguments[1:])
                 known = facts(run)
             ranks.agree(known)
-            train(run, shared_tokens(run, ranks), ranks)
+            with ranks.together():
+                claimed = claim(run.run_dir) if ranks.is_first else nullcontext()
+            with claimed, Watchdog(run.train.hang_minutes, run.run_dir, ranks.rank) as watchdog:
+                train(run, shared_tokens(run, ranks), ranks, watchdog)
     except AgreedError as error:
         if ranks.is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 EXIT_CODE = 3
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_WRITE = 5.0
 SECONDS_FOR_OTHERS = 10.0
 """Ranks bark one after the other: each from its own last beat."""
 
@@ -48,19 +49,26 @@ class Watchdog:
                 self._bark()
 
     def _bark(self) -> None:
-        where = str(self._path)
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
-        except OSError as error:
-            where = f"nowhere ({error})"
+        where = [f"nowhere: {self._path.parent} does not answer"]
+        writing = threading.Thread(target=self._write_stacks, args=(where,), daemon=True)
+        writing.start()
+        writing.join(SECONDS_TO_WRITE)
         with suppress(OSError):
             print(
                 f"error (rank {self._rank}): nothing was finished for {self._seconds / 60:g} minutes "
-                f"(train.hang_minutes). Stacks are in {where}. Start the run again to go on from its last checkpoint.",
+                f"(train.hang_minutes). Stacks are in {where[0]}. Start the run again to go on from its last checkpoint.",
                 file=sys.stderr,
                 flush=True,
             )
         time.sleep(SECONDS_FOR_OTHERS)  # the first to leave has the launcher end the others
         os._exit(EXIT_CODE)
+
+    def _write_stacks(self, where: list[str]) -> None:
+        """In a thread of its own: a file system that hangs may be what is wrong."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            where[0] = str(self._path)
+        except OSError as error:
+            where[0] = f"nowhere ({error})"

@@ -1,15 +1,19 @@
 """Runs a function of a test or benchmark on real ranks, each a process of its own, and returns what rank 0 returns.
 
 File rendezvous instead of a port search; a hang limit ends all ranks; any rank's failure fails the test with its text.
+On the CPU ranks are forked from a process that has imported everything: 5 s of each rank's time otherwise.
 """
 
 import importlib
+import multiprocessing
 import os
 import pickle
-import subprocess
 import sys
 import time
+import traceback
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 HANG_SECONDS = 420
 ROOT = Path(__file__).parent.parent
@@ -23,16 +27,31 @@ def on_ranks(num_ranks: int, function, *args, folder: Path, device: str = "cpu",
     call.write_bytes(pickle.dumps((module, function.__qualname__, args, device)))
     for old in folder.glob("rendezvous*"):
         old.unlink()
+    context = _context(device)
     processes, logs = [], []
     for rank in range(num_ranks):
         logs.append(folder / f"rank{rank}.log")
-        processes.append(_start(rank, num_ranks, device, folder, logs[-1]))
+        environment = _environment(rank, num_ranks, device)
+        process = context.Process(target=_rank_main, args=(folder, environment, logs[-1], Path.cwd()))
+        process.start()
+        processes.append(process)
     _wait(processes, logs, hang_seconds)
     return pickle.loads((folder / "result.pickle").read_bytes())
 
 
-def _start(rank: int, num_ranks: int, device: str, folder: Path, log: Path) -> subprocess.Popen:
-    env = {
+def _context(device: str):
+    """CUDA does not survive a fork."""
+    if device == "cuda":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    with mock.patch.dict(os.environ, _environment(0, 1, device)):
+        forkserver.ensure_running()
+    return context
+
+
+def _environment(rank: int, num_ranks: int, device: str) -> dict[str, str]:
+    return {
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -44,9 +63,6 @@ def _start(rank: int, num_ranks: int, device: str, folder: Path, log: Path) -> s
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions")),
         **(_on_gpus(rank, num_ranks) if device == "cuda" else {}),
     }
-    with log.open("w") as out:
-        command = [sys.executable, "-m", "tests.spawn", str(folder)]
-        return subprocess.Popen(command, env=env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
 
 
 def _on_gpus(rank: int, num_ranks: int) -> dict[str, str]:
@@ -62,24 +78,42 @@ def _on_gpus(rank: int, num_ranks: int) -> dict[str, str]:
     return {"LOCAL_RANK": str(rank % num_gpus), **(apart if num_ranks > num_gpus else {})}
 
 
-def _wait(processes: list[subprocess.Popen], logs: list[Path], hang_seconds: int) -> None:
+def _wait(processes: list, logs: list[Path], hang_seconds: int) -> None:
     end = time.monotonic() + hang_seconds
     try:
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() not in (None, 0) for process in processes) or time.monotonic() > end:
+        while any(process.exitcode is None for process in processes):
+            if any(process.exitcode not in (None, 0) for process in processes) or time.monotonic() > end:
                 break
             time.sleep(0.05)
-        failed = [n for n, process in enumerate(processes) if process.poll() != 0]
+        failed = [n for n, process in enumerate(processes) if process.exitcode != 0]
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     if failed:
         texts = "\n".join(f"--- rank {n}\n{logs[n].read_text()[-6000:]}" for n in failed)
         raise AssertionError(f"ranks {failed} failed or hung:\n{texts}")
 
 
-def _rank_main(folder: Path) -> None:
+def _rank_main(folder: Path, environment: dict[str, str], log: Path, where: Path) -> None:
+    """One rank, in a process of its own."""
+    with log.open("w") as out:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(out.fileno(), stream.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(where)
+    try:
+        _run(folder)
+        sys.stdout.flush()
+        os._exit(0)  # a gloo thread sometimes aborts at interpreter exit, after the work is done
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _run(folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
@@ -99,9 +133,3 @@ def _rank_main(folder: Path) -> None:
         (folder / "result.pickle").write_bytes(pickle.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # a gloo thread sometimes aborts at interpreter exit, after the work is done
-
-
-if __name__ == "__main__":
-    _rank_main(Path(sys.argv[1]))

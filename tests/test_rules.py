@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sorted_ds"
 
 LINE = [
-    *("errors", "files", "shuffle", "stop", "watchdog", "slurm", "rendezvous"),
+    *("errors", "files", "shuffle", "ancestors", "stop", "watchdog", "slurm", "rendezvous"),
     *("space", "config", "identity", "run_file", "ranks", "schedule", "learning_rate"),
     *("nested", "data", "loss", "engine", "checkpoint"),
     *(
@@ -40,7 +40,8 @@ LINE = [
 """Whoever stands later may import from earlier, never the reverse."""
 
 KNOWS_ONLY = {
-    "files": set(),
+    "files": {"errors"},
+    "ancestors": set(),
     "shuffle": set(),
     "stop": {"errors"},
     "watchdog": set(),

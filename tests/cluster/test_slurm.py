@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,19 +27,19 @@ def longer(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(longer, place) -> Path:
-    return copied(longer, place, keep_steps=0)
+    return copied(longer, place / "it's $(touch pwned)", keep_steps=0)
 
 
 class Job:
     """A submitted run."""
 
-    def __init__(self, cluster: Cluster, run: Path, script: str = ""):
+    def __init__(self, cluster: Cluster, run: Path, script: str = "", settings: Sequence[str] = LONGER):
         """By `sorted-ds launch`, or with a script of launch/."""
         self.cluster, self.run = cluster, run
         if script:
             log = f"--output={run_dir(run)}/slurm-%j.log"
             sizes = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10:00"]
-            command = ["sbatch", "--parsable", *sizes, log, str(ROOT / "launch" / script), str(run), *LONGER]
+            command = ["sbatch", "--parsable", *sizes, log, str(ROOT / "launch" / script), str(run), *settings]
             self.number = cluster.said("h1", *command)
             return
         command = [
@@ -47,7 +47,7 @@ class Job:
             "launch",
             "slurm",
             str(run),
-            *LONGER,
+            *settings,
             "--nodes",
             "2",
             "--gpus-per-node",
@@ -66,8 +66,8 @@ class Job:
         found = re.search(rf"{field}=(\S+)", told)
         return found[1] if found else ""
 
-    def wait(self, is_so: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + SECONDS
+    def wait(self, is_so: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
+        end = time.monotonic() + seconds
         while not is_so():
             assert time.monotonic() < end, f"{what} did not come: {self.state()}\n{self.log}"
             time.sleep(0.1)
@@ -75,9 +75,9 @@ class Job:
     def reach_step(self, step: int) -> None:
         self.wait(lambda: f"\nstep {step}/" in self.log, f"step {step}")
 
-    def end(self) -> str:
+    def end(self, seconds: float = SECONDS) -> str:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.wait(lambda: self.state() in ended, "the end")
+        self.wait(lambda: self.state() in ended, "the end", seconds)
         return self.state()
 
 

@@ -1,0 +1,291 @@
+"""Injures real runs at random moments, starts them again, and counts what that cost. About 25 s a fault.
+
+`python -m benchmarks.faults --minutes 60` goes on where it stopped; what is known is kept in .cache/faults.jsonl,
+thrown away when the code changes, and summed up in docs/faults.md. A *life* is one run that meets several faults until
+it is through; then its weights must be those of an uninterrupted run, bit for bit, and each step must be reported once,
+with the same loss and gradient norm. The lives in Slurm need root and tests/cluster/install.sh; `--no-cluster` leaves
+them out.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import injuries
+from benchmarks.common import circumstances
+from benchmarks.injuries import CLUSTER, DAMAGES, KILLS, fresh, processes
+from sorted_ds.run_dir import code_digest
+from tests import launched
+from tests.cluster.machines import Cluster, forbidden, missing
+from tests.cluster.test_slurm import Job
+from tests.launched import masters, metrics, run_dir
+from tests.runs import run_file
+from tests.spawn import ROOT
+
+STEPS = 400
+SETTINGS = [f"train.steps={STEPS}", "checkpoint.every_steps=10", "eval.every_steps=15", "train.hang_minutes=0.2"]
+FAULTS_OF_A_LIFE = 4
+SECONDS_TO_END = 120
+"""After which what is left of a run counts as a hang, or as orphans."""
+MOMENTS = ("start", "step", "step", "saving", "saving", "saving", "evaluation", "end")
+KNOWN = ROOT / ".cache" / "faults.jsonl"
+SUMMARY = ROOT / "docs" / "faults.md"
+
+
+@dataclass
+class Fault:
+    """One, and what came of it."""
+
+    kind: str
+    moment: str
+    what: str
+    seconds_to_end: float = 0.0
+    """Until every process of the run was gone."""
+    seconds_to_resume: float = 0.0
+    """From the next start to its first step."""
+    half_saved: bool = False
+    """Whether a checkpoint was left unfinished."""
+    left_over: bool = False
+    """Whether processes were still there after `SECONDS_TO_END`."""
+    equal: bool = False
+    steps_lost: int = 0
+    steps_repeated: int = 0
+
+
+class Start:
+    """`sorted-ds train` once, followed line by line."""
+
+    def __init__(self, run: Path):
+        self.run, self.lines, self.began, self.first_step = run, [], time.monotonic(), 0.0
+        command = launched.command(run, *SETTINGS)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, errors="replace"
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if line.startswith("step ") and "/" in line and not self.first_step:
+                self.first_step = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        steps = [line for line in self.lines if line.startswith("step ") and "/" in line.split()[1]]
+        return int(steps[-1].split()[1].partition("/")[0]) if steps else 0
+
+    def wait(self, is_so: Callable[[], bool], seconds: float = 100) -> bool:
+        """False when the run ends first, or it takes too long."""
+        end = time.monotonic() + seconds
+        while not is_so():
+            if self.process.poll() is not None or time.monotonic() > end:
+                return False
+            time.sleep(0.001)
+        return True
+
+    def is_saving(self) -> bool:
+        return any((run_dir(self.run) / "checkpoints").glob(".writing_*"))
+
+    def reach(self, moment: str, chance: random.Random) -> bool:
+        """Whether the moment came: a run can be over before it."""
+        if moment == "start":
+            if not self.wait(lambda: len(injuries.ranks(self.run)) == 2):
+                return False
+            time.sleep(chance.uniform(0, 6))
+            return self.process.poll() is None
+        if moment == "end":
+            return self.wait(lambda: self.step == STEPS) and not time.sleep(chance.uniform(0, 1.0))
+        if not self.wait(lambda: self.step > 0):
+            return False
+        target = self.step + chance.randrange(60)
+        if not self.wait(lambda: self.step >= target):
+            return False
+        if moment == "saving":
+            return self.wait(self.is_saving)
+        if moment == "evaluation":
+            return self.wait(lambda: self.step % 15 == 0)
+        return True
+
+    def gone(self) -> tuple[float, bool]:
+        """Seconds until all of its processes were gone, and whether some had to be killed."""
+        began = time.monotonic()
+        while left := processes(self.run):
+            if time.monotonic() - began > SECONDS_TO_END:
+                for process in left:
+                    process.kill()
+                return SECONDS_TO_END, True
+            time.sleep(0.1)
+        self.process.wait()
+        return time.monotonic() - began, False
+
+    def ended(self) -> bool:
+        """Waits for the end; whether the run is through."""
+        return self.process.wait(timeout=300) == 0 and (run_dir(self.run) / "model").is_dir()
+
+
+def live(original: Path, run: Path, kinds: Iterable[str], chance: random.Random) -> list[Fault]:
+    """A life on this machine."""
+    faults, starts = [], [Start(run)]
+    for kind in kinds:
+        is_damage = kind in DAMAGES
+        late = "SIGSTOP" in kind or "disk" in kind
+        moment = "step" if is_damage else chance.choice(MOMENTS[1:] if late else MOMENTS)
+        if not starts[-1].reach(moment, chance):
+            break
+        if is_damage:
+            starts[-1].process.terminate()
+        else:
+            what = KILLS[kind](run, chance)
+        seconds, left_over = starts[-1].gone()
+        if is_damage:
+            moment, checkpoints = "between starts", sorted((run_dir(run) / "checkpoints").glob("step_*"))
+            what = DAMAGES[kind](checkpoints[-1], chance) if len(checkpoints) > 1 else ""
+        faults.append(Fault(kind, moment, what, seconds, half_saved=starts[-1].is_saving(), left_over=left_over))
+        starts.append(Start(run))
+    while not starts[-1].ended() and len(starts) < len(faults) + 4:  # a full disk may have ended it
+        starts.append(Start(run))
+    for fault, start in zip(faults, starts[1:], strict=False):
+        fault.seconds_to_resume = start.first_step - start.began if start.first_step else 0.0
+    faults = [fault for fault in faults if fault.what]
+    judge(original, run, faults)
+    return faults
+
+
+def live_in_slurm(
+    original: Path, run: Path, kinds: Iterable[str], chance: random.Random, cluster: Cluster
+) -> list[Fault]:
+    """A life as jobs of a cluster."""
+    faults: list[Fault] = []
+    for kind in kinds:
+        job = Job(cluster, run, settings=SETTINGS)
+        step = chance.randrange(2, 60)
+        job.wait(lambda job=job, step=step: f"\nstep {step}/" in job.log or job.state() == "COMPLETED", "a step")
+        if job.state() == "COMPLETED":
+            break
+        what, began = CLUSTER[kind](cluster, chance), time.monotonic()
+        job.end(seconds=240)
+        log = job.log
+        faults.append(Fault(kind, "step", f"{what}; job {job.state()}, started again {job.state('Restarts')} times"))
+        faults[-1].seconds_to_end = time.monotonic() - began
+        if "going on" in log:
+            faults[-1].what += " and went on"
+    while not (run_dir(run) / "model").is_dir():
+        Job(cluster, run, settings=SETTINGS).end()
+    judge(original, run, faults)
+    return faults
+
+
+def judge(original: Path, run: Path, faults: list[Fault]) -> None:
+    before, after = masters(original, STEPS), masters(run, STEPS)
+    equal = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    expected, found = ([row for row in metrics(r) if "loss/training" in row] for r in (original, run))
+    keys = ("step", "loss/training", "optimizer/gradient_norm")
+    trained = [tuple(row[key] for key in keys) for row in found]
+    wanted = [tuple(row[key] for key in keys) for row in expected]
+    for fault in faults:
+        fault.equal = equal
+        fault.steps_lost, fault.steps_repeated = len(set(wanted) - set(trained)), len(trained) - len(set(wanted))
+
+
+def plan(number: int) -> list[str]:
+    """The faults of a life: on this machine, every tenth life in Slurm."""
+    chance = random.Random(number)
+    if number % 10 == 9:
+        return [chance.choice(list(CLUSTER))]
+    kinds = [*KILLS] * 2 + ["kill -9 of a rank"] * 3 + ["kill -9 of a launcher"] * 2 + [*DAMAGES] * 2
+    kinds.remove("SIGSTOP of a rank")  # half a minute each
+    return [chance.choice(kinds) for _ in range(FAULTS_OF_A_LIFE)]
+
+
+def known() -> dict[int, list[Fault]]:
+    lines = KNOWN.read_text().splitlines() if KNOWN.is_file() else []
+    if not lines or json.loads(lines[0]) != {"code": code_digest()}:
+        KNOWN.parent.mkdir(exist_ok=True)
+        KNOWN.write_text(json.dumps({"code": code_digest()}) + "\n")
+        return {}
+    rows = [json.loads(line) for line in lines[1:] if line.endswith("}")]
+    return {row["life"]: [Fault(**fault) for fault in row["faults"]] for row in rows}
+
+
+def table(faults: list[Fault]) -> str:
+    lines = [
+        "| fault | number | continued bit-equal | steps lost | repeated | left processes | seconds to end | to resume |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for kind in [*KILLS, *DAMAGES, *CLUSTER]:
+        some = [fault for fault in faults if fault.kind == kind]
+        if not some:
+            continue
+        ends, resumes = [f.seconds_to_end for f in some], [f.seconds_to_resume for f in some if f.seconds_to_resume]
+        lines.append(
+            f"| {kind} | {len(some)} | {sum(f.equal for f in some)} | {sum(f.steps_lost for f in some)} | "
+            f"{sum(f.steps_repeated for f in some)} | {sum(f.left_over for f in some)} | {spread(ends)} | "
+            f"{spread(resumes)} |"
+        )
+    equal, halves = sum(f.equal for f in faults), sum(f.half_saved for f in faults)
+    lines.append("")
+    lines.append(
+        f"{len(faults)} faults, {equal} continued to bit-equal weights; {halves} struck while a checkpoint was half "
+        "written. Seconds are median (largest)."
+    )
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} ({max(values):.1f})" if values else ""
+
+
+def write_summary(faults: list[Fault]) -> None:
+    moments = {moment: sum(f.moment == moment for f in faults) for moment in dict.fromkeys(f.moment for f in faults)}
+    told = ", ".join(f"{number} at {moment}" for moment, number in moments.items())
+    SUMMARY.write_text(
+        f"# Faults\n\nMade by `python -m benchmarks.faults`: runs of {STEPS} steps, a checkpoint each 10, injured at "
+        f"random moments ({told}) and started again. {circumstances(2, 'cpu')}.\n\n{table(faults)}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--faults", type=int, default=100, help="stop when so many are known")
+    parser.add_argument("--no-cluster", action="store_true")
+    args = parser.parse_args()
+    end, lives = time.monotonic() + 60 * args.minutes, known()
+    with_cluster = not (args.no_cluster or missing() or forbidden())
+    with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:
+        original = run_file(Path(folder) / "original")
+        launched.train(original, *SETTINGS)
+        number = 0
+        while time.monotonic() < end and sum(map(len, lives.values())) < args.faults:
+            if number not in lives and (with_cluster or number % 10 != 9):
+                faults = one_life(number, original, fresh(original, Path(folder) / f"life{number}"))
+                lives[number] = faults
+                with KNOWN.open("a") as file:
+                    file.write(json.dumps({"life": number, "faults": [asdict(fault) for fault in faults]}) + "\n")
+                for fault in faults:
+                    print(fault, flush=True)
+                write_summary([fault for life in lives.values() for fault in life])
+            number += 1
+    print(table([fault for life in lives.values() for fault in life]))
+
+
+def one_life(number: int, original: Path, run: Path) -> list[Fault]:
+    chance, kinds = random.Random(f"life {number}"), plan(number)
+    if kinds[0] not in injuries.CLUSTER:
+        return live(original, run, kinds, chance)
+    with Cluster(run.parent / "cluster") as cluster:
+        return live_in_slurm(original, run, kinds, chance, cluster)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""What the fault benchmark does to a run: kills, stops, full disks, damaged files, a dead slurmd, a cut network.
+
+In: the processes of a run, its checkpoints, or its cluster. Each fault is a function of a random source, and returns
+what exactly it did.
+"""
+
+import os
+import random
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from sorted_ds.checkpoint.index import INDEX
+from tests.cluster.machines import Cluster
+
+LAUNCHERS = {
+    "sorted-ds": "sorted_ds.cli",
+    "deepspeed": "deepspeed.launcher.runner",
+    "launch": "deepspeed.launcher.launch",
+}
+
+
+def processes(run: Path) -> list[psutil.Process]:
+    """Every living process that belongs to the run, by its command line."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        command = process.info["cmdline"] or []
+        if str(run) in command and process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
+            found.append(process)
+    return found
+
+
+def ranks(run: Path) -> dict[int, psutil.Process]:
+    found = {}
+    for process in processes(run):
+        if "sorted_ds.rank" in process.cmdline() and "deepspeed.launcher" not in " ".join(process.cmdline()):
+            found[int(process.environ()["RANK"])] = process
+    return found
+
+
+def kill_a_rank(run: Path, chance: random.Random) -> str:
+    rank, victim = chance.choice(sorted(ranks(run).items()))
+    victim.kill()
+    return f"rank {rank}"
+
+
+def kill_all_ranks(run: Path, chance: random.Random) -> str:
+    for victim in ranks(run).values():
+        victim.kill()
+    return "all ranks"
+
+
+def kill_a_launcher(run: Path, chance: random.Random) -> str:
+    """`sorted-ds train` itself, deepspeed's launcher, or the process that it starts on each host."""
+    name = chance.choice(list(LAUNCHERS))
+    for process in processes(run):
+        if any(LAUNCHERS[name] in part for part in process.cmdline()):
+            process.kill()
+            return name
+    return ""
+
+
+def kill_everything(run: Path, chance: random.Random) -> str:
+    """As when the power fails, but for what the kernel has not written yet."""
+    for victim in processes(run):
+        victim.kill()
+    return "all processes"
+
+
+def stop_a_rank(run: Path, chance: random.Random) -> str:
+    rank, victim = chance.choice(sorted(ranks(run).items()))
+    victim.suspend()
+    return f"rank {rank}"
+
+
+def fill_the_disk(run: Path, chance: random.Random) -> str:
+    """For one rank; in half of the cases for some seconds."""
+    rank, victim = chance.choice(sorted(ranks(run).items()))
+    resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    if chance.random() < 0.5:
+        return f"rank {rank}, for good"
+    time.sleep(chance.uniform(0.5, 3))
+    if victim.is_running():
+        resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return f"rank {rank}, for a while"
+
+
+KILLS: dict[str, Callable[[Path, random.Random], str]] = {
+    "kill -9 of a rank": kill_a_rank,
+    "kill -9 of all ranks": kill_all_ranks,
+    "kill -9 of a launcher": kill_a_launcher,
+    "kill -9 of everything": kill_everything,
+    "SIGSTOP of a rank": stop_a_rank,
+    "a full disk (RLIMIT_FSIZE)": fill_the_disk,
+}
+"""While it runs."""
+
+
+def _a_shard(checkpoint: Path, chance: random.Random) -> Path:
+    return chance.choice(sorted(checkpoint.glob("rank_*.safetensors")))
+
+
+def truncate(checkpoint: Path, chance: random.Random) -> str:
+    path = _a_shard(checkpoint, chance)
+    size = chance.randrange(path.stat().st_size)
+    os.truncate(path, size)
+    return f"{path.name} to {size} bytes"
+
+
+def flip_a_bit(checkpoint: Path, chance: random.Random) -> str:
+    path = _a_shard(checkpoint, chance)
+    content = bytearray(path.read_bytes())
+    bit = chance.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    return f"bit {bit} of {path.name}"
+
+
+def lose_a_file(checkpoint: Path, chance: random.Random) -> str:
+    path = chance.choice([_a_shard(checkpoint, chance), checkpoint / INDEX])
+    path.unlink()
+    return path.name
+
+
+DAMAGES: dict[str, Callable[[Path, random.Random], str]] = {
+    "a truncated shard": truncate,
+    "a flipped bit": flip_a_bit,
+    "a missing file": lose_a_file,
+}
+"""To the newest checkpoint, between two starts."""
+
+
+def kill_slurmd(cluster: Cluster, chance: random.Random) -> str:
+    """And start it again: at once, or when Slurm has given the node up."""
+    host, seconds = chance.choice(sorted(cluster.hosts)), chance.choice([2, 25])
+    cluster.on(host, "pkill", "-9", "-x", "slurmd")
+    time.sleep(seconds)
+    cluster.said(host, "slurmd", "-f", cluster.environment["SLURM_CONF"], "-N", host)
+    return f"on {host}, for {seconds} s"
+
+
+def cut_the_network(cluster: Cluster, chance: random.Random) -> str:
+    """Of one host, from everybody."""
+    host, seconds = chance.choice(sorted(cluster.hosts)), chance.choice([3, 40])
+    for state in ("down", "up"):
+        subprocess.run(["ip", "link", "set", f"sdsv-{host}", state], check=True)
+        if state == "down":
+            time.sleep(seconds)
+    return f"of {host}, for {seconds} s"
+
+
+def kill_ranks_of_a_host(cluster: Cluster, chance: random.Random) -> str:
+    host = chance.choice(sorted(cluster.hosts))
+    cluster.on(host, "pkill", "-9", "-f", "sorted_ds.rank")
+    return f"on {host}"
+
+
+CLUSTER: dict[str, Callable[[Cluster, random.Random], str]] = {
+    "kill -9 of slurmd": kill_slurmd,
+    "a cut network": cut_the_network,
+    "kill -9 of a host's ranks, in Slurm": kill_ranks_of_a_host,
+}
+
+
+def fresh(original: Path, folder: Path) -> Path:
+    """A copy of a run with its prepared data, and nothing trained."""
+    shutil.copytree(original.parent, folder, dirs_exist_ok=True)
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    return folder / original.name
