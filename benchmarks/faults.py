@@ -58,8 +58,10 @@ class Fault:
     left_over: bool = False
     """Whether processes were still there after `SECONDS_TO_END`."""
     equal: bool = False
-    steps_lost: int = 0
-    steps_repeated: int = 0
+    steps_otherwise: int = 0
+    """Reported twice, or with another loss or gradient norm than in the uninterrupted run."""
+    steps_unreported: int = 0
+    """A full disk costs the curves."""
 
 
 class Start:
@@ -194,7 +196,8 @@ def judge(original: Path, run: Path, faults: list[Fault]) -> None:
     wanted = [tuple(row[key] for key in keys) for row in expected]
     for fault in faults:
         fault.equal = equal
-        fault.steps_lost, fault.steps_repeated = len(set(wanted) - set(trained)), len(trained) - len(set(wanted))
+        fault.steps_otherwise = len(trained) - len(set(trained) & set(wanted))
+        fault.steps_unreported = len(set(wanted) - set(trained))
 
 
 def plan(number: int) -> list[str]:
@@ -228,15 +231,19 @@ def table(faults: list[Fault]) -> str:
             continue
         ends, resumes = [f.seconds_to_end for f in some], [f.seconds_to_resume for f in some if f.seconds_to_resume]
         lines.append(
-            f"| {kind} | {len(some)} | {sum(f.equal for f in some)} | {sum(f.steps_lost for f in some)} | "
-            f"{sum(f.steps_repeated for f in some)} | {sum(f.left_over for f in some)} | {spread(ends)} | "
+            f"| {kind} | {len(some)} | {sum(f.equal for f in some)} | {sum(f.steps_otherwise for f in some)} | "
+            f"{sum(f.steps_unreported for f in some)} | {sum(f.left_over for f in some)} | {spread(ends)} | "
             f"{spread(resumes)} |"
         )
     equal, halves = sum(f.equal for f in faults), sum(f.half_saved for f in faults)
     lines.append("")
     lines.append(
         f"{len(faults)} faults, {equal} continued to bit-equal weights; {halves} struck while a checkpoint was half "
-        "written. Seconds are median (largest)."
+        "written. Steps otherwise: trained twice, or with another loss or gradient norm than the uninterrupted run's; "
+        "unreported: missing in the curves. Left: runs that had not ended after "
+        f"{SECONDS_TO_END} s. To end: from the fault until no process of the run was left (in Slurm: until the job's end, "
+        "with what it did when it was started again); to resume: from the next start to its first step. Seconds are "
+        "median (largest)."
     )
     return "\n".join(lines)
 

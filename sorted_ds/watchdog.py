@@ -56,7 +56,8 @@ class Watchdog:
         with suppress(OSError):
             print(
                 f"error (rank {self._rank}): nothing was finished for {self._seconds / 60:g} minutes "
-                f"(train.hang_minutes). Stacks are in {where[0]}. Start the run again to go on from its last checkpoint.",
+                f"(train.hang_minutes). Stacks are in {where[0]}. Start the run again to go on from its last "
+                "checkpoint.",
                 file=sys.stderr,
                 flush=True,
             )
