@@ -169,7 +169,7 @@ def live_in_slurm(
     """A life as jobs of a cluster."""
     faults: list[Fault] = []
     for kind in kinds:
-        job = Job(cluster, run, settings=SETTINGS)
+        job = Job(cluster, run, settings=[*launched.SETTINGS, *SETTINGS])
         step = chance.randrange(2, 60)
         job.wait(lambda job=job, step=step: f"\nstep {step}/" in job.log or job.state() == "COMPLETED", "a step")
         if job.state() == "COMPLETED":
@@ -182,7 +182,7 @@ def live_in_slurm(
         if "going on" in log:
             faults[-1].what += " and went on"
     while not (run_dir(run) / "model").is_dir():
-        Job(cluster, run, settings=SETTINGS).end()
+        Job(cluster, run, settings=[*launched.SETTINGS, *SETTINGS]).end()
     judge(original, run, faults)
     return faults
 
@@ -241,9 +241,9 @@ def table(faults: list[Fault]) -> str:
         f"{len(faults)} faults, {equal} continued to bit-equal weights; {halves} struck while a checkpoint was half "
         "written. Steps otherwise: trained twice, or with another loss or gradient norm than the uninterrupted run's; "
         "unreported: missing in the curves. Left: runs that had not ended after "
-        f"{SECONDS_TO_END} s. To end: from the fault until no process of the run was left (in Slurm: until the job's end, "
-        "with what it did when it was started again); to resume: from the next start to its first step. Seconds are "
-        "median (largest)."
+        f"{SECONDS_TO_END} s. To end: from the fault until no process of the run was left (in Slurm: until the job's "
+        "end, with what it did when it was started again); to resume: from the next start to its first step. Seconds "
+        "are median (largest)."
     )
     return "\n".join(lines)
 
