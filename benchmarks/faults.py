@@ -34,7 +34,7 @@ from tests.spawn import ROOT
 
 STEPS = 400
 SETTINGS = [f"train.steps={STEPS}", "checkpoint.every_steps=10", "eval.every_steps=15", "train.hang_minutes=0.2"]
-FAULTS_OF_A_LIFE = 4
+FAULTS_OF_A_LIFE, EVERY = 4, 5
 SECONDS_TO_END = 120
 """After which what is left of a run counts as a hang, or as orphans."""
 MOMENTS = ("start", "step", "step", "saving", "saving", "saving", "evaluation", "end")
@@ -201,13 +201,17 @@ def judge(original: Path, run: Path, faults: list[Fault]) -> None:
 
 
 def plan(number: int) -> list[str]:
-    """The faults of a life: on this machine, every tenth life in Slurm."""
-    chance = random.Random(number)
-    if number % 10 == 9:
-        return [chance.choice(list(CLUSTER))]
+    """The faults of a life: on this machine; every fifth life is in Slurm, and meets one."""
+    chance, fifth = random.Random(number), number // EVERY
+    if is_in_slurm(number):
+        return [list(CLUSTER)[fifth % len(CLUSTER)]]
     kinds = [*KILLS] * 2 + ["kill -9 of a rank"] * 3 + ["kill -9 of a launcher"] * 2 + [*DAMAGES] * 2
     kinds.remove("SIGSTOP of a rank")  # half a minute each
     return [chance.choice(kinds) for _ in range(FAULTS_OF_A_LIFE)]
+
+
+def is_in_slurm(number: int) -> bool:
+    return number % EVERY == EVERY - 1
 
 
 def known() -> dict[int, list[Fault]]:
@@ -274,7 +278,7 @@ def main() -> None:
         launched.train(original, *SETTINGS)
         number = 0
         while time.monotonic() < end and sum(map(len, lives.values())) < args.faults:
-            if number not in lives and (with_cluster or number % 10 != 9):
+            if number not in lives and (with_cluster or not is_in_slurm(number)):
                 faults = one_life(number, original, fresh(original, Path(folder) / f"life{number}"))
                 lives[number] = faults
                 with KNOWN.open("a") as file:
