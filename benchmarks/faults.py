@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,8 +32,7 @@ from tests.launched import masters, metrics, run_dir
 from tests.runs import run_file
 from tests.spawn import ROOT
 
-STEPS = 400
-SETTINGS = [f"train.steps={STEPS}", "checkpoint.every_steps=10", "eval.every_steps=15", "train.hang_minutes=0.2"]
+STEPS, EVAL_STEPS = 400, 15
 FAULTS_OF_A_LIFE, EVERY = 4, 5
 SECONDS_TO_END = 120
 """After which what is left of a run counts as a hang, or as orphans."""
@@ -64,12 +63,18 @@ class Fault:
     """A full disk costs the curves."""
 
 
+def settings(steps: int) -> list[str]:
+    more = ["checkpoint.every_steps=10", f"eval.every_steps={EVAL_STEPS}", "train.hang_minutes=0.2"]
+    return [*launched.SETTINGS, f"train.steps={steps}", *more]
+
+
 class Start:
     """`sorted-ds train` once, followed line by line."""
 
-    def __init__(self, run: Path):
-        self.run, self.lines, self.began, self.first_step = run, [], time.monotonic(), 0.0
-        command = launched.command(run, *SETTINGS)
+    def __init__(self, run: Path, steps: int):
+        self.run, self.steps, self.began, self.first_step = run, steps, time.monotonic(), 0.0
+        self.lines: list[str] = []
+        command = launched.command(run, *settings(steps))
         self.process = subprocess.Popen(
             command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, errors="replace"
         )
@@ -106,16 +111,16 @@ class Start:
             time.sleep(chance.uniform(0, 6))
             return self.process.poll() is None
         if moment == "end":
-            return self.wait(lambda: self.step == STEPS) and not time.sleep(chance.uniform(0, 1.0))
+            return self.wait(lambda: self.step == self.steps) and not time.sleep(chance.uniform(0, 1.0))
         if not self.wait(lambda: self.step > 0):
             return False
-        target = self.step + chance.randrange(60)
+        target = self.step + chance.randrange(self.steps // 7)
         if not self.wait(lambda: self.step >= target):
             return False
         if moment == "saving":
             return self.wait(self.is_saving)
         if moment == "evaluation":
-            return self.wait(lambda: self.step % 15 == 0)
+            return self.wait(lambda: self.step % EVAL_STEPS == 0)
         return True
 
     def gone(self) -> tuple[float, bool]:
@@ -135,13 +140,20 @@ class Start:
         return self.process.wait(timeout=300) == 0 and (run_dir(self.run) / "model").is_dir()
 
 
-def live(original: Path, run: Path, kinds: Iterable[str], chance: random.Random) -> list[Fault]:
+def live(
+    original: Path,
+    run: Path,
+    kinds: Iterable[str],
+    chance: random.Random,
+    steps: int = STEPS,
+    moments: Sequence[str] = MOMENTS,
+) -> list[Fault]:
     """A life on this machine."""
-    faults, starts = [], [Start(run)]
+    faults, starts = [], [Start(run, steps)]
     for kind in kinds:
         is_damage = kind in DAMAGES
         late = "SIGSTOP" in kind or "disk" in kind
-        moment = "step" if is_damage else chance.choice(MOMENTS[1:] if late else MOMENTS)
+        moment = "step" if is_damage else chance.choice(moments[1:] if late else moments)
         if not starts[-1].reach(moment, chance):
             break
         if is_damage:
@@ -153,13 +165,13 @@ def live(original: Path, run: Path, kinds: Iterable[str], chance: random.Random)
             moment, checkpoints = "between starts", sorted((run_dir(run) / "checkpoints").glob("step_*"))
             what = DAMAGES[kind](checkpoints[-1], chance) if len(checkpoints) > 1 else ""
         faults.append(Fault(kind, moment, what, seconds, half_saved=starts[-1].is_saving(), left_over=left_over))
-        starts.append(Start(run))
+        starts.append(Start(run, steps))
     while not starts[-1].ended() and len(starts) < len(faults) + 4:  # a full disk may have ended it
-        starts.append(Start(run))
+        starts.append(Start(run, steps))
     for fault, start in zip(faults, starts[1:], strict=False):
         fault.seconds_to_resume = start.first_step - start.began if start.first_step else 0.0
     faults = [fault for fault in faults if fault.what]
-    judge(original, run, faults)
+    judge(original, run, faults, steps)
     return faults
 
 
@@ -169,7 +181,7 @@ def live_in_slurm(
     """A life as jobs of a cluster."""
     faults: list[Fault] = []
     for kind in kinds:
-        job = Job(cluster, run, settings=[*launched.SETTINGS, *SETTINGS])
+        job = Job(cluster, run, settings=settings(STEPS))
         step = chance.randrange(2, 60)
         job.wait(lambda job=job, step=step: f"\nstep {step}/" in job.log or job.state() == "COMPLETED", "a step")
         if job.state() == "COMPLETED":
@@ -182,13 +194,13 @@ def live_in_slurm(
         if "going on" in log:
             faults[-1].what += " and went on"
     while not (run_dir(run) / "model").is_dir():
-        Job(cluster, run, settings=[*launched.SETTINGS, *SETTINGS]).end()
-    judge(original, run, faults)
+        Job(cluster, run, settings=settings(STEPS)).end()
+    judge(original, run, faults, STEPS)
     return faults
 
 
-def judge(original: Path, run: Path, faults: list[Fault]) -> None:
-    before, after = masters(original, STEPS), masters(run, STEPS)
+def judge(original: Path, run: Path, faults: list[Fault], steps: int) -> None:
+    before, after = masters(original, steps), masters(run, steps)
     equal = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     expected, found = ([row for row in metrics(r) if "loss/training" in row] for r in (original, run))
     keys = ("step", "loss/training", "optimizer/gradient_norm")
@@ -275,7 +287,7 @@ def main() -> None:
     with_cluster = not (args.no_cluster or missing() or forbidden())
     with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:
         original = run_file(Path(folder) / "original")
-        launched.train(original, *SETTINGS)
+        launched.train(original, *settings(STEPS), "train.hang_minutes=30")  # DeepSpeed may compile
         number = 0
         while time.monotonic() < end and sum(map(len, lives.values())) < args.faults:
             if number not in lives and (with_cluster or not is_in_slurm(number)):
