@@ -14,7 +14,7 @@ help:
 	@echo "make demo   train one network on the Python standard library and take a small one out (10 minutes)"
 	@echo "make test   every test"
 	@echo "make check  lint, format and types"
-	@echo "make bench  the parity, communication, memory, time and exactness tables"
+	@echo "make bench  the parity, communication, memory, time, exactness and checkpoint tables"
 
 setup: .venv/.complete
 
@@ -42,6 +42,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.compile
 	$(BIN)/python -m benchmarks.exactness
+	$(BIN)/python -m benchmarks.saving
+	$(BIN)/python -m benchmarks.elastic
 
 clean:
 	rm -rf demo .cache build dist *.egg-info

@@ -24,6 +24,7 @@ from sorted_ds.data.prepare import TokenizedText, find_prepared, open_tokens
 from sorted_ds.engine import Engine
 from sorted_ds.errors import AgreedError, UserError
 from sorted_ds.evaluate import measure
+from sorted_ds.extensions import release_dead_locks
 from sorted_ds.files import claim
 from sorted_ds.launcher import settle_deepspeed
 from sorted_ds.learning_rate import lr_at
@@ -218,6 +219,7 @@ def main(arguments: Sequence[str]) -> int:
             ranks.agree(known)
             with ranks.together():
                 claimed = claim(run.run_dir) if ranks.is_first else nullcontext()
+                release_dead_locks(tells=ranks.local_rank == 0)
             with claimed, Watchdog(run.train.hang_minutes, run.run_dir, ranks.rank) as watchdog:
                 train(run, shared_tokens(run, ranks), ranks, watchdog)
     except AgreedError as error:

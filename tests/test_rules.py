@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sorted_ds"
 
 LINE = [
-    *("errors", "files", "shuffle", "ancestors", "stop", "watchdog", "slurm", "rendezvous"),
+    *("errors", "files", "shuffle", "ancestors", "extensions", "stop", "watchdog", "slurm", "rendezvous"),
     *("space", "config", "identity", "run_file", "ranks", "schedule", "learning_rate"),
     *("nested", "data", "loss", "engine", "checkpoint"),
     *(
@@ -42,6 +42,7 @@ LINE = [
 KNOWS_ONLY = {
     "files": {"errors"},
     "ancestors": set(),
+    "extensions": set(),
     "shuffle": set(),
     "stop": {"errors"},
     "watchdog": set(),

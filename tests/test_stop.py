@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 
 from sorted_ds import slurm, stop
@@ -82,6 +83,56 @@ def test_a_limit_that_is_over_before_the_first_step_is_not_tried_again_and_again
     clock = mock.Mock(return_value=stop.STARTED + 61)
     with mock.patch.object(stop.time, "monotonic", clock):
         assert Stop(tmp_path, "1", is_first=True).wanted(0) == (True, False, False)
+
+
+CHAIN = """
+import os, subprocess, sys, time
+generation, first, is_launched = sys.argv[1:]
+if generation == "grandparent" and first == "True":
+    os.environ["SORTED_DS_FIRST_PROCESS"] = str(os.getpid())
+if generation != "rank":
+    younger = {"grandparent": "parent", "parent": "rank"}[generation]
+    sys.exit(subprocess.call([sys.executable, __file__, younger, first, is_launched]))
+from sorted_ds import ancestors
+ancestors.SECONDS_BETWEEN_LOOKS = 0.05
+watched = ancestors.Ancestors(os.environ, is_launched == "True")
+print("watching", watched.one_is_gone(), flush=True)
+end = time.monotonic() + 4
+while not watched.one_is_gone() and time.monotonic() < end:
+    time.sleep(0.1)
+print("still there" if time.monotonic() >= end else "gone", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("victim", "first", "is_launched", "told"),
+    [
+        ("parent", False, True, "gone"),
+        ("grandparent", True, True, "gone"),
+        ("grandparent", False, True, "still there"),  # a user's shell, after `nohup ... &`
+        ("parent", False, False, "still there"),
+    ],
+)
+def test_a_rank_notices_that_a_process_that_started_it_is_gone(tmp_path, victim, first, is_launched, told):
+    (tmp_path / "chain.py").write_text(CHAIN)
+    command = [sys.executable, str(tmp_path / "chain.py"), "grandparent", str(first), str(is_launched)]
+    grandparent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert grandparent.stdout.readline() == "watching False\n"
+    parent = psutil.Process(grandparent.pid).children()[0]
+    (parent if victim == "parent" else grandparent).kill()
+    assert grandparent.stdout.readline() == f"{told}\n"
+    grandparent.kill()
+
+
+def test_sigterm_ends_at_once_while_there_is_nothing_to_save():
+    script = "import sorted_ds.stop as s, os, signal; s.listen()\n"
+    script += "with s.nothing_to_save(): os.kill(os.getpid(), signal.SIGTERM); print('lived')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
+    script = "import sorted_ds.stop as s, os, signal; s.listen(); os.kill(os.getpid(), signal.SIGTERM)\n"
+    script += "with s.nothing_to_save(): print('lived')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
 
 
 def test_a_signal_during_the_imports_is_remembered():

@@ -1,0 +1,114 @@
+"""What a checkpoint costs training: the pause, synchronous and asynchronous, and the steps while it is written.
+
+`python -m benchmarks.saving`: one engine a stage, 30 M parameters on two gloo ranks. Training takes steps in turns:
+with nothing to write, after a synchronous save, and while an asynchronous one is written. The first asynchronous save
+also makes its copy's memory. A rank's bytes are what it writes: its share of fp32 weights and both moments.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from benchmarks.common import SIZES, Setting, circumstances, engine_of, interval, nested_llama
+from sorted_ds.checkpoint import Checkpoints
+from sorted_ds.config import Optim
+from sorted_ds.identity import Identity
+from tests.spawn import on_ranks
+
+MIB = 2**20
+OPTIM = Optim()
+
+
+def measure(ranks, stage: int, size_name: str, rounds: int, bf16: bool, folder: str) -> dict:
+    size = SIZES[size_name]
+    setting = Setting(size, stage, bf16)
+    model = nested_llama(size, dtype=setting.dtype, device=ranks.device)
+    engine = engine_of(model, setting, OPTIM, ranks)
+    ids = torch.randint(0, size.vocab, (size.rows, size.row_tokens), generator=torch.Generator().manual_seed(1))
+
+    def step() -> float:
+        ranks.sum([0])
+        began = time.perf_counter()
+        loss = engine.forward(ids, ids, model.space.full)
+        engine.backward(loss / (ids.numel() * ranks.size))
+        engine.step(1e-4)
+        ranks.sum([0])
+        return time.perf_counter() - began
+
+    kinds = {kind: Checkpoints(Path(folder) / kind, 1, Identity({}), ranks, kind == "asynchronous") for kind in KINDS}
+    process, number = psutil.Process(), 0
+    found: dict = {"quiet": [], "while": [], "synchronous": [], "asynchronous": [], "written": []}
+    step()
+    for turn in range(rounds + 1):
+        before = process.memory_info().rss
+        quiet = step()
+        for kind in KINDS if turn % 2 else KINDS[::-1]:
+            number += 1
+            ranks.sum([0])
+            ended = kinds[kind].start(engine, number)
+            if kind == "asynchronous":
+                taken = [step()]
+                while not all(ranks.sum([kinds[kind].is_ready()])):
+                    taken.append(step())
+                ended = kinds[kind].finish()
+                found["while"].append(statistics.mean(taken) / quiet)
+                found["written"].append(ended[0].seconds)
+            found[kind].append(ended[0].pause_seconds)
+        found["quiet"].append(quiet)
+        if turn == 0:
+            found["first_pause"] = found["asynchronous"][0]
+            found["grown"] = max(0, process.memory_info().rss - before)
+            for key in ("quiet", "while", *KINDS, "written"):
+                found[key].clear()
+    found["bytes"] = sum(path.stat().st_size for path in (Path(folder) / KINDS[0]).rglob("rank_0000*"))
+    return found
+
+
+KINDS = ("synchronous", "asynchronous")
+
+
+def row(stage: int, found: dict) -> str:
+    cells = [
+        stage,
+        f"{found['bytes'] / MIB:.0f}",
+        interval(found["synchronous"]),
+        interval(found["asynchronous"]),
+        f"{found['first_pause']:.3f}",
+    ]
+    return (
+        "| "
+        + " | ".join(
+            map(str, [*cells, interval(found["written"]), interval(found["while"]), f"{found['grown'] / MIB:.0f}"])
+        )
+        + " |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--size", choices=list(SIZES), default="middle")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args()
+    print(circumstances(args.ranks, args.device))
+    print("Seconds, medians (95 %). Steps meanwhile: their time over that of a step with nothing to write.\n")
+    print(
+        "| stage | MiB a rank | pause, synchronous | asynchronous | first | written in | steps meanwhile | MiB more |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for stage in args.stages:
+        with tempfile.TemporaryDirectory() as folder:
+            measured = (args.ranks, measure, stage, args.size, args.rounds, args.bf16, f"{folder}/checkpoints")
+            print(row(stage, on_ranks(*measured, folder=Path(folder), device=args.device)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
