@@ -55,7 +55,7 @@ class Fault:
     half_saved: bool = False
     """Whether a checkpoint was left unfinished."""
     left_over: bool = False
-    """Whether processes were still there after `SECONDS_TO_END`."""
+    """Whether processes were still there after `SECONDS_TO_END`, or trained on to the end."""
     equal: bool = False
     steps_otherwise: int = 0
     """Reported twice, or with another loss or gradient norm than in the uninterrupted run."""
@@ -101,7 +101,11 @@ class Start:
         return True
 
     def is_saving(self) -> bool:
+        """Now, or when it was killed: a start removes what earlier ones left."""
         return any((run_dir(self.run) / "checkpoints").glob(".writing_*"))
+
+    def is_through(self) -> bool:
+        return (run_dir(self.run) / "checkpoints" / f"step_{self.steps:08d}").exists()
 
     def reach(self, moment: str, chance: random.Random) -> bool:
         """Whether the moment came: a run can be over before it."""
@@ -159,11 +163,14 @@ def live(
         if is_damage:
             starts[-1].process.terminate()
         else:
-            what = KILLS[kind](run, chance)
+            was_through, what = starts[-1].is_through(), KILLS[kind](run, chance)
         seconds, left_over = starts[-1].gone()
+        if "kill" in kind:  # whoever is left must not train on to the end
+            left_over |= starts[-1].is_through() and not was_through
         if is_damage:
             moment, checkpoints = "between starts", sorted((run_dir(run) / "checkpoints").glob("step_*"))
             what = DAMAGES[kind](checkpoints[-1], chance) if len(checkpoints) > 1 else ""
+            left_over = False
         faults.append(Fault(kind, moment, what, seconds, half_saved=starts[-1].is_saving(), left_over=left_over))
         starts.append(Start(run, steps))
     while not starts[-1].ended() and len(starts) < len(faults) + 4:  # a full disk may have ended it
@@ -238,7 +245,7 @@ def known() -> dict[int, list[Fault]]:
 
 def table(faults: list[Fault]) -> str:
     lines = [
-        "| fault | number | continued bit-equal | steps lost | repeated | left processes | seconds to end | to resume |"
+        "| fault | number | went on bit-equal | steps otherwise | unreported | left | seconds to end | to resume |"
     ]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for kind in [*KILLS, *DAMAGES, *CLUSTER]:

@@ -44,15 +44,23 @@ def ranks(run: Path) -> dict[int, psutil.Process]:
 
 
 def kill_a_rank(run: Path, chance: random.Random) -> str:
-    rank, victim = chance.choice(sorted(ranks(run).items()))
+    """Each of these says whom it hit, and nothing where nobody was left."""
+    rank, victim = _a_rank(run, chance)
+    if victim is None:
+        return ""
     victim.kill()
     return f"rank {rank}"
 
 
+def _a_rank(run: Path, chance: random.Random) -> tuple[int, psutil.Process | None]:
+    return chance.choice(sorted(ranks(run).items()) or [(-1, None)])
+
+
 def kill_all_ranks(run: Path, chance: random.Random) -> str:
-    for victim in ranks(run).values():
+    victims = ranks(run).values()
+    for victim in victims:
         victim.kill()
-    return "all ranks"
+    return "all ranks" if victims else ""
 
 
 def kill_a_launcher(run: Path, chance: random.Random) -> str:
@@ -67,20 +75,25 @@ def kill_a_launcher(run: Path, chance: random.Random) -> str:
 
 def kill_everything(run: Path, chance: random.Random) -> str:
     """As when the power fails, but for what the kernel has not written yet."""
-    for victim in processes(run):
+    victims = processes(run)
+    for victim in victims:
         victim.kill()
-    return "all processes"
+    return "all processes" if victims else ""
 
 
 def stop_a_rank(run: Path, chance: random.Random) -> str:
-    rank, victim = chance.choice(sorted(ranks(run).items()))
+    rank, victim = _a_rank(run, chance)
+    if victim is None:
+        return ""
     victim.suspend()
     return f"rank {rank}"
 
 
 def fill_the_disk(run: Path, chance: random.Random) -> str:
     """For one rank; in half of the cases for some seconds."""
-    rank, victim = chance.choice(sorted(ranks(run).items()))
+    rank, victim = _a_rank(run, chance)
+    if victim is None:
+        return ""
     resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     if chance.random() < 0.5:
         return f"rank {rank}, for good"
@@ -105,6 +118,10 @@ def _a_shard(checkpoint: Path, chance: random.Random) -> Path:
     return chance.choice(sorted(checkpoint.glob("rank_*.safetensors")))
 
 
+def _a_file(checkpoint: Path, chance: random.Random) -> Path:
+    return chance.choice([_a_shard(checkpoint, chance), checkpoint / INDEX])
+
+
 def truncate(checkpoint: Path, chance: random.Random) -> str:
     path = _a_shard(checkpoint, chance)
     size = chance.randrange(path.stat().st_size)
@@ -113,7 +130,7 @@ def truncate(checkpoint: Path, chance: random.Random) -> str:
 
 
 def flip_a_bit(checkpoint: Path, chance: random.Random) -> str:
-    path = _a_shard(checkpoint, chance)
+    path = _a_file(checkpoint, chance)
     content = bytearray(path.read_bytes())
     bit = chance.randrange(8 * len(content))
     content[bit // 8] ^= 1 << bit % 8
@@ -122,7 +139,7 @@ def flip_a_bit(checkpoint: Path, chance: random.Random) -> str:
 
 
 def lose_a_file(checkpoint: Path, chance: random.Random) -> str:
-    path = chance.choice([_a_shard(checkpoint, chance), checkpoint / INDEX])
+    path = _a_file(checkpoint, chance)
     path.unlink()
     return path.name
 

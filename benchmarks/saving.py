@@ -52,10 +52,11 @@ def measure(ranks, stage: int, size_name: str, rounds: int, bf16: bool, folder: 
             ranks.sum([0])
             ended = kinds[kind].start(engine, number)
             if kind == "asynchronous":
-                taken = [step()]
-                while not all(ranks.sum([kinds[kind].is_ready()])):
+                taken = []
+                while not ended:  # as the trainer does
+                    if ranks.sum([kinds[kind].is_ready()])[0] == ranks.size:
+                        ended = kinds[kind].advance()
                     taken.append(step())
-                ended = kinds[kind].finish()
                 found["while"].append(statistics.mean(taken) / quiet)
                 found["written"].append(ended[0].seconds)
             found[kind].append(ended[0].pause_seconds)

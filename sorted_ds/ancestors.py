@@ -6,7 +6,7 @@ orphan, and a run that is started again would meet it; so it stops, as for a sig
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import psutil
 
@@ -15,16 +15,27 @@ FIRST = "SORTED_DS_FIRST_PROCESS"
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
-class Ancestors:
-    """The rank's parent, and where `sorted-ds train` began it, all up to that."""
+SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh")
+"""They may leave before what they started: `nohup ... &`, and a logout."""
 
-    def __init__(self, environment: Mapping[str, str], is_launched: bool):
-        """`is_launched`: without a launcher the parent is a shell, which may leave."""
-        parents = psutil.Process().parents() if is_launched else []
-        numbers = [str(process.pid) for process in parents]
-        first = environment.get(FIRST, "")
-        self._watched = parents[: numbers.index(first) + 1 if first in numbers else 1]
+
+class Ancestors:
+    """The rank's parent, and where `sorted-ds train` began it, all up to that. Shells do not count."""
+
+    def __init__(self, environment: Mapping[str, str], parent: int, is_launched: bool):
+        """`parent`: its number when the rank started. `is_launched`: without a launcher nobody is watched."""
         self._looked = 0.0
+        first = environment.get(FIRST, "")
+        self._watched: list[psutil.Process] = []
+        self._is_gone = (is_launched or bool(first)) and os.getppid() != parent
+        """Already: it was killed while this rank started."""
+        if first:
+            self._watched = list(_up_to(int(first)))
+            self._is_gone |= not self._watched or self._watched[-1].pid != int(first)
+        elif is_launched and not self._is_gone:
+            self._watched = [
+                process for process in [_parent_of(psutil.Process())] if process and not _is_shell(process)
+            ]
 
     def one_is_gone(self) -> bool:
         """Looks once a second at most."""
@@ -32,13 +43,35 @@ class Ancestors:
         if now - self._looked < SECONDS_BETWEEN_LOOKS:
             return False
         self._looked = now
-        if self._watched and os.getppid() != self._watched[0].pid:
-            return True
-        return not all(map(_is_alive, self._watched))
+        return self._is_gone or not all(map(_is_alive, self._watched))
+
+
+def _up_to(number: int) -> Iterator[psutil.Process]:
+    process = _parent_of(psutil.Process())
+    while process is not None:
+        yield process
+        process = _parent_of(process) if process.pid != number else None
+
+
+def _parent_of(process: psutil.Process) -> psutil.Process | None:
+    """None where it may not be looked at."""
+    try:
+        return process.parent()
+    except psutil.Error:
+        return None
+
+
+def _is_shell(process: psutil.Process) -> bool:
+    try:
+        return process.name() in SHELLS
+    except psutil.Error:
+        return False
 
 
 def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.AccessDenied:
+        return True
     except psutil.NoSuchProcess:
         return False

@@ -147,9 +147,9 @@ class Checkpoint(Section):
     """Saving. A run that is started again goes on from its last checkpoint."""
 
     every_steps: Positive = 500
-    """Steps between checkpoints; one more is saved at the end, and on SIGTERM or SIGINT."""
+    """Steps between checkpoints; one more is saved at the end, and when the run is ended early."""
     keep_last: Positive = 2
-    """Checkpoints that are kept. With two, a damaged one costs a few steps, not the run."""
+    """Checkpoints that are kept. With two, a damaged one costs the steps between them, not the run."""
     asynchronous: bool = True
     """Write while training goes on, from a copy in host memory: 12 bytes a parameter (AdamW), shared by the ranks."""
     strict: bool = False

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 from torch.utils.cpp_extension import get_default_build_root
 
-SECONDS_TO_COMPILE = 120.0
-"""An operation takes about one. A lock that is older, and not open in any process here, is of one that was killed."""
+SECONDS_TO_COMPILE = 300.0
+"""An operation takes one minute. A lock that is older, and not open in any process here, is of one that was killed."""
 
 
 def release_dead_locks(tells: bool) -> None:
@@ -35,7 +35,7 @@ def release_dead_locks(tells: bool) -> None:
 
 
 def _root() -> Path:
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).resolve()
 
 
 def _is_held(lock: Path) -> bool:

@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import os
+import shlex
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import IO
@@ -11,8 +13,8 @@ from typing import IO
 from sorted_ds.errors import UserError
 
 READ_AND_WRITE = 0o666
-SECONDS_FOR_THE_OTHER = 60.0
-"""How long a run that was killed may take to end all of its processes."""
+SECONDS_FOR_THE_OTHER = 120.0
+"""How long a run that was killed may take to end all of its processes, and NFS to forget a host that is gone."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -41,7 +43,7 @@ def claim(folder: Path) -> IO[str]:
     Where the file system knows no locks nothing is claimed. Raises: UserError when another process keeps it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file, end = (folder / ".lock").open("a+"), time.monotonic() + SECONDS_FOR_THE_OTHER
+    file, end, told = (folder / ".lock").open("a+"), time.monotonic() + SECONDS_FOR_THE_OTHER, False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,8 +53,11 @@ def claim(folder: Path) -> IO[str]:
                 file.seek(0)
                 raise UserError(
                     f"{folder} is in use by another run ({file.read().strip()}). Wait until it has ended, end it with "
-                    f"`touch {folder / 'stop'}`, or set another run_dir."
+                    f"`touch {shlex.quote(str(folder / 'stop'))}`, or set another run_dir."
                 ) from None
+            if not told:
+                told = True
+                print(f"waiting for another run to leave {folder}", file=sys.stderr, flush=True)
             time.sleep(0.5)
         except OSError as error:
             if error.errno in NO_LOCKS:

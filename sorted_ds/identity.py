@@ -19,7 +19,7 @@ OF_THE_RUN_FILE = ("seed", "space.", "schedule.", "batch.step_rows", "batch.row_
 """Sections and keys that a run cannot change and still be the same run."""
 NOT_THE_MODEL = ("transformers_version", "dtype", "use_cache", "architectures", "_name_or_path")
 """Keys of a Hugging Face config that say nothing of the network."""
-SPACE = "space."
+SPACE, MODEL = "space.", "model."
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Identity:
         keys = flat(run.model_dump(mode="json"))
         model = flat({key: value for key, value in config.to_dict().items() if key not in NOT_THE_MODEL})
         facts = {key: value for key, value in keys.items() if key.startswith(OF_THE_RUN_FILE)}
-        facts |= {f"model.{key}": value for key, value in model.items()}
+        facts |= {f"{MODEL}{key}": value for key, value in model.items()}
         return cls({**facts, "data": data_key}, run.checkpoint.extend_space)
 
     def check(self, there: Mapping[str, str], folder: Path) -> str:
@@ -45,6 +45,8 @@ class Identity:
         """
         keys = dict.fromkeys([*self.facts, *there])
         differing = [key for key in keys if there.get(key) != self.facts.get(key)]
+        # Another version of transformers may write more keys, or fewer; another model differs in those of both.
+        differing = [key for key in differing if not key.startswith(MODEL) or (key in there and key in self.facts)]
         if not differing:
             return ""
         if all(key.startswith(SPACE) for key in differing):

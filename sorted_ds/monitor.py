@@ -73,7 +73,7 @@ class Monitor:
     def __init__(self, run: Run, space: SubNetSpace, first_step: int, ranks: Ranks):
         self._is_on = ranks.is_first
         self._num_steps, self._full = run.train.steps, space.full
-        self._reported_step = first_step
+        self._reported_step, self._paused = first_step, 0.0
         if not self._is_on:
             return
         self._console = Console(file=cast(IO[str], _Patient(sys.stderr)), highlight=False, soft_wrap=True)
@@ -99,10 +99,15 @@ class Monitor:
             self._task = self._progress.add_task("", total=self._num_steps, completed=step, note="")
             self._progress.start()
 
-    def trained(self, step: int, sums: dict[SubNet, Trained], learning_rate: float, gradient_norm: float) -> None:
-        """The steps since the last report: all draws together, then each sub-network."""
-        seconds, steps = time.perf_counter() - self._last, step - self._reported_step
-        self._last, self._reported_step = time.perf_counter(), step
+    def trained(
+        self, step: int, sums: dict[SubNet, Trained], learning_rate: float, gradient_norm: float, paused_seconds: float
+    ) -> None:
+        """The steps since the last report: all draws together, then each sub-network.
+
+        `paused_seconds`: how long training has waited for checkpoints so far, which does not count as training.
+        """
+        seconds, steps = time.perf_counter() - self._last - (paused_seconds - self._paused), step - self._reported_step
+        self._last, self._reported_step, self._paused = time.perf_counter(), step, paused_seconds
         if not self._is_on:
             return
         num_targets = sum(row.num_targets for row in sums.values())
@@ -134,9 +139,8 @@ class Monitor:
         self._console.print(f"step {step}: validation loss {full:.4f} (full){spread}; took {seconds:.1f} s")
 
     def saved(self, saves: Iterable[Saved]) -> None:
-        """What became of checkpoints. The time that training waited for them does not count as training."""
+        """What became of checkpoints."""
         for save in saves:
-            self._last += save.pause_seconds
             if self._is_on and save.error:
                 self._console.print(f"warning: {save.folder.name} could not be written: {save.error}; going on without")
             elif self._is_on:
@@ -175,11 +179,17 @@ class Monitor:
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
+        except OSError as error:
+            self._console.print(f"warning: the curves of step {step} could not be written: {error}")
+        try:
             if self._board:
                 for key, value in values.items():
                     self._board.add_scalar(key, value, step)
-        except OSError as error:
-            self._console.print(f"warning: the curves of step {step} could not be written: {error}")
+        except OSError as error:  # of its writing thread, which is dead now
+            self._console.print(
+                f"warning: TensorBoard's curves end at step {step}: {error}; metrics.jsonl has the rest"
+            )
+            self._board = None
 
     def _show(self, step: int, values: dict[str, float]) -> None:
         note = f"loss {values['loss/training']:.4f}  {values['speed/tokens_per_second']:,.0f} tokens/s"

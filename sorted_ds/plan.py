@@ -112,6 +112,8 @@ class Plan:
     memory: Memory
     sent_bytes: dict[int, float]
     """What each rank sends in an optimizer step at each ZeRO stage, on average."""
+    checkpoint_bytes: int
+    """Of one, over all ranks, which write equal shares: fp32 weights and moments, at every stage."""
     warnings: tuple[str, ...]
 
 
@@ -151,6 +153,7 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
         flops=training_flops(planned, run.train.steps * run.batch.step_rows * run.batch.row_tokens),
         memory=memory(engine, run.optim.name, planned[-1].parameters, num_ranks),
         sent_bytes=sent_bytes(run, engine, schedule, config, costs, dealt.forwards, num_ranks),
+        checkpoint_bytes=planned[-1].parameters * (12 if run.optim.name == "adamw" else 4),
         warnings=(*warnings(planned), *mode_warnings(engine, torch.cuda.is_available())),
     )
 

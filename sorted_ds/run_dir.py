@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,11 +46,12 @@ class RunDir:
     tokens: TokenizedText
     ranks: Ranks
 
-    def checkpoints(self) -> Checkpoints:
-        """RUN_DIR/checkpoints, of this run alone."""
+    def checkpoints(self, beat: Callable[[], None]) -> Checkpoints:
+        """RUN_DIR/checkpoints, of this run alone. `beat` is called as long as a save moves."""
         settings = self.run.checkpoint
         folder, identity = self.run.run_dir / "checkpoints", Identity.of(self.run, self.config, self.tokens.key)
-        return Checkpoints(folder, settings.keep_last, identity, self.ranks, settings.asynchronous, settings.strict)
+        how = (settings.asynchronous, settings.strict, beat)
+        return Checkpoints(folder, settings.keep_last, identity, self.ranks, *how)
 
     def open(self, engine_config: Mapping, deepspeed_config: Mapping) -> list[str]:
         """Writes run.json, and returns what the run says otherwise than at the last start. A collective."""

@@ -14,6 +14,7 @@ go on later, as a requeued Slurm job. Ranks add up what they want, so one is eno
 | a process that started the ranks is gone (ancestors.py) | yes | no |
 """
 
+import os
 import re
 import signal
 import time
@@ -30,7 +31,7 @@ SIGNALLED = 128
 SECONDS_TO_LEAVE = 5.0
 """From the last save to the end of the process."""
 
-STARTED = time.monotonic()
+STARTED, PARENT = time.monotonic(), os.getppid()
 _signals: set[int] = set()
 
 
@@ -77,7 +78,8 @@ class Stop:
         if self._asked:
             self._longest = max(self._longest, now - self._asked)
         self._asked = now
-        touched = [name for name, path in self._files.items() if path.exists()]
+        touched = [name for name, path in self._files.items() if os.path.exists(path)]
+        # os.path: pathlib raises where a file system has a bad moment.
         # The longest time from question to question so far holds a step, an evaluation and the wait for a save. Before
         # the first save a save is taken to be no longer than that.
         seconds_to_save = seconds_to_save or self._longest

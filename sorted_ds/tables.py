@@ -131,5 +131,12 @@ def stage_line(plan: "Plan") -> str:
     )
 
 
+def checkpoint_line(plan: "Plan", is_asynchronous: bool) -> str:
+    """What a save writes, and keeps meanwhile."""
+    each = f"{plan.checkpoint_bytes / plan.num_ranks / GIB:,.3g} GiB"
+    copied = "; as much host memory for a copy, from which it is written while training goes on" * is_asynchronous
+    return f"A checkpoint: {plan.checkpoint_bytes / GIB:,.3g} GiB, of which each rank writes {each}{copied}."
+
+
 def _times(other: float, this: float) -> str:
     return f"{other / this:.3g} x this run"

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -38,7 +38,7 @@ from sorted_ds.run_dir import RunDir, facts
 from sorted_ds.run_file import load_engine_config, load_run
 from sorted_ds.slurm import requeue
 from sorted_ds.space import Cost, SubNet
-from sorted_ds.stop import Stop
+from sorted_ds.stop import PARENT, Stop
 from sorted_ds.watchdog import Watchdog
 
 
@@ -48,7 +48,7 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
     Raises: UserError, on all ranks, for what the user can mend.
     """
     with ranks.together():
-        launchers = Ancestors(os.environ, is_launched=ranks.size > 1)
+        launchers = Ancestors(os.environ, PARENT, is_launched=ranks.size > 1)
         stop = Stop(run.run_dir, run.train.time_limit, ranks.is_first, launchers.one_is_gone)
         config, space = check_run(run)
         loader = training_loader(run, tokens, ranks)
@@ -57,7 +57,7 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
     schedule = schedule_of(run, costs)
     engine = warm_engine(run, load_model(run, config, space, ranks), loader, ranks, watchdog)
     folder = RunDir(run, config, tokens, ranks)
-    checkpoints = folder.checkpoints()
+    checkpoints = folder.checkpoints(watchdog.beat)
     step = restore(checkpoints, engine, run.train.steps)
     sums = LossSums(space, 1 / (loader.dealt.forwards * ranks.size), ranks.device)
     changes = folder.open(load_engine_config(run.engine.deepspeed), engine.deepspeed_config)
@@ -87,7 +87,7 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
             step += 1
             watchdog.beat()
             if is_due(step, run.log.every_steps) or step == run.train.steps:
-                monitor.trained(step, sums.take(ranks), learning_rate, norm)
+                monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.paused_seconds)
             if is_due(step, run.eval.every_steps) and step < run.train.steps:
                 chosen = eval_subnets(run, space)
                 monitor.evaluated(step, *evaluate(engine, chosen, validation, costs, watchdog.beat))
@@ -95,11 +95,13 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
                 monitor.saved(checkpoints.start(engine, step))
                 watchdog.beat()
 
-        monitor.saved(checkpoints.finish())
-        if step > checkpoints.last_step:
-            monitor.saved(checkpoints.save(engine, step))
+        with saved_or_requeued(checkpoints, bool(later and not for_good), ranks):
+            monitor.saved(checkpoints.finish())
+            if step > checkpoints.last_step:
+                monitor.saved(checkpoints.save(engine, step))
         if step == run.train.steps:
             folder.write_model(engine, space)
+            watchdog.beat()
             measured, seconds = evaluate(engine, space, validation, costs, watchdog.beat)
             folder.write_table(measured)
             monitor.evaluated(step, measured, seconds)
@@ -116,6 +118,16 @@ def warm_engine(run: Run, model: NestedModel, loader: Loader, ranks: Ranks, watc
     engine.warm_up(loader.dealt.rows_per_forward, run.batch.row_tokens)
     watchdog.beat()
     return engine
+
+
+@contextmanager
+def saved_or_requeued(checkpoints: Checkpoints, goes_on_later: bool, ranks: Ranks) -> Iterator[None]:
+    """Where the last save fails, a job that is to go on later goes on from the checkpoint before it."""
+    try:
+        yield
+    except AgreedError as error:
+        then = requeue(os.environ) if goes_on_later and ranks.is_first and checkpoints.last_step else ""
+        raise AgreedError(f"{error} {then}".strip()) from None
 
 
 def left_early(stop: Stop, goes_on_later: bool, ranks: Ranks) -> str:
@@ -163,7 +175,8 @@ def check_finite(
     bad = [(subnet, float(nll)) for subnet, nll, _ in losses if float(nll) - float(nll) != 0]
     told = ranks.gather(f"the loss of {bad[0][0]} is {bad[0][1]}" if bad else "")
     what = next(filter(None, told), "the gradient is not finite")
-    checkpoints.finish()
+    with suppress(AgreedError):
+        checkpoints.finish()
     raise AgreedError(f"step {step}: {what} (gradient norm {norm}). Nothing was saved. {checkpoints.last_good()}")
 
 

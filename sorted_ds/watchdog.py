@@ -15,6 +15,7 @@ from pathlib import Path
 
 EXIT_CODE = 3
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_ASLEEP = 10.0
 SECONDS_TO_WRITE = 5.0
 SECONDS_FOR_OTHERS = 10.0
 """Ranks bark one after the other: each from its own last beat."""
@@ -44,8 +45,13 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._over.wait(min(SECONDS_BETWEEN_LOOKS, self._seconds / 4)):
-            if time.monotonic() - self._last > self._seconds:
+            now = time.monotonic()
+            if now - looked > SECONDS_ASLEEP:  # the whole process was suspended, as Slurm can
+                self.beat()
+            looked = now
+            if now - self._last > self._seconds:
                 self._bark()
 
     def _bark(self) -> None:

@@ -7,15 +7,17 @@ import shutil
 import stat
 import threading
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from sorted_ds.checkpoint import finding, read_master_weights
+from sorted_ds.checkpoint import read_master_weights, waiting
+from sorted_ds.checkpoint.background import Staging
 from sorted_ds.checkpoint.index import INDEX
-from sorted_ds.errors import UserError
+from sorted_ds.errors import AgreedError, UserError
 from tests import exactness, resumed
 from tests.exactness import MOMENTS, SPACE, Case
 from tests.resumed import HALF, PART, STEPS, Leg, Trainer, held_back
@@ -166,7 +168,8 @@ def damaged(ranks, saved: str, folder: str, damages: dict, **settings) -> dict[s
             if ranks.is_first:
                 shutil.copytree(saved, run)
                 damage(run)
-        told = restored(ranks, run, **settings)
+        with mock.patch.object(waiting, "SECONDS_TO_APPEAR", 0.2):
+            told = restored(ranks, run, **settings)
         found[name] = (told, sorted(path.name for path in run.iterdir()))
     return found
 
@@ -207,6 +210,22 @@ def other_format(run: Path) -> None:
     path.write_text(path.read_text().replace('"format": 2', '"format": 99'))
 
 
+def change_the_step(run: Path) -> None:
+    """One bit: still JSON."""
+    path = run / "step_00000010" / INDEX
+    path.write_text(path.read_text().replace('"step": 10', '"step": 18'))
+
+
+def rename_it(run: Path) -> None:
+    (run / "step_00000010").rename(run / "step_00000018")
+
+
+def a_backup(run: Path) -> None:
+    """Not a checkpoint of ours, and damaged."""
+    shutil.copytree(run / "step_00000010", run / "step_00000099.bak")
+    (run / "step_00000099.bak" / INDEX).unlink()
+
+
 def nothing(run: Path) -> None:
     """No damage."""
 
@@ -217,6 +236,7 @@ DAMAGES = {
     lose_a_shard: "rank_0001.safetensors is missing",
     cut_the_index: "checkpoint.json is damaged",
     lose_the_index: "has no checkpoint.json",
+    change_the_step: "checkpoint.json was changed since it was written",
 }
 
 
@@ -235,7 +255,8 @@ def test_a_damaged_checkpoint_is_told_and_put_aside_for_the_one_before(saved, tm
 def refusals(ranks, saved: str, folder: str) -> dict[str, str]:
     """Of everything that is refused."""
     strict = damaged(ranks, saved, f"{folder}/strict", {"truncate": truncate, "nothing": nothing}, strict=True)
-    found = damaged(ranks, saved, folder, {"lose_both": lose_both, "other_format": other_format})
+    others = {"lose_both": lose_both, "other_format": other_format, "rename_it": rename_it, "a_backup": a_backup}
+    found = damaged(ranks, saved, folder, others)
     found["other_run"] = (restored(ranks, saved, facts={"seed": "2"}), [])
     return {name: told for name, (told, _) in {**found, "strict": strict["truncate"], **strict}.items()}
 
@@ -247,6 +268,8 @@ def test_what_is_refused_when_a_run_starts(saved, tmp_path):
     assert "has no checkpoint.json, and no other checkpoint in " in found["lose_both"]
     assert "is of format 99, and this version reads 2" in found["other_format"]
     assert "another run: seed = 1 there, 2 here" in found["other_run"]
+    assert "is of step 10, which step_00000018 is not" in found["rename_it"]
+    assert found["a_backup"] == "step 10"
 
 
 def fall_back_and_keep_one(ranks, folder: str) -> list[str]:
@@ -269,7 +292,7 @@ def test_old_checkpoints_go_and_a_damaged_one_never_counts_as_kept(saved, tmp_pa
 
 def see_otherwise(ranks, folders: list[str], late: str) -> list[str]:
     """Each rank looks into a folder of its own; then, into one that rank 1 sees two seconds late."""
-    with mock.patch.object(finding, "SECONDS_TO_APPEAR", 1.0):
+    with mock.patch.object(waiting, "SECONDS_TO_APPEAR", 1.0):
         found = [restored(ranks, folders[ranks.rank])]
         trainer = Trainer(ranks, Leg(), folders[ranks.rank] + "/new")
         found.append(trainer.checkpoints.start(trainer.engine, 1) or trainer.checkpoints.finish()[0].error)
@@ -319,17 +342,27 @@ def save_with_little_room(ranks, folder: str) -> list:
     found.append(try_to(checkpoints.finish))  # twice in a row: ends the run
     found.append(try_to(lambda: checkpoints.save(engine, 15)))
     room(-1)
-    return [*found, sorted(path.name for path in Path(folder).iterdir())]
+    left = sorted(path.name for path in Path(folder).iterdir())
+    checkpoints.folder = Path(folder) / "step_00000012" / INDEX  # no folder can be made in a file
+    found.append(try_to(lambda: checkpoints.save(engine, 16)))
+    with mock.patch("torch.empty", side_effect=RuntimeError("not enough memory")) if ranks.rank else nullcontext():
+        checkpoints._staging = Staging()
+        checkpoints.folder = Path(folder)
+        found.append(try_to(lambda: checkpoints.save(engine, 17)))
+    return [*found, left]
 
 
 def test_a_failing_write_is_told_and_the_next_one_tried_but_not_twice_in_a_row(saved, tmp_path):
-    once, fine, again, twice, last, left = on_ranks(2, save_with_little_room, str(saved), folder=tmp_path / "full")
+    found = on_ranks(2, save_with_little_room, str(saved), folder=tmp_path / "full")
+    once, fine, again, twice, last, in_a_file, no_memory, left = found
     assert once.startswith("rank 1: rank_0001.safetensors")
     assert fine == ""
     assert again.startswith("rank 1: rank_0001.safetensors")
     assert twice.startswith("raised: step 14: the checkpoint could not be written: rank 1: rank_0001.safetensors")
     assert twice.endswith(f"Last good checkpoint: {saved / 'step_00000012'}.")
     assert last.startswith("raised: step 15: ")
+    assert "step 16: the checkpoint could not be written: rank 0: [Errno 20] Not a directory" in in_a_file
+    assert "step 17: the checkpoint could not be written: rank 1: no host memory for a copy of " in no_memory
     assert left == ["step_00000010", "step_00000012"]
 
 
@@ -348,9 +381,10 @@ def pauses(ranks, folder: str) -> tuple[float, bool, bool]:
         buffer = checkpoints._staging._buffer.data_ptr()
         event.set()
         saved = checkpoints.finish()[0]
-    checkpoints.start(engine, 2)
+    with suppress(AgreedError), checkpoints.finished():
+        checkpoints.start(engine, 2)
+        raise AgreedError("what all ranks know of")
     same_memory = checkpoints._staging._buffer.data_ptr() == buffer
-    checkpoints.finish()
     return saved.seconds - saved.pause_seconds, hidden, same_memory
 
 

@@ -11,14 +11,14 @@ from benchmarks.injuries import fresh
 from tests import launched
 from tests.runs import run_file
 
-STEPS = 250
+STEPS = 400
 KINDS = ["kill -9 of a rank", "a flipped bit", "kill -9 of all ranks", "kill -9 of a launcher", "kill -9 of everything"]
 
 
 def test_five_kills_at_random_moments_cost_nothing(tmp_path):
     original = run_file(tmp_path / "original")
     launched.train(original, *settings(STEPS), "train.hang_minutes=30")
-    seed = time.time()
+    seed = time.time_ns()
     chance = random.Random(seed)
     kinds = [*KINDS, "kill -9 of a rank"]
     chance.shuffle(kinds)
@@ -26,4 +26,6 @@ def test_five_kills_at_random_moments_cost_nothing(tmp_path):
     faults = live(original, fresh(original, tmp_path / "life"), kinds, chance, STEPS, moments)
     told = "\n".join(map(str, [f"seed {seed}", *faults]))
     assert len(faults) >= 5, told
-    assert all(fault.equal and not fault.steps_otherwise and not fault.left_over for fault in faults), told
+    assert all(fault.equal and not fault.left_over for fault in faults), told
+    assert not any(fault.steps_otherwise or fault.steps_unreported for fault in faults), told
+    assert all(fault.seconds_to_end < 60 for fault in faults), told

@@ -23,7 +23,7 @@ def monitor(run, first_step: int = 0) -> Monitor:
 
 
 def report(made: Monitor, step: int) -> None:
-    made.trained(step, {SPACE.full: Trained(nll=30.0 * step, num_targets=10, num_draws=4)}, 1e-3, 0.5)
+    made.trained(step, {SPACE.full: Trained(nll=30.0 * step, num_targets=10, num_draws=4)}, 1e-3, 0.5, 0.0)
 
 
 def steps(run) -> list[int]:

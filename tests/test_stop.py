@@ -1,5 +1,6 @@
 """What ends a run early: signals, files and a deadline; and what a rank says that nothing was finished."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from sorted_ds import slurm, stop
+from sorted_ds.ancestors import FIRST, Ancestors
 from sorted_ds.errors import UserError
 from sorted_ds.stop import Stop, seconds_of
 from sorted_ds.watchdog import EXIT_CODE
@@ -95,7 +97,7 @@ if generation != "rank":
     sys.exit(subprocess.call([sys.executable, __file__, younger, first, is_launched]))
 from sorted_ds import ancestors
 ancestors.SECONDS_BETWEEN_LOOKS = 0.05
-watched = ancestors.Ancestors(os.environ, is_launched == "True")
+watched = ancestors.Ancestors(os.environ, os.getppid(), is_launched == "True")
 print("watching", watched.one_is_gone(), flush=True)
 end = time.monotonic() + 4
 while not watched.one_is_gone() and time.monotonic() < end:
@@ -122,6 +124,16 @@ def test_a_rank_notices_that_a_process_that_started_it_is_gone(tmp_path, victim,
     (parent if victim == "parent" else grandparent).kill()
     assert grandparent.stdout.readline() == f"{told}\n"
     grandparent.kill()
+
+
+def test_a_first_process_that_was_gone_before_is_gone():
+    with subprocess.Popen(["true"]) as first:
+        first.wait()
+    parent = os.getppid()
+    assert Ancestors({FIRST: str(first.pid)}, parent, is_launched=False).one_is_gone()
+    assert Ancestors({}, first.pid, is_launched=True).one_is_gone()  # it had another parent when it started
+    assert not Ancestors({FIRST: str(parent)}, parent, is_launched=False).one_is_gone()
+    assert not Ancestors({}, parent, is_launched=True).one_is_gone()
 
 
 def test_sigterm_ends_at_once_while_there_is_nothing_to_save():

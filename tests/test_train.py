@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sorted_ds.data.prepare import find_prepared
 from sorted_ds.learning_rate import lr_at
 from sorted_ds.nested import costs_of
+from sorted_ds.plan import make_plan
 from sorted_ds.resolve import check_run, data_spec, schedule_of
 from sorted_ds.run_file import load_run
 from sorted_ds.shuffle import Shuffle
@@ -152,6 +153,16 @@ def test_an_ordinary_checkpoint_becomes_a_sorted_model_and_keeps_its_tokenizer(w
     assert all(torch.equal(before[name], after[name]) for name in before)
     tokenizers = [folder / "tokenizer.json" for folder in (tmp_path / "pretrained", run_dir(run) / "model")]
     assert json.loads(tokenizers[0].read_text()) == json.loads(tokenizers[1].read_text())
+
+
+def test_a_checkpoint_has_the_bytes_that_were_planned(whole):
+    settings = load_run(whole, SETTINGS)
+    config, space = check_run(settings)
+    planned = make_plan(settings, space, config, 2).checkpoint_bytes
+    shards = (run_dir(whole) / "checkpoints" / f"step_{STEPS:08d}").glob("rank_*.safetensors")
+    sizes = [path.stat().st_size for path in shards]
+    assert planned <= sum(sizes) <= planned * 1.05  # names come on top
+    assert max(sizes) <= planned / 2 * 1.05
 
 
 def test_before_training_the_plan_and_its_warnings_are_told(whole, tmp_path):

@@ -17,11 +17,14 @@ from sorted_ds.cli import main
 from sorted_ds.launcher import ranks_of
 from tests.launched import (
     ROOT,
+    SETTINGS,
     STEPS,
+    by_launcher,
     command,
     copied,
     masters,
     metrics,
+    one_error,
     run_dir,
     train,
 )
@@ -69,20 +72,6 @@ def test_a_signal_ends_the_step_and_saves_and_the_run_goes_on_bit_equal(whole, t
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_equal(whole, tmp_path):
-    run = copied(whole, tmp_path, keep_steps=0)
-    process = subprocess.Popen(command(run), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    for line in process.stderr:
-        if line.startswith("step 6/"):
-            break
-    subprocess.run(["pkill", "-9", "-f", str(run)], check=True)
-    process.wait()
-    time.sleep(0.2)
-    assert "going on from the checkpoint of step 4" in train(run)
-    before, after = masters(whole), masters(run)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
 def test_a_finished_run_trains_no_more_and_a_longer_one_goes_on(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=STEPS)
     said = train(run, "train.steps=9")
@@ -123,6 +112,52 @@ def test_a_rank_that_is_killed_takes_the_others_down_and_is_named(whole, tmp_pat
     assert time.monotonic() - start < 30
     assert f"error: rank {victim} of 2 ended" in said
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks.values())
+
+
+HANGING = """
+import os, sys, time
+from sorted_ds.schedule import SubNetSchedule
+from sorted_ds.stop import listen
+from sorted_ds.train import main
+draw = SubNetSchedule.draw
+def hang_here(self, step):
+    if step == 3:
+        time.sleep(600)
+    return draw(self, step)
+if os.environ["RANK"] == "1":
+    SubNetSchedule.draw = hang_here
+listen()
+code = main(sys.argv[1:])
+sys.exit(code)
+"""
+
+
+def test_a_rank_that_hangs_ends_the_run_and_all_say_where_they_stand(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=0)
+    (tmp_path / "hanging.py").write_text(HANGING)
+    start = time.monotonic()
+    done = by_launcher("torchrun", str(tmp_path / "hanging.py"), str(run), *SETTINGS, "train.hang_minutes=0.2")
+    assert done.returncode != 0
+    assert time.monotonic() - start < 150
+    assert "nothing was finished for 0.2 minutes (train.hang_minutes). Stacks are in " in done.stderr
+    stacks = [(run_dir(run) / "stacks" / f"rank_{rank:04d}.txt").read_text() for rank in (0, 1)]
+    assert "in hang_here" in stacks[1]
+    assert "in hang_here" not in stacks[0]
+    assert "in sum_agreed" in stacks[0]
+
+
+def test_a_space_grows_on_purpose_and_is_refused_otherwise(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=4)
+    refused = one_error(train(run, "space.ffn=[16, 32, 64]", code=2))
+    assert "a run with 8 of this run's 12 sub-networks. To train the others too from there on" in refused
+    said = train(run, "space.ffn=[16, 32, 64]", "--extend-space")
+    assert "the space grows from 8 to 12 sub-networks" in said
+    assert "going on from the checkpoint of step 4" in said
+    assert len(json.loads((run_dir(run) / "model" / "sorted.json").read_text())["subnets"]) == 12
+    before, after = masters(whole, 4), masters(run, 4)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    trained = [name for row in metrics(run) if row["step"] > 4 for name in row if name.startswith("subnets_draws/")]
+    assert any(name.endswith("-f16") for name in trained)
 
 
 def test_a_time_limit_saves_before_it_and_the_run_goes_on(whole, tmp_path):

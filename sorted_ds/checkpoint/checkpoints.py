@@ -12,6 +12,7 @@ follow from it. Nothing is pickled.
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,10 +21,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from sorted_ds.checkpoint.background import Staging, Task
-from sorted_ds.checkpoint.finding import complete_ones, newest_whole, wait_for
-from sorted_ds.checkpoint.index import Index
+from sorted_ds.checkpoint.finding import complete_ones, newest_whole
+from sorted_ds.checkpoint.index import Index, name_of
 from sorted_ds.checkpoint.shard_files import Sharded, file_of, fill, state_keys_of, tensors_of, write_file
+from sorted_ds.checkpoint.waiting import wait_for
 from sorted_ds.errors import AgreedError
 from sorted_ds.files import sync
 from sorted_ds.identity import Identity
@@ -56,7 +60,7 @@ class _Save:
     step: int
     started: float
     task: Task
-    pause_seconds: float
+    pause_seconds: float = 0.0
     is_written: bool = False
     """By every rank; now rank 0 publishes."""
 
@@ -72,18 +76,24 @@ class Checkpoints:
         ranks: Ranks,
         asynchronous: bool = True,
         strict: bool = False,
+        beat: Callable[[], None] = lambda: None,
     ):
-        """`keep_last` checkpoints are kept. `strict`: a damaged one is an error, even if the one before is whole."""
+        """`keep_last` checkpoints are kept. `strict`: a damaged one is an error, even if the one before is whole.
+
+        `beat` is called as long as something moves.
+        """
         self.folder = folder
         self.warnings: list[str] = []
         """What the user should know of how the run was restored."""
         self.last_step = 0
         """Of the newest whole checkpoint."""
-        self.seconds_to_save = 0.0
-        """How long the longest save took, of those since the last start and the one before it."""
+        self.paused_seconds = 0.0
+        """How long training has waited for saves."""
+        self._seconds_to_save = 0.0
         self._keep_last, self._identity, self._ranks, self._strict = keep_last, identity, ranks, strict
         self._staging = Staging() if asynchronous else None
         self._pending: _Save | None = None
+        self._beat = beat
         self._failures = 0
 
     # Saving
@@ -93,24 +103,20 @@ class Checkpoints:
 
         Raises: AgreedError when saving failed twice in a row.
         """
-        before, started = self.finish(), time.perf_counter()
-        folder, hidden = self.folder / f"step_{step:08d}", self.folder / f".writing_step_{step:08d}"
+        before, began, ranks = self.finish(), time.perf_counter(), self._ranks
+        folder = self.folder / name_of(step)
+        hidden = self.folder / f".writing_{folder.name}_{ranks.gather(str(os.getpid()))[0]}"  # not a dead run's
         try:
-            with self._ranks.together():
-                if self._ranks.is_first:
-                    shutil.rmtree(hidden, ignore_errors=True)
+            with ranks.together():
+                if ranks.is_first:
                     hidden.mkdir(parents=True)
+                tensors = self._set_aside(tensors_of(engine))
         except AgreedError as error:
-            return [*before, self._failed(folder, step, time.perf_counter() - started, str(error))]
-        tensors = tensors_of(engine)
-        if self._staging is not None:
-            tensors = self._staging.copy(tensors)
-        else:
-            tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+            return [*before, self._failed(_Save(folder, hidden, step, began, Task(bool)), began, str(error))]
         optimizer_steps = engine.steps_taken
 
         def write() -> dict:
-            path = hidden / file_of(self._ranks.rank)
+            path = hidden / file_of(ranks.rank)
             wait_for(hidden.is_dir)
             return {
                 "optimizer_steps": optimizer_steps,
@@ -118,12 +124,19 @@ class Checkpoints:
                 "files": {path.name: write_file(path, tensors)},
             }
 
-        self._pending = _Save(folder, hidden, step, started, Task(write), time.perf_counter() - started)
+        self._pending = _Save(folder, hidden, step, began, Task(write))
+        self._count_pause(self._pending, began)
         return before if self._staging else [*before, *self.finish()]
+
+    def _set_aside(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What can be written while training goes on; a synchronous save needs no copy."""
+        if self._staging is not None:
+            return self._staging.copy(tensors)
+        return {name: value.cpu().contiguous() for name, value in tensors.items()}
 
     def is_ready(self) -> bool:
         """Whether this rank has done its part of the half that a save is in."""
-        return self._pending is not None and self._pending.task.is_done
+        return self._pending is not None and self._pending.task.is_done()
 
     def advance(self) -> list[Saved]:
         """Call when all ranks are ready, or to wait for them: ends this half of the save. A collective.
@@ -132,23 +145,36 @@ class Checkpoints:
         """
         save, began, result = self._pending, time.perf_counter(), {}
         assert save is not None
+        self._wait(save)
         try:
             with self._ranks.together():
                 result = save.task.result()
-            if not save.is_written:
-                parts = [json.loads(text) for text in self._ranks.gather(json.dumps(result))]
-                save.is_written, save.task = True, Task(self._publisher(save, parts))
-                save.pause_seconds += time.perf_counter() - began
-                return []
         except AgreedError as error:
             self._pending = None
-            if self._ranks.is_first:
-                shutil.rmtree(save.hidden, ignore_errors=True)
-            return [self._failed(save.folder, save.step, time.perf_counter() - save.started, str(error))]
+            return [self._failed(save, began, str(error))]
+        if not save.is_written:
+            parts = [json.loads(text) for text in self._ranks.gather(json.dumps(result))]
+            save.is_written, save.task = True, Task(self._publisher(save, parts))
+            self._count_pause(save, began)
+            return []
         self._pending, self._failures, self.last_step = None, 0, save.step
-        now = time.perf_counter()
-        self.seconds_to_save = max(self.seconds_to_save, now - save.started)
-        return [Saved(save.folder, save.step, now - save.started, save.pause_seconds + now - began)]
+        self._count_pause(save, began)
+        seconds = time.perf_counter() - save.started
+        self._seconds_to_save = max(self._seconds_to_save, seconds)
+        return [Saved(save.folder, save.step, seconds, save.pause_seconds)]
+
+    def _wait(self, save: _Save) -> None:
+        """For this rank's part. As long as bytes are written nothing hangs."""
+        written = 0
+        while not save.task.is_done(seconds=1.0):
+            if (now := _bytes_in(save.hidden)) > written:
+                written = now
+                self._beat()
+
+    def _count_pause(self, save: _Save, began: float) -> None:
+        seconds = time.perf_counter() - began
+        save.pause_seconds += seconds
+        self.paused_seconds += seconds
 
     def finish(self) -> list[Saved]:
         """Waits until no save is on its way. A collective.
@@ -180,16 +206,26 @@ class Checkpoints:
             raise AgreedError(self._told(step, ended[-1].error))
         return ended
 
+    @property
+    def seconds_to_save(self) -> float:
+        """What a last save may take: the longest so far, once more for one that is on its way; 0 before the first."""
+        return self._seconds_to_save * (1 if self._pending is None else 2)
+
     def last_good(self) -> str:
         """A sentence for an error message."""
-        complete = complete_ones(self.folder)
+        complete = []
+        with suppress(OSError):
+            complete = complete_ones(self.folder)
         return f"Last good checkpoint: {complete[-1]}." if complete else "There is no earlier checkpoint."
 
-    def _failed(self, folder: Path, step: int, seconds: float, error: str) -> Saved:
+    def _failed(self, save: _Save, began: float, error: str) -> Saved:
+        if self._ranks.is_first:
+            shutil.rmtree(save.hidden, ignore_errors=True)
+        self._count_pause(save, began)
         self._failures += 1
         if self._failures == FAILURES_IN_A_ROW:
-            raise AgreedError(self._told(step, error))
-        return Saved(folder, step, seconds, seconds, error)
+            raise AgreedError(self._told(save.step, error))
+        return Saved(save.folder, save.step, time.perf_counter() - save.started, save.pause_seconds, error)
 
     def _told(self, step: int, error: str) -> str:
         return f"step {step}: the checkpoint could not be written: {error}. {self.last_good()}"
@@ -207,14 +243,11 @@ class Checkpoints:
         def publish() -> None:
             self._see_all(save.hidden, files)
             index.write(save.hidden)
-            if save.folder.exists():
-                _delete(save.folder)
-            save.hidden.rename(save.folder)
-            sync(self.folder)
-            for left in self.folder.glob(".deleting_*"):
-                shutil.rmtree(left, ignore_errors=True)
-            for old in complete_ones(self.folder)[: -self._keep_last]:
-                _delete(old)
+            _swap(save.hidden, save.folder)
+            with suppress(OSError):  # it is there; what is left is room
+                sync(self.folder)
+                for old in complete_ones(self.folder)[: -self._keep_last]:
+                    _delete(old)
 
         return publish
 
@@ -229,23 +262,51 @@ class Checkpoints:
     def restore_latest(self, engine: Sharded) -> int:
         """Loads the newest whole checkpoint into the engine and returns its step; 0 when there is none. A collective.
 
-        Damaged ones that are newer are put aside, and told in `warnings`.
+        Damaged ones that are newer are put aside, and told in `warnings`. What killed runs left half done goes.
 
         Raises: AgreedError when there are only damaged ones, or some and `strict`, or another run's.
         """
+        with self._ranks.together():
+            if self._ranks.is_first:
+                for left in (*self.folder.glob(".writing_*"), *self.folder.glob(".deleting_*")):
+                    shutil.rmtree(left, ignore_errors=True)
         index, folder, self.warnings = newest_whole(self.folder, self._identity, self._ranks, self._strict)
         if index is None:
             return 0
+        self._beat()
         engine.restore(index.optimizer_steps, index.state_keys)
+        names, own = list(index.files), self._ranks.rank % len(index.files)
         with self._ranks.together():
-            fill(engine, (folder / name for name in index.files))
+            fill(engine, folder, names[own:] + names[:own])  # on as many ranks as before, the first file has all
         engine.publish()
-        self.last_step, self.seconds_to_save = index.step, index.seconds
+        self.last_step, self._seconds_to_save = index.step, index.seconds
         return index.step
 
 
 def _has_bytes(path: Path, num_bytes: int) -> bool:
     return path.is_file() and path.stat().st_size == num_bytes
+
+
+def _bytes_in(folder: Path) -> int:
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    except OSError:
+        return 0
+
+
+def _swap(hidden: Path, folder: Path) -> None:
+    """Publishes. The same step's earlier checkpoint, if there is one, goes only when the new one has come."""
+    if not folder.exists():
+        hidden.rename(folder)
+        return
+    aside = folder.with_name(f".deleting_{folder.name}")
+    folder.rename(aside)
+    try:
+        hidden.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _delete(folder: Path) -> None:

@@ -4,22 +4,27 @@ In: the folder of checkpoints and the run's identity. Out: the index of one, and
 are damaged are put aside: they must not be taken for the newest again, nor count as kept.
 """
 
+import os
+import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+from sorted_ds.checkpoint import waiting
 from sorted_ds.checkpoint.index import DamagedError, Index
 from sorted_ds.errors import AgreedError
 from sorted_ds.identity import Identity
 from sorted_ds.ranks import Ranks
 
-SECONDS_TO_APPEAR = 30.0
-"""How long a shared file system may take to show one host what another one wrote."""
+PUBLISHED = re.compile(r"step_\d{8,}")
 
 
 def complete_ones(folder: Path) -> list[Path]:
-    """The published checkpoints, oldest first."""
-    return sorted(folder.glob("step_*"))
+    """The published checkpoints, oldest first. Raises: OSError; a folder that cannot be read is not an empty one."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return [folder / name for name in sorted(names) if PUBLISHED.fullmatch(name)]
 
 
 def newest_whole(folder: Path, identity: Identity, ranks: Ranks, strict: bool) -> tuple[Index | None, Path, list[str]]:
@@ -48,7 +53,7 @@ def newest_whole(folder: Path, identity: Identity, ranks: Ranks, strict: bool) -
 
 def _seen_by_all(folder: Path, ranks: Ranks) -> list[Path]:
     """Raises: AgreedError when ranks see different checkpoints: they would restore different steps, and hang."""
-    end = time.monotonic() + SECONDS_TO_APPEAR
+    end = time.monotonic() + waiting.SECONDS_TO_APPEAR
     while True:
         with ranks.together():
             complete = complete_ones(folder)
@@ -93,11 +98,3 @@ def _unused(path: Path) -> Path:
     while free.exists():
         free, number = path.with_name(f"{path.name}-{number}"), number + 1
     return free
-
-
-def wait_for(is_so: Callable[[], bool]) -> bool:
-    """Whether it came to be so before a shared file system's patience ended."""
-    end = time.monotonic() + SECONDS_TO_APPEAR
-    while not (found := is_so()) and time.monotonic() < end:
-        time.sleep(0.1)
-    return found

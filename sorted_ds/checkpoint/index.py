@@ -1,10 +1,12 @@
 """checkpoint.json: what a checkpoint is of, and by what one knows that it is whole."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from sorted_ds.checkpoint.shard_files import sha256_of
+from sorted_ds.checkpoint.waiting import wait_for
 from sorted_ds.errors import UserError
 from sorted_ds.files import sync
 
@@ -18,7 +20,7 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True)
 class Index:
-    """The fields of checkpoint.json."""
+    """The fields of checkpoint.json, but for `sha256`, which is of all others."""
 
     step: int
     optimizer_steps: int
@@ -32,43 +34,62 @@ class Index:
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        path = folder / INDEX
-        path.write_text(json.dumps(asdict(self), indent=1))
+        path, contents = folder / INDEX, asdict(self)
+        path.write_text(json.dumps({**contents, "sha256": _sha256_of(contents)}, indent=1))
         sync(path)
         sync(folder)
 
     @classmethod
     def read(cls, folder: Path) -> "Index":
-        """Raises: DamagedError; UserError when another version wrote it."""
+        """Raises: DamagedError; UserError when another version wrote it, or it cannot be read."""
         path = folder / INDEX
+        if not wait_for(path.exists):
+            raise DamagedError(f"{folder} has no {INDEX}")
         try:
-            told = json.loads(path.read_text())
+            told = json.loads(path.read_bytes())
             if told["format"] != FORMAT:
                 raise UserError(
                     f"{path} is of format {told['format']}, and this version reads {FORMAT}. Set another run_dir."
                 )
-            return cls(**{field.name: told[field.name] for field in fields(cls)})
-        except FileNotFoundError:
-            raise DamagedError(f"{folder} has no {INDEX}") from None
+            if told.pop("sha256") != _sha256_of(told):
+                raise DamagedError(f"{path} was changed since it was written")
+            index = cls(**{field.name: told[field.name] for field in fields(cls)})
         except OSError as error:
-            raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
+            raise _unreadable(path, error) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(f"{path} is damaged ({error!r})") from None
+        if folder.name != name_of(index.step):
+            raise DamagedError(f"{path} is of step {index.step}, which {folder.name} is not")
+        return index
 
     def check_files(self, folder: Path, rank: int, num_ranks: int) -> None:
         """Presence and size of every file; of each file the checksum, on one of the ranks.
 
-        Raises: DamagedError.
+        Raises: DamagedError; UserError when one cannot be read.
         """
         for number, (name, expected) in enumerate(self.files.items()):
             path = folder / name
+            if not wait_for(path.exists):
+                raise DamagedError(f"{path} is missing")
             try:
                 num_bytes = path.stat().st_size
                 if num_bytes != expected["bytes"]:
                     raise DamagedError(f"{path} has {num_bytes} bytes, {expected['bytes']} were written")
                 if number % num_ranks == rank and sha256_of(path) != expected["sha256"]:
                     raise DamagedError(f"{path} was changed since it was written")
-            except FileNotFoundError:
-                raise DamagedError(f"{path} is missing") from None
             except OSError as error:
-                raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
+                raise _unreadable(path, error) from None
+
+
+def name_of(step: int) -> str:
+    """Of its folder."""
+    return f"step_{step:08d}"
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    """Not damage: it may be whole, and only this host cannot reach it."""
+    return UserError(f"{path} cannot be read: {error.strerror}. Mend that, and start the run again.")
+
+
+def _sha256_of(contents: dict) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()

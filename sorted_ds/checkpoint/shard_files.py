@@ -9,9 +9,8 @@ blocks that a space cuts them into. So any number of ranks, at any stage, with a
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -78,62 +77,59 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Where a stretch of a weight lies: the open file, its tensor's name, its first element's number, its length."""
-
-    file: safe_open
-    name: str
-    start: int
-    num: int
-
-
-def _pieces(paths: Iterable[Path]) -> dict[tuple[str, str], list[_Piece]]:
-    """By weight and key."""
-    pieces: dict[tuple[str, str], list[_Piece]] = {}
-    for path in paths:
-        file = safe_open(path, framework="pt")
-        for name in file.keys():  # noqa: SIM118, a safe_open is no mapping
-            weight, start, key = name.split(SEPARATOR)
-            num = file.get_slice(name).get_shape()[0]
-            pieces.setdefault((weight, key), []).append(_Piece(file, name, int(start), num))
-    return pieces
-
-
-def fill(engine: Sharded, paths: Iterable[Path]) -> None:
-    """Copies into every shard that this rank holds the stretches that overlap it.
+def fill(engine: Sharded, folder: Path, names: Iterable[str]) -> None:
+    """Copies into every shard that this rank holds the stretches that overlap it, file after file until all is there.
 
     Raises: UserError when some are missing.
     """
-    pieces, places = _pieces(paths), engine.places()
+    targets, places = _Targets(), engine.places()
     for shard in engine.shards():
         weight, first = places[shard.name]
         for key, value in {MASTER: shard.view(shard.flat), **engine.state_of(shard)}.items():
-            filled = _copy(pieces.get((weight, key), []), first + shard.start, value)
-            if filled != shard.num:
-                raise UserError(
-                    f"the checkpoint holds {filled} of {shard.num} elements of {shard.name}: another model's."
-                )
+            targets.add(weight, key, first + shard.start, value)
+    for name in names:
+        if targets.num_left:
+            with safe_open(folder / name, framework="pt") as file:
+                for tensor in file.keys():  # noqa: SIM118, a safe_open is no mapping
+                    targets.fill(tensor, file.get_slice(tensor))
+    if targets.num_left:
+        raise UserError(f"{folder} lacks {targets.num_left} numbers of this run's: it is another model's.")
 
 
-def _copy(pieces: list[_Piece], first: int, target: Tensor) -> int:
-    """Into `target`, whose first element has the number `first` in the weight. Returns how many were found."""
-    filled = 0
-    for piece in pieces:
-        start, stop = max(first, piece.start), min(first + len(target), piece.start + piece.num)
-        if start < stop:
-            values = piece.file.get_slice(piece.name)[start - piece.start : stop - piece.start]
-            target[start - first : stop - first].copy_(values)
-            filled += stop - start
-    return filled
+class _Targets:
+    """Where the stretches of a checkpoint go."""
+
+    def __init__(self) -> None:
+        self.num_left = 0
+        self._targets: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
+
+    def add(self, weight: str, key: str, first: int, target: Tensor) -> None:
+        """`first`: the number of the target's first element in the weight."""
+        self._targets.setdefault((weight, key), []).append((first, target))
+        self.num_left += len(target)
+
+    def fill(self, name: str, stretch: Any) -> None:
+        """`stretch`: a slice of a safetensors file, read where it overlaps."""
+        weight, start, key = _parts_of(name)
+        for first, target in self._targets.get((weight, key), []):
+            begin, end = max(first, start), min(first + len(target), start + stretch.get_shape()[0])
+            if begin < end:
+                target[begin - first : end - first].copy_(stretch[begin - start : end - start])
+                self.num_left -= end - begin
+
+
+def _parts_of(name: str) -> tuple[str, int, str]:
+    weight, start, key = name.split(SEPARATOR)
+    return weight, int(start), key
 
 
 def read_master_weights(folder: Path) -> dict[str, Tensor]:
     """The full fp32 master weights of a checkpoint, under Hugging Face's names, flattened (rows first)."""
-    whole: dict[str, Tensor] = {}
-    for (weight, key), pieces in _pieces(sorted(folder.glob("rank_*.safetensors"))).items():
-        if key == MASTER:
-            whole[weight] = torch.empty(max(piece.start + piece.num for piece in pieces))
-            for piece in pieces:
-                whole[weight][piece.start : piece.start + piece.num] = piece.file.get_tensor(piece.name)
-    return whole
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for path in sorted(folder.glob("rank_*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                weight, start, key = _parts_of(name)
+                if key == MASTER:
+                    pieces.setdefault(weight, {})[start] = file.get_tensor(name)
+    return {weight: torch.cat([found[start] for start in sorted(found)]) for weight, found in pieces.items()}

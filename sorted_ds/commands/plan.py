@@ -8,7 +8,7 @@ from sorted_ds.launcher import num_devices
 from sorted_ds.plan import make_plan
 from sorted_ds.resolve import check_run
 from sorted_ds.run_file import load_run
-from sorted_ds.tables import compute_lines, console, plan_table, stage_line, stage_table, step_lines
+from sorted_ds.tables import checkpoint_line, compute_lines, console, plan_table, stage_line, stage_table, step_lines
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
     out = console()
     out.print(plan_table(plan), "", *step_lines(plan), "", *compute_lines(plan, args.tflops), sep="\n", soft_wrap=True)
     out.print("", stage_line(plan), "", stage_table(plan), sep="\n", soft_wrap=True)
+    out.print("", checkpoint_line(plan, settings.checkpoint.asynchronous), sep="\n", soft_wrap=True)
     for warning in plan.warnings:
         out.print(f"\nwarning: {warning}", style="yellow", soft_wrap=True)
     return 0
