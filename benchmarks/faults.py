@@ -64,7 +64,7 @@ class Fault:
 
 
 def settings(steps: int) -> list[str]:
-    more = ["checkpoint.every_steps=10", f"eval.every_steps={EVAL_STEPS}", "train.hang_minutes=0.2"]
+    more = ["checkpoint.every_steps=10", f"eval.every_steps={EVAL_STEPS}", "train.hang_minutes=0.75"]
     return [*launched.SETTINGS, f"train.steps={steps}", *more]
 
 
