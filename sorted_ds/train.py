@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sorted_ds.ancestors import Ancestors
 from sorted_ds.assemble import engine_of, eval_subnets, load_model, training_loader, validation_of
-from sorted_ds.checkpoint import Checkpoints, Saved
+from sorted_ds.checkpoint import Checkpoints
 from sorted_ds.config import Run
 from sorted_ds.data.loader import Loader, MicroBatch
 from sorted_ds.data.prepare import TokenizedText, find_prepared, open_tokens
@@ -95,7 +95,7 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
                 monitor.saved(checkpoints.start(engine, step))
                 watchdog.beat()
 
-        monitor.saved(save_last(checkpoints, engine, step, bool(later and not for_good)))
+        save_last(checkpoints, engine, step, bool(later and not for_good), monitor)
         if step == run.train.steps:
             folder.write_model(engine, space)
             watchdog.beat()
@@ -117,14 +117,15 @@ def warm_engine(run: Run, model: NestedModel, loader: Loader, ranks: Ranks, watc
     return engine
 
 
-def save_last(checkpoints: Checkpoints, engine: Engine, step: int, goes_on_later: bool) -> list[Saved]:
+def save_last(checkpoints: Checkpoints, engine: Engine, step: int, goes_on_later: bool, monitor: Monitor) -> None:
     """Ends the save that is on its way, and saves what came after it. A collective.
 
     Raises: AgreedError where that fails. A job that is to go on later then goes on from the checkpoint before.
     """
     try:
-        ended = checkpoints.finish()
-        return ended + (checkpoints.save(engine, step) if step > checkpoints.last_step else [])
+        monitor.saved(checkpoints.finish())
+        if step > checkpoints.last_step:
+            monitor.saved(checkpoints.save(engine, step))
     except AgreedError as error:
         is_asked = goes_on_later and engine.ranks.is_first and checkpoints.last_step
         raise AgreedError(f"{error} {requeue(os.environ) if is_asked else ''}".strip()) from None
