@@ -1,4 +1,4 @@
-"""Injures real runs at random moments, starts them again, and counts what that cost. About 25 s a fault.
+"""Injures real runs at random moments, starts them again, and counts what that cost. About 40 s a fault.
 
 `python -m benchmarks.faults --minutes 60` goes on where it stopped; what is known is kept in .cache/faults.jsonl,
 thrown away when the code changes, and summed up in docs/faults.md. A *life* is one run that meets several faults until
@@ -24,6 +24,8 @@ import torch
 from benchmarks import injuries
 from benchmarks.common import circumstances
 from benchmarks.injuries import CLUSTER, DAMAGES, KILLS, fresh, processes
+from sorted_ds.checkpoint.finding import complete_ones
+from sorted_ds.checkpoint.index import name_of
 from sorted_ds.run_dir import code_digest
 from tests import launched
 from tests.cluster.machines import Cluster, forbidden, missing
@@ -105,7 +107,7 @@ class Start:
         return any((run_dir(self.run) / "checkpoints").glob(".writing_*"))
 
     def is_through(self) -> bool:
-        return (run_dir(self.run) / "checkpoints" / f"step_{self.steps:08d}").exists()
+        return (run_dir(self.run) / "checkpoints" / name_of(self.steps)).exists()
 
     def reach(self, moment: str, chance: random.Random) -> bool:
         """Whether the moment came: a run can be over before it."""
@@ -168,9 +170,8 @@ def live(
         if "kill" in kind:  # whoever is left must not train on to the end
             left_over |= starts[-1].is_through() and not was_through
         if is_damage:
-            moment, checkpoints = "between starts", sorted((run_dir(run) / "checkpoints").glob("step_*"))
+            moment, checkpoints = "between starts", complete_ones(run_dir(run) / "checkpoints")
             what = DAMAGES[kind](checkpoints[-1], chance) if len(checkpoints) > 1 else ""
-            left_over = False
         faults.append(Fault(kind, moment, what, seconds, half_saved=starts[-1].is_saving(), left_over=left_over))
         starts.append(Start(run, steps))
     while not starts[-1].ended() and len(starts) < len(faults) + 4:  # a full disk may have ended it
@@ -264,9 +265,9 @@ def table(faults: list[Fault]) -> str:
         f"{len(faults)} faults, {equal} continued to bit-equal weights; {halves} struck while a checkpoint was half "
         "written. Steps otherwise: trained twice, or with another loss or gradient norm than the uninterrupted run's; "
         "unreported: missing in the curves. Left: runs that had not ended after "
-        f"{SECONDS_TO_END} s. To end: from the fault until no process of the run was left (in Slurm: until the job's "
-        "end, with what it did when it was started again); to resume: from the next start to its first step. Seconds "
-        "are median (largest)."
+        f"{SECONDS_TO_END} s, or trained on to the end. To end: from the fault until no process of the run was left "
+        "(in Slurm: until the job's end, with what it did when it was started again); to resume: from the next start "
+        "to its first step. Seconds are median (largest)."
     )
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import psutil
@@ -43,24 +43,33 @@ def ranks(run: Path) -> dict[int, psutil.Process]:
     return found
 
 
+def _hit(victims: Collection[psutil.Process], how: Callable[[psutil.Process], object], told: str) -> str:
+    """Whom it hit, and nothing where nobody was left."""
+    for victim in victims:
+        how(victim)
+    return told if victims else ""
+
+
+def _hit_a_rank(run: Path, chance: random.Random, how: Callable[[psutil.Process], object]) -> str:
+    rank, victim = chance.choice(sorted(ranks(run).items()) or [(-1, None)])
+    return _hit([victim] if victim else [], how, f"rank {rank}")
+
+
 def kill_a_rank(run: Path, chance: random.Random) -> str:
-    """Each of these says whom it hit, and nothing where nobody was left."""
-    rank, victim = _a_rank(run, chance)
-    if victim is None:
-        return ""
-    victim.kill()
-    return f"rank {rank}"
+    return _hit_a_rank(run, chance, psutil.Process.kill)
 
 
-def _a_rank(run: Path, chance: random.Random) -> tuple[int, psutil.Process | None]:
-    return chance.choice(sorted(ranks(run).items()) or [(-1, None)])
+def stop_a_rank(run: Path, chance: random.Random) -> str:
+    return _hit_a_rank(run, chance, psutil.Process.suspend)
 
 
 def kill_all_ranks(run: Path, chance: random.Random) -> str:
-    victims = ranks(run).values()
-    for victim in victims:
-        victim.kill()
-    return "all ranks" if victims else ""
+    return _hit(ranks(run).values(), psutil.Process.kill, "all ranks")
+
+
+def kill_everything(run: Path, chance: random.Random) -> str:
+    """As when the power fails, but for what the kernel has not written yet."""
+    return _hit(processes(run), psutil.Process.kill, "all processes")
 
 
 def kill_a_launcher(run: Path, chance: random.Random) -> str:
@@ -73,34 +82,20 @@ def kill_a_launcher(run: Path, chance: random.Random) -> str:
     return ""
 
 
-def kill_everything(run: Path, chance: random.Random) -> str:
-    """As when the power fails, but for what the kernel has not written yet."""
-    victims = processes(run)
-    for victim in victims:
-        victim.kill()
-    return "all processes" if victims else ""
-
-
-def stop_a_rank(run: Path, chance: random.Random) -> str:
-    rank, victim = _a_rank(run, chance)
-    if victim is None:
-        return ""
-    victim.suspend()
-    return f"rank {rank}"
-
-
 def fill_the_disk(run: Path, chance: random.Random) -> str:
     """For one rank; in half of the cases for some seconds."""
-    rank, victim = _a_rank(run, chance)
-    if victim is None:
-        return ""
-    resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    if chance.random() < 0.5:
-        return f"rank {rank}, for good"
-    time.sleep(chance.uniform(0.5, 3))
-    if victim.is_running():
-        resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    return f"rank {rank}, for a while"
+    for_good, seconds = chance.random() < 0.5, chance.uniform(0.5, 3)
+
+    def limit(victim: psutil.Process) -> None:
+        resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        if for_good:
+            return
+        time.sleep(seconds)
+        if victim.is_running():
+            resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    hit = _hit_a_rank(run, chance, limit)
+    return hit and f"{hit}, for {'good' if for_good else 'a while'}"
 
 
 KILLS: dict[str, Callable[[Path, random.Random], str]] = {

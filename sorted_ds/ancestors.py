@@ -13,8 +13,6 @@ import psutil
 FIRST = "SORTED_DS_FIRST_PROCESS"
 """The number of `sorted-ds train`, which it sets for its ranks: those from it to the rank belong to the run."""
 SECONDS_BETWEEN_LOOKS = 1.0
-
-
 SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh")
 """They may leave before what they started: `nohup ... &`, and a logout."""
 
@@ -33,9 +31,7 @@ class Ancestors:
             self._watched = list(_up_to(int(first)))
             self._is_gone |= not self._watched or self._watched[-1].pid != int(first)
         elif is_launched and not self._is_gone:
-            self._watched = [
-                process for process in [_parent_of(psutil.Process())] if process and not _is_shell(process)
-            ]
+            self._watched = [process for process in _up_to(parent) if not _is_shell(process)]
 
     def one_is_gone(self) -> bool:
         """Looks once a second at most."""
@@ -47,6 +43,7 @@ class Ancestors:
 
 
 def _up_to(number: int) -> Iterator[psutil.Process]:
+    """The processes above this one, to that of the number."""
     process = _parent_of(psutil.Process())
     while process is not None:
         yield process

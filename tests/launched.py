@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from sorted_ds.checkpoint import read_master_weights
+from sorted_ds.checkpoint.index import name_of
 from sorted_ds.launcher import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +44,7 @@ def run_dir(run: Path) -> Path:
 
 
 def masters(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    return read_master_weights(run_dir(run) / "checkpoints" / f"step_{step:08d}")
+    return read_master_weights(run_dir(run) / "checkpoints" / name_of(step))
 
 
 def metrics(run: Path) -> list[dict]:

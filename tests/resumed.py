@@ -7,7 +7,6 @@ import json
 import shutil
 import threading
 import zlib
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,10 +70,8 @@ class Trainer:
         self.rows: list[list[list[int]]] = []
         self.draws: list[str] = []
 
-    def train(self, first_step: int, last_step: int, between: Callable[[int], None] = lambda step: None) -> None:
-        """`between` is called before each step."""
+    def train(self, first_step: int, last_step: int) -> None:
         for step in range(first_step, last_step):
-            between(step)
             draws, batches = self.schedule.draw(step), self.loader.batches(step)
             num_targets = self.ranks.sum([sum(batch.num_targets for draw in batches for batch in draw)])[0]
             for subnet, draw in zip(draws, batches, strict=True):

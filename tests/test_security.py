@@ -1,13 +1,12 @@
-"""Names and secrets of a user stay what they are: no shell reads them, no file keeps them, nothing is unpickled."""
+"""Names and secrets of a user stay what they are: no shell reads them, no file keeps them, the umask holds."""
 
-import ast
 import os
 import shutil
 from pathlib import Path
 
+from sorted_ds.cli import main
 from tests.launched import run_dir, train
 from tests.runs import run_file
-from tests.test_rules import modules
 
 ODD = 'it\'s "a" $(touch pwned) `touch pwned` b;c&d'
 SECRET = "hf_ThisMustNotBeSeen"
@@ -25,18 +24,8 @@ def test_an_oddly_named_folder_is_a_folder_and_secrets_are_nowhere(tmp_path):
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
-def test_no_shell_is_asked():
-    for path in modules():
-        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
-            given = {word.arg: ast.unparse(word.value) for word in call.keywords}
-            assert given.get("shell", "False") == given.get("allow_pickle", "False") == "False", path
-            assert ast.unparse(call.func) not in ("os.system", "os.popen", "eval", "exec"), path
-
-
 def test_files_follow_the_umask(whole, tmp_path):
     """All of a run, and what is exported: safetensors alone would make them private."""
-    from sorted_ds.cli import main
-
     run = Path(shutil.copytree(run_dir(whole), tmp_path / "run"))
     before = os.umask(0o027)
     try:

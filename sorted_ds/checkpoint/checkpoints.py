@@ -17,15 +17,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from sorted_ds.checkpoint.background import Staging, Task
 from sorted_ds.checkpoint.finding import complete_ones, newest_whole
-from sorted_ds.checkpoint.index import Index, name_of
+from sorted_ds.checkpoint.index import Index, name_of, see_all
 from sorted_ds.checkpoint.shard_files import Sharded, file_of, fill, state_keys_of, tensors_of, write_file
 from sorted_ds.checkpoint.waiting import wait_for
 from sorted_ds.errors import AgreedError
@@ -59,7 +58,8 @@ class _Save:
     hidden: Path
     step: int
     started: float
-    task: Task
+    task: Task = field(init=False)
+    """Of the half that it is in."""
     pause_seconds: float = 0.0
     is_written: bool = False
     """By every rank; now rank 0 publishes."""
@@ -106,13 +106,14 @@ class Checkpoints:
         before, began, ranks = self.finish(), time.perf_counter(), self._ranks
         folder = self.folder / name_of(step)
         hidden = self.folder / f".writing_{folder.name}_{ranks.gather(str(os.getpid()))[0]}"  # not a dead run's
+        save = _Save(folder, hidden, step, began)
         try:
             with ranks.together():
                 if ranks.is_first:
                     hidden.mkdir(parents=True)
                 tensors = self._set_aside(tensors_of(engine))
         except AgreedError as error:
-            return [*before, self._failed(_Save(folder, hidden, step, began, Task(bool)), began, str(error))]
+            return [*before, self._failed(save, began, str(error))]
         optimizer_steps = engine.steps_taken
 
         def write() -> dict:
@@ -124,8 +125,8 @@ class Checkpoints:
                 "files": {path.name: write_file(path, tensors)},
             }
 
-        self._pending = _Save(folder, hidden, step, began, Task(write))
-        self._count_pause(self._pending, began)
+        save.task, self._pending = Task(write), save
+        self._count_pause(save, began)
         return before if self._staging else [*before, *self.finish()]
 
     def _set_aside(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -241,7 +242,7 @@ class Checkpoints:
         index = Index(save.step, steps, self._ranks.size, seconds, state_keys, identity, files)
 
         def publish() -> None:
-            self._see_all(save.hidden, files)
+            see_all(save.hidden, files)
             index.write(save.hidden)
             _swap(save.hidden, save.folder)
             with suppress(OSError):  # it is there; what is left is room
@@ -250,12 +251,6 @@ class Checkpoints:
                     _delete(old)
 
         return publish
-
-    def _see_all(self, hidden: Path, files: dict[str, dict]) -> None:
-        """Raises: OSError when rank 0 does not see what other ranks wrote."""
-        for name, facts in files.items():
-            if not wait_for(partial(_has_bytes, hidden / name, facts["bytes"])):
-                raise OSError(f"rank 0 does not see {name}. Put run_dir on a file system that all ranks see")
 
     # Restoring
 
@@ -281,10 +276,6 @@ class Checkpoints:
         engine.publish()
         self.last_step, self._seconds_to_save = index.step, index.seconds
         return index.step
-
-
-def _has_bytes(path: Path, num_bytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == num_bytes
 
 
 def _bytes_in(folder: Path) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from sorted_ds.checkpoint.shard_files import sha256_of
@@ -84,6 +85,17 @@ class Index:
 def name_of(step: int) -> str:
     """Of its folder."""
     return f"step_{step:08d}"
+
+
+def see_all(hidden: Path, files: dict[str, dict]) -> None:
+    """Raises: OSError when rank 0 does not see what other ranks wrote."""
+    for name, facts in files.items():
+        if not wait_for(partial(_has_bytes, hidden / name, facts["bytes"])):
+            raise OSError(f"rank 0 does not see {name}. Put run_dir on a file system that all ranks see")
+
+
+def _has_bytes(path: Path, num_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == num_bytes
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
