@@ -1,14 +1,13 @@
 """Injures real runs at random moments, starts them again, and counts what that cost. About 40 s a fault.
 
 `python -m benchmarks.faults --minutes 60` goes on where it stopped; what is known is kept in .cache/faults.jsonl,
-thrown away when the code changes, and summed up in docs/faults.md. A *life* is one run that meets several faults until
-it is through; then its weights must be those of an uninterrupted run, bit for bit, and each step must be reported once,
-with the same loss and gradient norm. The lives in Slurm need root and tests/cluster/install.sh; `--no-cluster` leaves
-them out.
+thrown away when the code or a version changes, and summed up in docs/faults.md. A *life* is one run that meets several
+faults until it is through; then its weights must be those of an uninterrupted run, bit for bit, and each step must be
+reported once, with the same loss and gradient norm. The lives in Slurm need root and tests/cluster/install.sh;
+`--no-cluster` leaves them out.
 """
 
 import argparse
-import json
 import random
 import statistics
 import subprocess
@@ -24,9 +23,10 @@ import torch
 from benchmarks import injuries
 from benchmarks.common import circumstances
 from benchmarks.injuries import CLUSTER, DAMAGES, KILLS, fresh, processes
+from benchmarks.kept import keep, kept_rows
 from sorted_ds.checkpoint.finding import complete_ones
 from sorted_ds.checkpoint.index import name_of
-from sorted_ds.run_dir import code_digest
+from sorted_ds.run_dir import code_digest, versions
 from tests import launched
 from tests.cluster.machines import Cluster, forbidden, missing
 from tests.cluster.test_slurm import Job
@@ -235,12 +235,7 @@ def is_in_slurm(number: int) -> bool:
 
 
 def known() -> dict[int, list[Fault]]:
-    lines = KNOWN.read_text().splitlines() if KNOWN.is_file() else []
-    if not lines or json.loads(lines[0]) != {"code": code_digest()}:
-        KNOWN.parent.mkdir(exist_ok=True)
-        KNOWN.write_text(json.dumps({"code": code_digest()}) + "\n")
-        return {}
-    rows = [json.loads(line) for line in lines[1:] if line.endswith("}")]
+    rows = kept_rows(KNOWN, {**versions(), "code": code_digest()})
     return {row["life"]: [Fault(**fault) for fault in row["faults"]] for row in rows}
 
 
@@ -301,8 +296,7 @@ def main() -> None:
             if number not in lives and (with_cluster or not is_in_slurm(number)):
                 faults = one_life(number, original, fresh(original, Path(folder) / f"life{number}"))
                 lives[number] = faults
-                with KNOWN.open("a") as file:
-                    file.write(json.dumps({"life": number, "faults": [asdict(fault) for fault in faults]}) + "\n")
+                keep(KNOWN, [{"life": number, "faults": [asdict(fault) for fault in faults]}])
                 for fault in faults:
                     print(fault, flush=True)
                 write_summary([fault for life in lives.values() for fault in life])

@@ -7,8 +7,6 @@ thrown away when the code or a version changes. Modes come in random order, so t
 """
 
 import argparse
-import hashlib
-import json
 import platform
 import random
 import tempfile
@@ -21,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.kept import keep, kept_rows
+from sorted_ds.run_dir import digest_of
 from tests import cover, exactness
 from tests.cover import FACTORS, NUM_STEPS, Error, Mode
 from tests.spawn import ROOT, on_ranks
@@ -60,21 +60,13 @@ class Matrix:
 def versions() -> dict[str, str]:
     """Of what the weights depend on."""
     packages = {name: version(name) for name in ("deepspeed", "torch", "transformers")}
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
-        digest.update(path.read_bytes())
-    return {"python": platform.python_version(), **packages, "code": digest.hexdigest()[:16]}
+    code = digest_of(path for pattern in CODE for path in ROOT.glob(pattern))
+    return {"python": platform.python_version(), **packages, "code": code}
 
 
 def known(matrix: Matrix) -> dict[str, Error]:
     """What an earlier run measured, by a mode's name."""
-    lines = matrix.file.read_text().splitlines() if matrix.file.is_file() else []
-    if not lines or json.loads(lines[0]) != versions():
-        matrix.file.parent.mkdir(exist_ok=True)
-        matrix.file.write_text(json.dumps(versions()) + "\n")
-        return {}
-    rows = [json.loads(line) for line in lines[1:] if line.endswith("}")]  # a stop can leave half a line
-    return {row.pop("name"): Error(**row) for row in rows}
+    return {row.pop("name"): Error(**row) for row in kept_rows(matrix.file, versions())}
 
 
 def measure(modes: Sequence[Mode], device: str) -> dict[str, Error]:
@@ -106,8 +98,7 @@ def run(matrix: Matrix, modes: Iterable[Mode], minutes: float) -> dict[str, Erro
 def kept(matrix: Matrix, modes: Sequence[Mode]) -> dict[str, Error]:
     """Measured, and written down."""
     measured = measure(modes, matrix.device)
-    with matrix.file.open("a") as file:
-        file.writelines(json.dumps({"name": name, **asdict(error)}) + "\n" for name, error in measured.items())
+    keep(matrix.file, ({"name": name, **asdict(error)} for name, error in measured.items()))
     print(f"{len(modes)} more, largest {max(error.weights for error in measured.values()):.1e}", flush=True)
     return measured
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -127,8 +127,13 @@ def facts(run: Run) -> dict[str, str]:
 
 def code_digest() -> str:
     """Of this package."""
+    return digest_of(Path(__file__).parent.rglob("*.py"))
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """Of their contents, in the order of their names."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
