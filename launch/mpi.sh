@@ -10,6 +10,7 @@ if [ $# -lt 2 ]; then echo "usage: launch/mpi.sh RANKS RUN.toml [section.key=val
 RANKS=$1
 shift
 sorted-ds prepare "$@"
-# MPIRUN_FLAGS: several hosts need what ranks need of the environment, like -x NCCL_SOCKET_IFNAME with Open MPI; as root Open MPI wants --allow-run-as-root, and with more ranks than cores --oversubscribe.
+# MPIRUN_FLAGS: several hosts need what ranks need of the environment, like -x NCCL_SOCKET_IFNAME with Open MPI; as root
+# Open MPI wants --allow-run-as-root, and with more ranks than cores --oversubscribe.
 # shellcheck disable=SC2086
 exec mpirun -n "$RANKS" ${HOSTFILE:+--hostfile "$HOSTFILE"} ${MPIRUN_FLAGS:-} "$(command -v python)" -m sorted_ds.rank "$@"

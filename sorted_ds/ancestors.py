@@ -7,6 +7,8 @@ orphan, and a run that is started again would meet it; so it stops, as for a sig
 import os
 import time
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
+from pathlib import Path
 
 import psutil
 
@@ -18,7 +20,7 @@ SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh")
 
 
 class Ancestors:
-    """The rank's parent, and where `sorted-ds train` began it, all up to that. Shells do not count."""
+    """The rank's parent and the deepspeed launcher above it, or all up to `sorted-ds train`. Shells do not count."""
 
     def __init__(self, environment: Mapping[str, str], parent: int, is_launched: bool):
         """`parent`: its number when the rank started. `is_launched`: without a launcher nobody is watched."""
@@ -31,7 +33,8 @@ class Ancestors:
             self._watched = list(_up_to(int(first)))
             self._is_gone |= not self._watched or self._watched[-1].pid != int(first)
         elif is_launched and not self._is_gone:
-            self._watched = [process for process in _up_to(parent) if not _is_shell(process)]
+            launcher, *above = _up_to(0)
+            self._watched = [launcher] * (not _is_shell(launcher)) + list(takewhile(_is_deepspeed, above))
 
     def one_is_gone(self) -> bool:
         """Looks once a second at most."""
@@ -63,6 +66,15 @@ def _is_shell(process: psutil.Process) -> bool:
         return process.name() in SHELLS
     except psutil.Error:
         return False
+
+
+def _is_deepspeed(process: psutil.Process) -> bool:
+    """Its command `deepspeed`, which starts a process on each host (deepspeed/launcher), which starts the ranks."""
+    try:
+        command = process.cmdline()
+    except psutil.Error:
+        return False
+    return any(Path(part).name == "deepspeed" or part.startswith("deepspeed.launcher") for part in command)
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -1,8 +1,9 @@
 """When a run ends before its last step: a signal, a touched file, or a deadline.
 
-In: signals, files in RUN_DIR, the clock. Out, once a step: whether this rank wants the run to end, and whether it is to
-go on later, as a requeued Slurm job. Ranks add up what they want, so one is enough (train.py). Imports nothing slow:
-`listen` is called first of all, or a signal in the seconds of the imports would kill.
+In: signals, files in RUN_DIR, the clock. Out, once a step and before each sub-network of an evaluation: whether this
+rank wants the run to end, and whether it is to go on later, as a requeued Slurm job. Ranks add up what they want, so
+one is enough (train.py). Imports nothing slow: `listen` is called first of all, or a signal in the seconds of the
+imports would kill.
 
 | what | ends | goes on in a Slurm job |
 |---|---|---|
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from sorted_ds.errors import UserError
 
@@ -56,8 +58,23 @@ def nothing_to_save() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class Wanted(NamedTuple):
+    """Of one rank, or added up over all."""
+
+    ends: float = 0
+    """Whether the run shall end now."""
+    later: float = 0
+    """Whether it shall go on later."""
+    for_good: float = 0
+    """Whether it shall not, which is stronger."""
+
+    @property
+    def goes_on(self) -> bool:
+        return bool(self.later and not self.for_good)
+
+
 class Stop:
-    """Asked once a step. Files and the clock are looked at by rank 0 alone."""
+    """Asked again and again. Files and the clock are looked at by rank 0 alone."""
 
     def __init__(self, run_dir: Path, time_limit: str, is_first: bool, is_orphan: Callable[[], bool] = bool):
         """`is_orphan`: whether nobody waits for this rank any more. Raises: UserError for a time limit that is none."""
@@ -69,19 +86,16 @@ class Stop:
         self.reason = ""
         """Of this rank, for the last word."""
 
-    def wanted(self, seconds_to_save: float) -> tuple[bool, bool, bool]:
-        """Whether the run shall end now, whether it shall go on later, and whether it shall not, which is stronger.
-
-        `seconds_to_save`: how long a save took, 0 where there was none yet.
-        """
+    def wanted(self, seconds_to_save: float) -> Wanted:
+        """Now. `seconds_to_save`: how long a save took, 0 where there was none yet."""
         now = time.monotonic()
         if self._asked:
             self._longest = max(self._longest, now - self._asked)
         self._asked = now
         touched = [name for name, path in self._files.items() if os.path.exists(path)]
         # os.path: pathlib raises where a file system has a bad moment.
-        # The longest time from question to question so far holds a step, an evaluation and the wait for a save. Before
-        # the first save a save is taken to be no longer than that.
+        # The longest time from question to question so far holds a step and the wait for a save, or the evaluation of
+        # a sub-network. Before the first save a save is taken to be no longer than that.
         seconds_to_save = seconds_to_save or self._longest
         is_due = now - STARTED + self._longest + seconds_to_save + SECONDS_TO_LEAVE > self._seconds
         names = [signal.Signals(number).name for number in sorted(_signals)]
@@ -89,7 +103,7 @@ class Stop:
         names += ["the process that started it is gone"] * self._is_orphan()
         self.reason = ", ".join(names)
         later = bool(_signals & set(LATER)) or REQUEUE_FILE in touched or (is_due and self._longest > 0)
-        return bool(names), later, bool(_signals & set(FOR_GOOD)) or STOP_FILE in touched
+        return Wanted(bool(names), later, bool(_signals & set(FOR_GOOD)) or STOP_FILE in touched)
 
     def heeded(self) -> None:
         """The files have had their effect: the next start must not see them."""

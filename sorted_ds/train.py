@@ -8,8 +8,9 @@ learning rate follow from it, so a run that is started again goes on as if it ha
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -38,7 +39,7 @@ from sorted_ds.run_dir import RunDir, facts
 from sorted_ds.run_file import load_engine_config, load_run
 from sorted_ds.slurm import requeue
 from sorted_ds.space import Cost, SubNet
-from sorted_ds.stop import PARENT, Stop
+from sorted_ds.stop import PARENT, Stop, Wanted
 from sorted_ds.watchdog import Watchdog
 
 
@@ -58,29 +59,31 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
     engine = warm_engine(run, load_model(run, config, space, ranks), loader, ranks, watchdog)
     folder = RunDir(run, config, tokens, ranks)
     checkpoints = folder.checkpoints(watchdog.beat)
-    step = restore(checkpoints, engine, run.train.steps)
+    step = first_step = restore(checkpoints, engine, run.train.steps)
     sums = LossSums(space, 1 / (loader.dealt.forwards * ranks.size), ranks.device)
     changes = folder.open(load_engine_config(run.engine.deepspeed), engine.deepspeed_config)
     with ranks.together():
         monitor = Monitor(run, space, step, ranks)
 
-    ends = later = for_good = 0.0
+    def must_end() -> Wanted:
+        watchdog.beat()
+        return Wanted(*ranks.sum(stop.wanted(checkpoints.seconds_to_save)))
+
+    validate = partial(evaluate, engine, batches=validation, costs=costs, beat=watchdog.beat, must_end=must_end)
+    wanted = Wanted()
     with monitor, checkpoints.finished():
         monitor.started(step, make_plan(run, space, config, ranks.size), changes, checkpoints.warnings)
         while step < run.train.steps:
             draws, batches = schedule.draw(step), loader.batches(step)
             asked = [count_targets(batches), *stop.wanted(checkpoints.seconds_to_save), checkpoints.is_ready()]
-            num_targets, ends, later, for_good, ready = ranks.sum_agreed(asked, told(step, draws))
+            num_targets, *ends, ready = ranks.sum_agreed(asked, told(step, draws))
+            wanted = Wanted(*ends)
             if ready == ranks.size:
                 monitor.saved(checkpoints.advance())
-            if ends:
+            if wanted.ends:
                 break
             learning_rate = lr_at(step, run.train.steps, run.optim)
-            losses = []
-            for subnet, batch in micro_batches(draws, batches):
-                nll = engine.forward(batch.input_ids, batch.labels, subnet)
-                engine.backward(nll / num_targets)
-                losses.append((subnet, nll.detach(), batch.num_targets))
+            losses = accumulate(engine, draws, batches, num_targets)
             norm = engine.step(learning_rate)
             check_finite(step, losses, norm, checkpoints, ranks)
             sums.add(losses)
@@ -89,21 +92,19 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
             if is_due(step, run.log.every_steps) or step == run.train.steps:
                 monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.paused_seconds)
             if is_due(step, run.eval.every_steps) and step < run.train.steps:
-                chosen = eval_subnets(run, space)
-                monitor.evaluated(step, *evaluate(engine, chosen, validation, costs, watchdog.beat))
+                monitor.evaluated(step, *validate(eval_subnets(run, space))[:2])
             if is_due(step, run.checkpoint.every_steps):
                 monitor.saved(checkpoints.start(engine, step))
                 watchdog.beat()
 
-        save_last(checkpoints, engine, step, bool(later and not for_good), monitor)
+        save_last(checkpoints, engine, step, wanted.goes_on, monitor)
         if step == run.train.steps:
             folder.write_model(engine, space)
-            watchdog.beat()
-            measured, seconds = evaluate(engine, space, validation, costs, watchdog.beat)
-            folder.write_table(measured)
-            monitor.evaluated(step, measured, seconds)
-            monitor.table(measured, tokens.unigram_nats)
-        monitor.ended(step, left_early(stop, bool(later and not for_good), ranks) if ends else "")
+            measured, seconds, wanted = validate(space)
+            report(step, measured, seconds, folder, monitor)
+        # A job that has done nothing but this evaluation would not get through it the next time either.
+        goes_on = wanted.goes_on and first_step < run.train.steps
+        monitor.ended(step, left_early(stop, goes_on, ranks) if wanted.ends else "")
         stop.heeded()
 
 
@@ -141,6 +142,14 @@ def left_early(stop: Stop, goes_on_later: bool, ranks: Ranks) -> str:
     return f"{why}; {then or 'start the run again to go on'}"
 
 
+def report(step: int, measured: Sequence[Measured], seconds: float, folder: RunDir, monitor: Monitor) -> None:
+    """The whole table, on disk and to the user; nothing where the evaluation was left. A collective."""
+    if measured:
+        folder.write_table(measured)
+        monitor.evaluated(step, measured, seconds)
+        monitor.table(measured, folder.tokens.unigram_nats)
+
+
 def is_due(step: int, every_steps: int) -> bool:
     """Never where `every_steps` is 0."""
     return every_steps > 0 and step % every_steps == 0
@@ -156,12 +165,17 @@ def count_targets(batches: Sequence[Sequence[MicroBatch]]) -> int:
     return sum(batch.num_targets for draw in batches for batch in draw)
 
 
-def micro_batches(
-    draws: Sequence[SubNet], batches: Sequence[Sequence[MicroBatch]]
-) -> Iterator[tuple[SubNet, MicroBatch]]:
-    """The forward passes of this rank, draw after draw."""
+def accumulate(
+    engine: Engine, draws: Sequence[SubNet], batches: Sequence[Sequence[MicroBatch]], num_targets: float
+) -> list[tuple[SubNet, Tensor, int]]:
+    """The gradient of a step: of the mean over all ranks' targets. Returns this rank's summed losses in nats."""
+    losses = []
     for subnet, draw in zip(draws, batches, strict=True):
-        yield from ((subnet, batch) for batch in draw)
+        for batch in draw:
+            nll = engine.forward(batch.input_ids, batch.labels, subnet)
+            engine.backward(nll / num_targets)
+            losses.append((subnet, nll.detach(), batch.num_targets))
+    return losses
 
 
 def check_finite(
@@ -197,16 +211,23 @@ def evaluate(
     batches: Sequence[MicroBatch],
     costs: Mapping[SubNet, Cost],
     beat: Callable[[], None],
-) -> tuple[list[Measured], float]:
-    """Validation of some sub-networks, and the seconds it took. A collective."""
-    start = time.perf_counter()
+    must_end: Callable[[], Wanted],
+) -> tuple[list[Measured], float, Wanted]:
+    """Validation of some sub-networks, the seconds it took, and whether the run is to end. A collective.
+
+    Where it is to end before all are measured, nothing was: the next start measures again.
+    """
+    start, measured = time.perf_counter(), []
 
     def forward(batch: MicroBatch, subnet: SubNet) -> tuple[Tensor, Tensor]:
         beat()
         return engine.evaluate(batch.input_ids, batch.labels, subnet)
 
-    measured = measure(forward, subnets, batches, engine.ranks.sum, costs)
-    return measured, time.perf_counter() - start
+    for subnet in subnets:
+        if (wanted := must_end()).ends:
+            return [], 0.0, wanted
+        measured += measure(forward, [subnet], batches, engine.ranks.sum, costs)
+    return measured, time.perf_counter() - start, Wanted()
 
 
 def shared_tokens(run: Run, ranks: Ranks) -> TokenizedText:
@@ -241,7 +262,8 @@ def main(arguments: Sequence[str]) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except UserError as error:
-        print(f"error (rank {os.environ.get('RANK', '0')}): {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK")
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
         return 2
     except LostRanksError as error:
         print(f"error: {error}. Start the run again to go on from its last checkpoint.", file=sys.stderr, flush=True)

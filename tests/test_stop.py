@@ -90,11 +90,11 @@ def test_a_limit_that_is_over_before_the_first_step_is_not_tried_again_and_again
 CHAIN = """
 import os, subprocess, sys, time
 generation, first, is_launched = sys.argv[1:]
-if generation == "grandparent" and first == "True":
+if generation == "grandparent" and first == "sorted-ds":
     os.environ["SORTED_DS_FIRST_PROCESS"] = str(os.getpid())
 if generation != "rank":
     younger = {"grandparent": "parent", "parent": "rank"}[generation]
-    sys.exit(subprocess.call([sys.executable, __file__, younger, first, is_launched]))
+    sys.exit(subprocess.call([sys.executable, "chain.py", younger, first, is_launched]))
 from sorted_ds import ancestors
 ancestors.SECONDS_BETWEEN_LOOKS = 0.05
 watched = ancestors.Ancestors(os.environ, os.getppid(), is_launched == "True")
@@ -109,16 +109,18 @@ print("still there" if time.monotonic() >= end else "gone", flush=True)
 @pytest.mark.parametrize(
     ("victim", "first", "is_launched", "told"),
     [
-        ("parent", False, True, "gone"),
-        ("grandparent", True, True, "gone"),
-        ("grandparent", False, True, "still there"),  # a user's shell, after `nohup ... &`
-        ("parent", False, False, "still there"),
+        ("parent", "script", True, "gone"),
+        ("grandparent", "sorted-ds", True, "gone"),
+        ("grandparent", "deepspeed", True, "gone"),
+        ("grandparent", "script", True, "still there"),  # what a user starts it with may leave before it
+        ("parent", "script", False, "still there"),
     ],
 )
 def test_a_rank_notices_that_a_process_that_started_it_is_gone(tmp_path, victim, first, is_launched, told):
-    (tmp_path / "chain.py").write_text(CHAIN)
-    command = [sys.executable, str(tmp_path / "chain.py"), "grandparent", str(first), str(is_launched)]
-    grandparent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for name in (first, "chain.py"):
+        (tmp_path / name).write_text(CHAIN)
+    command = [sys.executable, first, "grandparent", first, str(is_launched)]
+    grandparent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert grandparent.stdout.readline() == "watching False\n"
     parent = psutil.Process(grandparent.pid).children()[0]
     (parent if victim == "parent" else grandparent).kill()

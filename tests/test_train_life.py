@@ -80,6 +80,18 @@ def test_a_finished_run_trains_no_more_and_a_longer_one_goes_on(whole, tmp_path)
     assert "step 8/9" not in said
 
 
+def test_a_run_that_is_to_end_before_its_last_evaluation_makes_the_table_when_it_is_started_again(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=STEPS)
+    table = run_dir(run) / "subnets.json"
+    before = table.read_bytes()
+    table.unlink()
+    (run_dir(run) / "stop").touch()
+    assert "but no table: the file stop; start the run again to go on" in train(run)
+    assert not table.exists()
+    train(run)
+    assert table.read_bytes() == before
+
+
 def test_a_run_can_be_moved_and_goes_on(whole, tmp_path):
     run = copied(whole, tmp_path / "before", keep_steps=4)
     run = (tmp_path / "before").rename(tmp_path / "after") / run.name
