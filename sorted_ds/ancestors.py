@@ -42,7 +42,7 @@ class Ancestors:
         if now - self._looked < SECONDS_BETWEEN_LOOKS:
             return False
         self._looked = now
-        return self._is_gone or not all(map(_is_alive, self._watched))
+        return self._is_gone or not all(map(is_alive, self._watched))
 
 
 def _up_to(number: int) -> Iterator[psutil.Process]:
@@ -77,7 +77,7 @@ def _is_deepspeed(process: psutil.Process) -> bool:
     return any(Path(part).name == "deepspeed" or part.startswith("deepspeed.launcher") for part in command)
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.AccessDenied:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from sorted_ds.errors import AgreedError, UserError
+from sorted_ds.neighbours import NAMED, Neighbours, card, names
 from sorted_ds.rendezvous import Place, find_place
 from sorted_ds.shuffle import keyed_number
 from sorted_ds.stop import nothing_to_save
@@ -114,9 +115,10 @@ def joined_ranks() -> Iterator[Ranks]:
     store = _join(place, device)
     ranks = Ranks(place.rank, place.size, place.local_rank, device)
     try:
-        yield ranks
-        if ranks.size > 1:
-            dist.barrier()
+        with Neighbours(ranks.gather(card()), ranks.rank, store):
+            yield ranks
+            if ranks.size > 1:
+                dist.barrier()
     except UserError:
         dist.destroy_process_group()
         raise
@@ -193,6 +195,7 @@ def raise_for_lost(store: dist.Store, ranks: Ranks, error: RuntimeError) -> NoRe
         while time.monotonic() < end and not all(store.check([f"survivor_{rank}"]) for rank in others):
             time.sleep(0.1)
         survivors = [rank for rank in others if store.check([f"survivor_{rank}"])]
+        store.add(NAMED, 1)
     except (RuntimeError, OSError):
         survivors = [rank for rank in others if rank > 0]
     lost = [rank for rank in others if rank not in survivors]
@@ -200,5 +203,4 @@ def raise_for_lost(store: dist.Store, ranks: Ranks, error: RuntimeError) -> NoRe
         raise SystemExit(1)
     if not lost:
         raise LostRanksError(f"the connection between ranks broke: {str(error).splitlines()[0]}")
-    who = f"rank {lost[0]}" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))}"
-    raise LostRanksError(f"{who} of {ranks.size} ended, or can no longer be reached")
+    raise LostRanksError(names(lost, ranks.size))

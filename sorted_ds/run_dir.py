@@ -10,13 +10,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedConfig
 
 from sorted_ds.checkpoint import Checkpoints
 from sorted_ds.config import Run
@@ -28,7 +30,7 @@ from sorted_ds.evaluate import save
 from sorted_ds.files import share
 from sorted_ds.identity import Identity, flat
 from sorted_ds.model_dir import Measured, ModelDir, Sorted
-from sorted_ds.nested import extract
+from sorted_ds.nested import NestedModel, save_full
 from sorted_ds.ranks import Ranks
 from sorted_ds.run_file import load_engine_config
 from sorted_ds.space import SubNetSpace
@@ -74,16 +76,19 @@ class RunDir:
 
     def write_model(self, engine: Engine, space: SubNetSpace) -> None:
         """RUN_DIR/model in the training precision, complete or not at all. A collective."""
-        weights = {name: value for name, value in engine.weights() if self.ranks.is_first}
+        weights = engine.weights()
         with self.ranks.together():
-            if self.ranks.is_first:
-                self._write_model(extract(engine.model, space.full, weights.__getitem__), space)
+            try:
+                if self.ranks.is_first:
+                    self._write_model(engine.model, weights, space)
+            finally:
+                deque(weights, maxlen=0)  # each is gathered by all ranks, whatever becomes of it on rank 0
 
-    def _write_model(self, model: PreTrainedModel, space: SubNetSpace) -> None:
+    def _write_model(self, model: NestedModel, weights: Iterable[tuple[str, Tensor]], space: SubNetSpace) -> None:
         final, hidden = self.run.run_dir / "model", self.run.run_dir / ".writing_model"
         shutil.rmtree(hidden, ignore_errors=True)
         try:
-            model.save_pretrained(hidden)
+            save_full(model, weights, hidden)
             save_tokenizer(load_tokenizer(str(self.tokens.tokenizer_dir)), hidden)
             ModelDir(self.run.run_dir, hidden).write(self._sorted(space))
             share(hidden)

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "sorted_ds"
 
 LINE = [
     *("errors", "files", "shuffle", "ancestors", "extensions", "stop", "watchdog", "slurm", "rendezvous"),
+    "neighbours",
     *("space", "config", "identity", "run_file", "ranks", "schedule", "learning_rate"),
     *("nested", "data", "loss", "engine", "checkpoint"),
     *(
@@ -42,6 +43,7 @@ LINE = [
 KNOWS_ONLY = {
     "files": {"errors"},
     "ancestors": set(),
+    "neighbours": {"ancestors"},
     "extensions": set(),
     "shuffle": set(),
     "stop": {"errors"},

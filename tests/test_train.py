@@ -128,6 +128,10 @@ def test_every_stage_ends_with_the_same_weights_to_rounding(whole, tmp_path, eng
     train(run)
     before, after = masters(whole), masters(run)
     assert max(float((before[name] - after[name]).abs().max()) for name in before) <= 5e-5
+    written = load_file(run_dir(run) / "model" / "model.safetensors")
+    for name, weight in after.items():
+        is_transposed = name.endswith(("o_proj.weight", "down_proj.weight"))
+        assert torch.equal((written[name].t() if is_transposed else written[name]).flatten(), weight)
 
 
 def test_bf16_with_activation_checkpointing_learns(tmp_path):

@@ -46,6 +46,18 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error_and_the_last_good_one_
     assert [p.name for p in (run_dir(run) / "checkpoints").iterdir()] == ["step_00000004"]
 
 
+def test_a_model_that_cannot_be_written_is_one_error_and_is_written_by_the_next_start(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=STEPS)
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    in_the_way = run_dir(run) / ".writing_model"
+    in_the_way.touch()
+    assert "model could not be written: " in one_error(train(run, code=2))
+    assert not (run_dir(run) / "model").exists()
+    in_the_way.unlink()
+    train(run)
+    assert (run_dir(run) / "model" / "sorted.json").is_file()
+
+
 def test_another_runs_directory_and_a_missing_shard_are_named(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=4)
     assert "belongs to another run: seed = 17 there, 18 here" in one_error(train(run, "seed=18", code=2))

@@ -2,5 +2,6 @@
 
 from sorted_ds.nested.costs import costs_of, sorted_by_cost, union_parameters
 from sorted_ds.nested.nest import NestedModel, extract, nest
+from sorted_ds.nested.save import save_full
 
-__all__ = ["NestedModel", "costs_of", "extract", "nest", "sorted_by_cost", "union_parameters"]
+__all__ = ["NestedModel", "costs_of", "extract", "nest", "save_full", "sorted_by_cost", "union_parameters"]

@@ -4,7 +4,8 @@ In: a nested model. Out: for each of its parameters, which rows (or columns) of 
 Saving, exporting, extracting and loading all go through `slices_of`.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -64,12 +65,25 @@ def hf_tensors(model: nn.Module, subnet: SubNet, weight_of: Callable[[str], Tens
 
     `weight_of(name)` gives the value of a parameter of the nested model; under ZeRO-3 it gathers.
     """
-    parts: dict[Slice, list[Tensor]] = {}
-    for name, part in slices_of(model).items():
-        if is_drawn(name, part, subnet, model):
-            whole = Slice(part.name, transposed=part.transposed)
-            parts.setdefault(whole, []).append(weight_of(name).detach())
-    return {whole.name: _assemble(tensors, whole.transposed) for whole, tensors in parts.items()}
+    drawn = drawn_slices(model, subnet)
+    return dict(assembled(drawn, ((name, weight_of(name)) for name in drawn)))
+
+
+def drawn_slices(model: nn.Module, subnet: SubNet) -> dict[str, Slice]:
+    """`slices_of` the sub-network's parameters."""
+    return {name: part for name, part in slices_of(model).items() if is_drawn(name, part, subnet, model)}
+
+
+def assembled(drawn: Mapping[str, Slice], weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face tensors of (parameter, value), each as soon as the last of its blocks has come."""
+    num_blocks = Counter(part.name for part in drawn.values())
+    blocks: dict[str, dict[int, Tensor]] = {name: {} for name in num_blocks}
+    for name, value in weights:
+        part = drawn[name]
+        blocks[part.name][part.start] = value.detach()
+        if len(blocks[part.name]) == num_blocks[part.name]:
+            come = blocks.pop(part.name)
+            yield part.name, _assemble([come[start] for start in sorted(come)], part.transposed)
 
 
 def _assemble(blocks: list[Tensor], transposed: bool) -> Tensor:

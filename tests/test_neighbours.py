@@ -1,0 +1,61 @@
+"""A rank that was killed is named also where the others would not notice, as with NCCL, and nobody ends them."""
+
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+from sorted_ds.launcher import free_port
+from sorted_ds.neighbours import Neighbours, card
+from tests.launched import ROOT, SETTINGS, copied, one_error
+
+NOT_NOTICING = """
+import os, sys, time
+from sorted_ds.schedule import SubNetSchedule
+from sorted_ds.stop import listen
+from sorted_ds.train import main
+draw = SubNetSchedule.draw
+def stay_here(self, step):
+    if step == 3:
+        print("staying", file=sys.stderr, flush=True)
+        time.sleep(600)
+    return draw(self, step)
+SubNetSchedule.draw = stay_here
+listen()
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_killed_rank_is_named_once_by_those_who_do_not_notice(whole, tmp_path, victim):
+    run = copied(whole, tmp_path, keep_steps=0)
+    (tmp_path / "script.py").write_text(NOT_NOTICING)
+    port = str(free_port())
+    command = [sys.executable, str(tmp_path / "script.py"), str(run), *SETTINGS]
+    ranks = []
+    for rank in range(3):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **{k: str(v) for k, v in place.items()}}
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+    for rank in ranks:
+        assert "staying\n" in iter(rank.stderr.readline, "")
+    ranks[victim].kill()
+    killed = time.monotonic()
+    said = "".join(rank.communicate(timeout=60)[1] for rank in ranks)
+    assert time.monotonic() - killed < 30
+    assert f"error: rank {victim} of 3 ended" in one_error(said)
+    assert [rank.returncode for rank in ranks] == [-9 if rank == victim else 1 for rank in range(3)]
+
+
+def test_whom_a_rank_can_see():
+    with subprocess.Popen(["sleep", "60"]) as other:
+        cards = [card(), f'["another machine", {os.getpid()}]', card().replace(str(os.getpid()), str(other.pid))]
+        seen = Neighbours(cards, 0, dist.HashStore())
+        assert seen._watched == {2: psutil.Process(other.pid)}
+        assert not seen._gone
+        other.kill()
+    assert Neighbours(cards, 0, dist.HashStore())._gone == {2}
