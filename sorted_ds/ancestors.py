@@ -7,7 +7,7 @@ orphan, and a run that is started again would meet it; so it stops, as for a sig
 import os
 import time
 from collections.abc import Iterator, Mapping
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import psutil
@@ -33,16 +33,18 @@ class Ancestors:
             self._watched = list(_up_to(int(first)))
             self._is_gone |= not self._watched or self._watched[-1].pid != int(first)
         elif is_launched and not self._is_gone:
-            launcher, *above = _up_to(0)
-            self._watched = [launcher] * (not _is_shell(launcher)) + list(takewhile(_is_deepspeed, above))
+            above = list(_up_to(0))  # none that can be seen, for the first process of a container
+            self._watched = [process for process in above[:1] if not _is_shell(process)]
+            self._watched += takewhile(_is_deepspeed, above[1:])
 
     def one_is_gone(self) -> bool:
         """Looks once a second at most."""
         now = time.monotonic()
-        if now - self._looked < SECONDS_BETWEEN_LOOKS:
-            return False
+        if self._is_gone or now - self._looked < SECONDS_BETWEEN_LOOKS:
+            return self._is_gone
         self._looked = now
-        return self._is_gone or not all(map(is_alive, self._watched))
+        self._is_gone = self._is_gone or not all(map(is_alive, self._watched))
+        return self._is_gone
 
 
 def _up_to(number: int) -> Iterator[psutil.Process]:
@@ -74,7 +76,8 @@ def _is_deepspeed(process: psutil.Process) -> bool:
         command = process.cmdline()
     except psutil.Error:
         return False
-    return any(Path(part).name == "deepspeed" or part.startswith("deepspeed.launcher") for part in command)
+    is_module = any(flag == "-m" and name.startswith("deepspeed.launcher") for flag, name in pairwise(command))
+    return is_module or any(Path(part).name == "deepspeed" for part in command[:2])
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -49,6 +49,8 @@ class Sorted:
     row_tokens: int
     eval_rows: int
     """Validation rows that an evaluation uses at most."""
+    checkpoint: str | None = None
+    """Fingerprint of the checkpoint whose weights these are; None in files that do not say."""
     subnets: tuple[Measured, ...] = ()
     """The measured table; empty before the first evaluation."""
     unigram_nats: float | None = None

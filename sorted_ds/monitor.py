@@ -126,9 +126,9 @@ class Monitor:
         self._show(step, values)
 
     def evaluated(self, step: int, measured: Sequence[Measured], seconds: float) -> None:
-        """Validation losses, the full network's first, or none. The seconds do not count as training."""
+        """Validation losses, the full network's first. The seconds do not count as training."""
         self._last += seconds
-        if not self._is_on or not measured:
+        if not self._is_on:
             return
         losses = {row.subnet: row.loss for row in measured}
         full = losses.pop(self._full.name)
@@ -155,7 +155,9 @@ class Monitor:
         if step < self._num_steps:
             self._console.print(f"stopped after step {step} of {self._num_steps}: {left_early}")
         elif left_early:
-            self._console.print(f"trained {step} steps; {self._run_dir} has the model, but no table: {left_early}")
+            self._console.print(
+                f"trained {step} steps; {self._run_dir} has the model, but no whole table: {left_early}"
+            )
         else:
             self._console.print(f"trained {step} steps; model, table and figure are in {self._run_dir}")
 

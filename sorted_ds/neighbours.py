@@ -1,9 +1,8 @@
-"""Whether the other ranks are still there, asked of the kernel, whatever a collective makes of it.
+"""Which ranks are gone: asked of the kernel on each host, told through the store, whatever a collective makes of it.
 
-In: the processes of all ranks. Out, when one has died and this rank is still there some seconds later: one line that
-names it, and the end of the process. With gloo a collective raises and ranks.py names the lost; with NCCL it may wait
-for ever, as between GPUs of one host, and a launcher may leave time to a rank that it has told to end. Each rank looks
-at those of its own host and tells the others through the store.
+In: the processes of all ranks, and a store. Out: who is lost, to a rank whose collective broke (ranks.py); and where
+a rank has died and this one is still there some seconds later, one line and the end of the process. With NCCL a
+collective may wait for ever, as between GPUs of one host, and a launcher may leave time to ranks that it told to end.
 """
 
 import json
@@ -11,19 +10,27 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import psutil
-import torch.distributed as dist
+from torch.distributed import Store
 
 from sorted_ds.ancestors import is_alive
 
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_ANSWER = 5.0
+"""How long those that are left wait for each other, before they name those that are not."""
 SECONDS_TO_NOTICE = 10.0
 """So long a rank has to end by itself, by an error in a collective or its launcher."""
 EXIT_CODE = 1
-LOST, NAMED = "lost", "named"
+MOST_CLIENTS = 400
+"""With more ranks the store's host would keep over 1,024 files open, if each had a second connection to it."""
+LOST, NAMED, LEFT = "lost", "named", "survivor"
+
+T = TypeVar("T")
 
 
 def card() -> str:
@@ -46,55 +53,86 @@ def names(lost: Sequence[int], num_ranks: int) -> str:
 
 
 class Neighbours:
-    """A thread, from `with` to its end."""
+    """A thread, from `watch` to the end of `with`."""
 
-    def __init__(self, cards: Sequence[str], rank: int, store: dist.Store):
-        """`cards`: of all ranks, in their order."""
-        self._rank, self._num_ranks, self._store = rank, len(cards), store
+    def __init__(self, rank: int, num_ranks: int, store: Store, is_rank_0s: bool):
+        """`is_rank_0s`: whether the store is gone when rank 0 is."""
+        self._rank, self._ranks = rank, range(num_ranks)
+        # A connection of its own: on a shared one a look waits as long as the rank itself waits for a key.
+        can_clone = cast(Any, store)  # torch's stubs lack it
+        self._store = can_clone.clone() if 1 < num_ranks <= MOST_CLIENTS else store
+        self._is_rank_0s, self._is_silent = is_rank_0s, False
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="neighbours", daemon=True)
         self._gone: set[int] = set()
         self._watched: dict[int, psutil.Process] = {}
+
+    def watch(self, cards: Sequence[str]) -> None:
+        """From now on. `cards`: of all ranks, in their order."""
         for other, (machine, number) in enumerate(map(json.loads, cards)):
-            if machine == _machine() and other != rank:
+            if machine == _machine() and other != self._rank:
                 try:
                     self._watched[other] = psutil.Process(number)
                 except psutil.NoSuchProcess:
                     self._gone.add(other)
+        if len(self._ranks) > 1:
+            threading.Thread(target=self._watch, name="neighbours", daemon=True).start()
 
     def __enter__(self) -> "Neighbours":
-        if self._num_ranks > 1:
-            self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
-        if self._thread.is_alive():
-            self._thread.join(SECONDS_BETWEEN_LOOKS)
+
+    def lost(self) -> list[int]:
+        """As far as a kernel has told."""
+        dead = {other for other, process in self._watched.items() if not is_alive(process)} - self._gone
+        self._gone |= dead
+        if dead:
+            self._ask(lambda store: store.append(LOST, "".join(f"{other} " for other in dead)))
+        told: list[bytes] = self._ask(
+            lambda store: store.get(LOST).split() if store.check([LOST]) else [], otherwise=[]
+        )
+        self._gone |= {int(other) for other in told}
+        if self._is_silent and self._is_rank_0s:
+            self._gone.add(0)
+        return sorted(self._gone - {self._rank})
+
+    def missing(self) -> list[int]:
+        """The lost; or where no kernel has told of any, those that do not answer. For when a collective broke."""
+        self._ask(lambda store: store.set(f"{LEFT}_{self._rank}", ""))
+        end, silent = time.monotonic() + SECONDS_TO_ANSWER, list(self._ranks)
+        while silent and not self.lost() and time.monotonic() < end:
+            time.sleep(0.1)
+            silent = [other for other in silent if not self._ask(self._has_answered(other), otherwise=True)]
+        return self.lost() or silent
+
+    def _has_answered(self, other: int) -> Callable[[Any], bool]:
+        return lambda store: store.check([f"{LEFT}_{other}"])
+
+    def may_speak(self) -> bool:
+        """Whether this rank is the one to name the lost: of all, or where the store went with rank 0, of its host."""
+        is_lowest = self._rank < min(self._watched.keys() - self._gone, default=len(self._ranks))
+        return self._ask(lambda store: store.add(NAMED, 1) == 1, otherwise=is_lowest)
+
+    def _ask(self, question: Callable[[Any], T], otherwise: T | None = None) -> T:
+        """`otherwise` when the store is silent. It is not asked again: torch tells of each failure at length."""
+        if not self._is_silent:
+            try:
+                return question(self._store)
+            except (RuntimeError, OSError):
+                self._is_silent = True
+        return cast(T, otherwise)
+
+    def linger(self) -> None:
+        """Rank 0 leaves last: the others ask its store."""
+        if self._rank == 0 and self._is_rank_0s:
+            time.sleep(3 * SECONDS_BETWEEN_LOOKS)
 
     def _watch(self) -> None:
         while not self._over.wait(SECONDS_BETWEEN_LOOKS):
-            self._gone |= {other for other, process in self._watched.items() if not is_alive(process)}
-            if lost := self._told(sorted(self._gone)):
-                if not self._over.wait(SECONDS_TO_NOTICE):
-                    self._leave(lost)
-                return
-
-    def _told(self, lost: list[int]) -> list[int]:
-        """The lost, and on other hosts too. The store is rank 0's: when it does not answer, that is gone."""
-        try:
-            if lost:
-                self._store.set(LOST, json.dumps(lost))
-            return json.loads(self._store.get(LOST)) if self._store.check([LOST]) else []
-        except (RuntimeError, OSError):
-            return lost or [0]
-
-    def _leave(self, lost: list[int]) -> None:
-        try:
-            is_speaker = self._store.add(NAMED, 1) == 1
-        except (RuntimeError, OSError):
-            is_speaker = self._rank < min(self._watched.keys() - lost, default=self._num_ranks)
-        if is_speaker:
-            message = f"{names(lost, self._num_ranks)}. Start the run again to go on from its last checkpoint."
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        os._exit(EXIT_CODE)
+            if (lost := self.lost()) and not self._over.wait(SECONDS_TO_NOTICE):
+                if self.may_speak():
+                    told = f"{names(lost, len(self._ranks))}. Start the run again to go on from its last checkpoint."
+                    print(f"error: {told}", file=sys.stderr, flush=True)
+                self.linger()
+                os._exit(EXIT_CODE)

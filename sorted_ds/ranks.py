@@ -6,7 +6,6 @@ Everything else (rows, draws, learning rate) is a pure function of (seed, step) 
 
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sorted_ds.errors import AgreedError, UserError
-from sorted_ds.neighbours import NAMED, Neighbours, card, names
+from sorted_ds.neighbours import Neighbours, card, names
 from sorted_ds.rendezvous import Place, find_place
 from sorted_ds.shuffle import keyed_number
 from sorted_ds.stop import nothing_to_save
@@ -27,8 +26,6 @@ LARGEST_FACT = 2**32
 TO_MEET = timedelta(minutes=10)
 TO_ANSWER = timedelta(hours=1)
 """How long a collective may wait. Longer than `train.hang_minutes`, whose end tells more."""
-SECONDS_FOR_SURVIVORS = 5.0
-"""How long those that are left wait for each other, before they name those that are not."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +111,20 @@ def joined_ranks() -> Iterator[Ranks]:
     device = _device(place)
     store = _join(place, device)
     ranks = Ranks(place.rank, place.size, place.local_rank, device)
-    try:
-        with Neighbours(ranks.gather(card()), ranks.rank, store):
+    with Neighbours(ranks.rank, ranks.size, store, _is_rank_0s_store()) as neighbours:
+        try:
+            neighbours.watch(ranks.gather(card()))
             yield ranks
             if ranks.size > 1:
                 dist.barrier()
-    except UserError:
-        dist.destroy_process_group()
-        raise
-    except RuntimeError as error:
-        if ranks.size == 1 or not _is_connection_lost(error):
-            raise  # with NCCL, to leave the group would wait for the other ranks: the traceback comes first
-        dist.destroy_process_group()  # now those that wait for this rank hear of it
-        raise_for_lost(store, ranks, error)
+        except UserError:
+            dist.destroy_process_group()
+            raise
+        except RuntimeError as error:
+            if ranks.size == 1 or not _is_connection_lost(error):
+                raise  # with NCCL, to leave the group would wait for the other ranks: the traceback comes first
+            dist.destroy_process_group()  # now those that wait for this rank hear of it
+            raise_for_lost(neighbours, ranks, error)
     dist.destroy_process_group()
 
 
@@ -144,6 +142,8 @@ def _join(place: Place, device: torch.device) -> dist.Store:
     try:
         with nothing_to_save():
             store = next(dist.rendezvous("env://", timeout=TO_MEET))[0] if place.size > 1 else dist.HashStore()
+            # torchrun may keep its store when it starts the ranks again.
+            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             own = dist.PrefixStore("sorted_ds", store)
             dist.init_process_group(backend, rank=place.rank, world_size=place.size, store=own, timeout=TO_ANSWER)
     except (RuntimeError, ValueError) as error:
@@ -153,6 +153,11 @@ def _join(place: Place, device: torch.device) -> dist.Store:
             "rank 0's host and a free port of it."
         ) from None
     return store
+
+
+def _is_rank_0s_store() -> bool:
+    """Rank 0 keeps it, or torchrun does (torch/distributed/rendezvous.py)."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _device(place: Place) -> torch.device:
@@ -182,24 +187,11 @@ def _is_connection_lost(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "gloo::" in str(error)
 
 
-def raise_for_lost(store: dist.Store, ranks: Ranks, error: RuntimeError) -> NoReturn:
-    """Survivors tell the store that they are there; the first of them names those who are not.
-
-    Raises: LostRanksError on that one; SystemExit on the others. With rank 0 the store is usually gone too: then rank 1
-    speaks.
-    """
-    others = range(ranks.size)
-    try:
-        store.set(f"survivor_{ranks.rank}", "")
-        end = time.monotonic() + SECONDS_FOR_SURVIVORS
-        while time.monotonic() < end and not all(store.check([f"survivor_{rank}"]) for rank in others):
-            time.sleep(0.1)
-        survivors = [rank for rank in others if store.check([f"survivor_{rank}"])]
-        store.add(NAMED, 1)
-    except (RuntimeError, OSError):
-        survivors = [rank for rank in others if rank > 0]
-    lost = [rank for rank in others if rank not in survivors]
-    if ranks.rank != survivors[0]:
+def raise_for_lost(neighbours: Neighbours, ranks: Ranks, error: RuntimeError) -> NoReturn:
+    """Raises: LostRanksError, with their names, on one of those that are left; SystemExit on the others."""
+    lost, is_speaker = neighbours.missing(), neighbours.may_speak()
+    neighbours.linger()
+    if not is_speaker:
         raise SystemExit(1)
     if not lost:
         raise LostRanksError(f"the connection between ranks broke: {str(error).splitlines()[0]}")

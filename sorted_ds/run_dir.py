@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from sorted_ds.checkpoint import Checkpoints
+from sorted_ds.checkpoint.index import fingerprint, name_of
 from sorted_ds.config import Run
 from sorted_ds.data.prepare import TokenizedText
 from sorted_ds.data.tokenizer import load_tokenizer, save_tokenizer
@@ -47,12 +48,14 @@ class RunDir:
     config: PreTrainedConfig
     tokens: TokenizedText
     ranks: Ranks
+    beat: Callable[[], None]
+    """Called as long as something moves."""
 
-    def checkpoints(self, beat: Callable[[], None]) -> Checkpoints:
-        """RUN_DIR/checkpoints, of this run alone. `beat` is called as long as a save moves."""
+    def checkpoints(self) -> Checkpoints:
+        """RUN_DIR/checkpoints, of this run alone."""
         settings = self.run.checkpoint
         folder, identity = self.run.run_dir / "checkpoints", Identity.of(self.run, self.config, self.tokens.key)
-        how = (settings.asynchronous, settings.strict, beat)
+        how = (settings.asynchronous, settings.strict, self.beat)
         return Checkpoints(folder, settings.keep_last, identity, self.ranks, *how)
 
     def open(self, engine_config: Mapping, deepspeed_config: Mapping) -> list[str]:
@@ -74,9 +77,23 @@ class RunDir:
                 path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
         return changes
 
+    def measured(self, space: SubNetSpace) -> set[str] | None:
+        """The sub-networks in the table of RUN_DIR/model; None where it is not of the last checkpoint. A collective."""
+        found = self._measured(space) if self.ranks.is_first else None
+        told = json.loads(self.ranks.gather(json.dumps(found))[0])
+        return None if told is None else set(told)
+
+    def _measured(self, space: SubNetSpace) -> list[str] | None:
+        try:
+            contents = ModelDir(self.run.run_dir, self.run.run_dir / "model").read()
+            is_this = replace(contents, subnets=(), unigram_nats=None) == self._sorted(space)
+        except (OSError, UserError):
+            return None
+        return [row.subnet for row in contents.subnets] if is_this else None
+
     def write_model(self, engine: Engine, space: SubNetSpace) -> None:
         """RUN_DIR/model in the training precision, complete or not at all. A collective."""
-        weights = engine.weights()
+        weights = self._moving(engine.weights())
         with self.ranks.together():
             try:
                 if self.ranks.is_first:
@@ -105,13 +122,27 @@ class RunDir:
         tokens_dir = self.tokens.tokens_dir
         data = {"tokens_dir": str(tokens_dir), "from_run_dir": os.path.relpath(tokens_dir, self.run.run_dir)}
         names = tuple(subnet.name for subnet in space)
-        return Sorted(names, data, row_tokens=self.run.batch.row_tokens, eval_rows=self.run.eval.rows)
+        return Sorted(
+            names,
+            data,
+            row_tokens=self.run.batch.row_tokens,
+            eval_rows=self.run.eval.rows,
+            checkpoint=fingerprint(self.run.run_dir / "checkpoints" / name_of(self.run.train.steps)),
+        )
 
-    def write_table(self, measured: Sequence[Measured]) -> None:
-        """The measured table and its figure. A collective."""
+    def _moving(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for weight in weights:
+            self.beat()
+            yield weight
+
+    def add_to_table(self, measured: Sequence[Measured]) -> tuple[Measured, ...]:
+        """The measured table and its figure. Returns the whole table, on rank 0. A collective."""
+        table: tuple[Measured, ...] = ()
         with self.ranks.together():
-            if self.ranks.is_first:
-                save(ModelDir.find(self.run.run_dir), measured, self.tokens.unigram_nats)
+            where = ModelDir.find(self.run.run_dir) if self.ranks.is_first else None
+            if where:
+                table = save(where, measured, self.tokens.unigram_nats).measured if measured else where.read().subnets
+        return table
 
 
 def versions() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """When a run ends before its last step: a signal, a touched file, or a deadline.
 
-In: signals, files in RUN_DIR, the clock. Out, once a step and before each sub-network of an evaluation: whether this
-rank wants the run to end, and whether it is to go on later, as a requeued Slurm job. Ranks add up what they want, so
-one is enough (train.py). Imports nothing slow: `listen` is called first of all, or a signal in the seconds of the
+In: signals, files in RUN_DIR, the clock. Out, once a step and before each sub-network of the last evaluation: whether
+this rank wants the run to end, and whether it is to go on later, as a requeued Slurm job. Ranks add up what they want,
+so one is enough (train.py). Imports nothing slow: `listen` is called first of all, or a signal in the seconds of the
 imports would kill.
 
 | what | ends | goes on in a Slurm job |
@@ -86,8 +86,12 @@ class Stop:
         self.reason = ""
         """Of this rank, for the last word."""
 
-    def wanted(self, seconds_to_save: float) -> Wanted:
-        """Now. `seconds_to_save`: how long a save took, 0 where there was none yet."""
+    def start_anew(self) -> None:
+        """What comes now takes another time than what was before."""
+        self._asked = self._longest = 0.0
+
+    def wanted(self, seconds_to_save: float | None) -> Wanted:
+        """Now. `seconds_to_save`: how long a save took, None where there was none yet."""
         now = time.monotonic()
         if self._asked:
             self._longest = max(self._longest, now - self._asked)
@@ -96,7 +100,7 @@ class Stop:
         # os.path: pathlib raises where a file system has a bad moment.
         # The longest time from question to question so far holds a step and the wait for a save, or the evaluation of
         # a sub-network. Before the first save a save is taken to be no longer than that.
-        seconds_to_save = seconds_to_save or self._longest
+        seconds_to_save = self._longest if seconds_to_save is None else seconds_to_save
         is_due = now - STARTED + self._longest + seconds_to_save + SECONDS_TO_LEAVE > self._seconds
         names = [signal.Signals(number).name for number in sorted(_signals)]
         names += [f"the file {name}" for name in touched] + ["the time limit"] * is_due

@@ -38,9 +38,12 @@ from sorted_ds.resolve import check_run, data_spec, schedule_of
 from sorted_ds.run_dir import RunDir, facts
 from sorted_ds.run_file import load_engine_config, load_run
 from sorted_ds.slurm import requeue
-from sorted_ds.space import Cost, SubNet
+from sorted_ds.space import Cost, SubNet, SubNetSpace
 from sorted_ds.stop import PARENT, Stop, Wanted
 from sorted_ds.watchdog import Watchdog
+
+Validate = Callable[[Iterable[SubNet]], tuple[list[Measured], float]]
+"""The validation losses of some sub-networks, and the seconds it took. A collective."""
 
 
 def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> None:
@@ -57,19 +60,15 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
     costs = costs_of(space, config, run.batch.row_tokens)
     schedule = schedule_of(run, costs)
     engine = warm_engine(run, load_model(run, config, space, ranks), loader, ranks, watchdog)
-    folder = RunDir(run, config, tokens, ranks)
-    checkpoints = folder.checkpoints(watchdog.beat)
-    step = first_step = restore(checkpoints, engine, run.train.steps)
+    folder = RunDir(run, config, tokens, ranks, watchdog.beat)
+    checkpoints = folder.checkpoints()
+    step = restore(checkpoints, engine, run.train.steps)
     sums = LossSums(space, 1 / (loader.dealt.forwards * ranks.size), ranks.device)
     changes = folder.open(load_engine_config(run.engine.deepspeed), engine.deepspeed_config)
     with ranks.together():
         monitor = Monitor(run, space, step, ranks)
 
-    def must_end() -> Wanted:
-        watchdog.beat()
-        return Wanted(*ranks.sum(stop.wanted(checkpoints.seconds_to_save)))
-
-    validate = partial(evaluate, engine, batches=validation, costs=costs, beat=watchdog.beat, must_end=must_end)
+    validate = partial(evaluate, engine, batches=validation, costs=costs, beat=watchdog.beat)
     wanted = Wanted()
     with monitor, checkpoints.finished():
         monitor.started(step, make_plan(run, space, config, ranks.size), changes, checkpoints.warnings)
@@ -92,19 +91,15 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
             if is_due(step, run.log.every_steps) or step == run.train.steps:
                 monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.paused_seconds)
             if is_due(step, run.eval.every_steps) and step < run.train.steps:
-                monitor.evaluated(step, *validate(eval_subnets(run, space))[:2])
+                monitor.evaluated(step, *validate(eval_subnets(run, space)))
             if is_due(step, run.checkpoint.every_steps):
                 monitor.saved(checkpoints.start(engine, step))
                 watchdog.beat()
 
         save_last(checkpoints, engine, step, wanted.goes_on, monitor)
         if step == run.train.steps:
-            folder.write_model(engine, space)
-            measured, seconds, wanted = validate(space)
-            report(step, measured, seconds, folder, monitor)
-        # A job that has done nothing but this evaluation would not get through it the next time either.
-        goes_on = wanted.goes_on and first_step < run.train.steps
-        monitor.ended(step, left_early(stop, goes_on, ranks) if wanted.ends else "")
+            wanted = leave_model(folder, engine, space, validate, stop, monitor)
+        monitor.ended(step, left_early(stop, wanted.goes_on, ranks) if wanted.ends else "")
         stop.heeded()
 
 
@@ -129,7 +124,8 @@ def save_last(checkpoints: Checkpoints, engine: Engine, step: int, goes_on_later
             monitor.saved(checkpoints.save(engine, step))
     except AgreedError as error:
         is_asked = goes_on_later and engine.ranks.is_first and checkpoints.last_step
-        raise AgreedError(f"{error} {requeue(os.environ) if is_asked else ''}".strip()) from None
+        then = engine.ranks.gather(requeue(os.environ) if is_asked else "")[0]  # all leave when Slurm has answered
+        raise AgreedError(f"{error} {then}".strip()) from None
 
 
 def left_early(stop: Stop, goes_on_later: bool, ranks: Ranks) -> str:
@@ -142,12 +138,30 @@ def left_early(stop: Stop, goes_on_later: bool, ranks: Ranks) -> str:
     return f"{why}; {then or 'start the run again to go on'}"
 
 
-def report(step: int, measured: Sequence[Measured], seconds: float, folder: RunDir, monitor: Monitor) -> None:
-    """The whole table, on disk and to the user; nothing where the evaluation was left. A collective."""
-    if measured:
-        folder.write_table(measured)
-        monitor.evaluated(step, measured, seconds)
-        monitor.table(measured, folder.tokens.unigram_nats)
+def leave_model(
+    folder: RunDir, engine: Engine, space: SubNetSpace, validate: Validate, stop: Stop, monitor: Monitor
+) -> Wanted:
+    """Writes the model and measures it, where an earlier start has not, and until the run is to end. A collective."""
+    known = folder.measured(space)
+    if known is None:
+        folder.write_model(engine, space)
+    measured: list[Measured] = []
+    seconds, wanted = 0.0, Wanted()
+    stop.start_anew()
+    for subnet in space:
+        if subnet.name in (known or ()):
+            continue
+        wanted = Wanted(*folder.ranks.sum(stop.wanted(seconds_to_save=0.0)))
+        if wanted.ends:
+            break
+        more, took = validate([subnet])
+        measured, seconds = [*measured, *more], seconds + took
+    table = folder.add_to_table(measured)
+    if measured and not wanted.ends:
+        monitor.evaluated(folder.run.train.steps, table, seconds)
+    if not wanted.ends:
+        monitor.table(table, folder.tokens.unigram_nats)
+    return wanted
 
 
 def is_due(step: int, every_steps: int) -> bool:
@@ -211,23 +225,16 @@ def evaluate(
     batches: Sequence[MicroBatch],
     costs: Mapping[SubNet, Cost],
     beat: Callable[[], None],
-    must_end: Callable[[], Wanted],
-) -> tuple[list[Measured], float, Wanted]:
-    """Validation of some sub-networks, the seconds it took, and whether the run is to end. A collective.
-
-    Where it is to end before all are measured, nothing was: the next start measures again.
-    """
-    start, measured = time.perf_counter(), []
+) -> tuple[list[Measured], float]:
+    """Validation of some sub-networks, and the seconds it took. A collective."""
+    start = time.perf_counter()
 
     def forward(batch: MicroBatch, subnet: SubNet) -> tuple[Tensor, Tensor]:
         beat()
         return engine.evaluate(batch.input_ids, batch.labels, subnet)
 
-    for subnet in subnets:
-        if (wanted := must_end()).ends:
-            return [], 0.0, wanted
-        measured += measure(forward, [subnet], batches, engine.ranks.sum, costs)
-    return measured, time.perf_counter() - start, Wanted()
+    measured = measure(forward, subnets, batches, engine.ranks.sum, costs)
+    return measured, time.perf_counter() - start
 
 
 def shared_tokens(run: Run, ranks: Ranks) -> TokenizedText:

@@ -1,5 +1,6 @@
 """A rank that was killed is named also where the others would not notice, as with NCCL, and nobody ends them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -30,6 +31,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+SERVER = """
+import time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True)
+print(store.port, flush=True)
+time.sleep(60)
+"""
+
+
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank_is_named_once_by_those_who_do_not_notice(whole, tmp_path, victim):
     run = copied(whole, tmp_path, keep_steps=0)
@@ -53,9 +63,29 @@ def test_a_killed_rank_is_named_once_by_those_who_do_not_notice(whole, tmp_path,
 
 def test_whom_a_rank_can_see():
     with subprocess.Popen(["sleep", "60"]) as other:
-        cards = [card(), f'["another machine", {os.getpid()}]', card().replace(str(os.getpid()), str(other.pid))]
-        seen = Neighbours(cards, 0, dist.HashStore())
-        assert seen._watched == {2: psutil.Process(other.pid)}
-        assert not seen._gone
-        other.kill()
-    assert Neighbours(cards, 0, dist.HashStore())._gone == {2}
+        machine = json.loads(card())[0]
+        cards = [card(), json.dumps(["another machine", os.getpid()]), json.dumps([machine, other.pid])]
+        store = dist.TCPStore("127.0.0.1", free_port(), is_master=True)
+        with Neighbours(0, 3, store, is_rank_0s=True) as seen:
+            seen.watch(cards)
+            assert seen._watched == {2: psutil.Process(other.pid)}
+            assert seen.lost() == []
+            other.kill()
+            other.wait()
+            assert seen.lost() == [2]
+        with Neighbours(1, 3, store, is_rank_0s=True) as elsewhere:  # on another host
+            assert elsewhere.missing() == [2]
+            assert (elsewhere.may_speak(), seen.may_speak()) == (True, False)
+
+
+@pytest.mark.parametrize(("is_rank_0s", "lost"), [(True, [0]), (False, [])])
+def test_a_store_that_is_gone_tells_of_rank_0_where_it_was_its(is_rank_0s, lost):
+    """torchrun keeps the store itself: without it the ranks are still there, and save."""
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    store = dist.TCPStore("127.0.0.1", int(server.stdout.readline()), is_master=False)
+    with Neighbours(1, 3, store, is_rank_0s) as seen:
+        assert seen.lost() == []
+        server.kill()
+        server.wait()
+        assert seen.lost() == seen.missing() == lost
+        assert seen.may_speak()

@@ -11,7 +11,7 @@ from unittest import mock
 import psutil
 import pytest
 
-from sorted_ds import slurm, stop
+from sorted_ds import ancestors, slurm, stop
 from sorted_ds.ancestors import FIRST, Ancestors
 from sorted_ds.errors import UserError
 from sorted_ds.stop import Stop, seconds_of
@@ -44,9 +44,9 @@ def test_time_limits_are_read_as_slurm_writes_them():
 def test_a_signal_ends_the_run(tmp_path, number, goes_on):
     stop.listen()
     asked = Stop(tmp_path, "", is_first=False)
-    assert asked.wanted(0) == (False, False, False)
+    assert asked.wanted(None) == (False, False, False)
     signal.raise_signal(number)
-    assert asked.wanted(0) == (True, goes_on, not goes_on)
+    assert asked.wanted(None) == (True, goes_on, not goes_on)
     assert asked.reason == number.name
 
 
@@ -54,37 +54,37 @@ def test_a_signal_ends_the_run(tmp_path, number, goes_on):
 def test_a_touched_file_ends_the_run_once_and_only_rank_0_looks(tmp_path, name, goes_on):
     first, other = (Stop(tmp_path, "", is_first) for is_first in (True, False))
     (tmp_path / name).touch()
-    assert first.wanted(0) == (True, goes_on, not goes_on)
-    assert other.wanted(0) == (False, False, False)
+    assert first.wanted(None) == (True, goes_on, not goes_on)
+    assert other.wanted(None) == (False, False, False)
     other.heeded()
     assert (tmp_path / name).exists()
     first.heeded()
-    assert first.wanted(0) == (False, False, False)
+    assert first.wanted(None) == (False, False, False)
 
 
 def test_stop_is_stronger_than_requeue(tmp_path):
     stop.listen()
     (tmp_path / "stop").touch()
     signal.raise_signal(signal.SIGTERM)
-    assert Stop(tmp_path, "", is_first=True).wanted(0) == (True, True, True)
+    assert Stop(tmp_path, "", is_first=True).wanted(None) == (True, True, True)
 
 
 def test_the_deadline_leaves_time_for_the_longest_step_and_a_save(tmp_path):
     clock = mock.Mock(return_value=stop.STARTED + 10)
     with mock.patch.object(stop.time, "monotonic", clock):
         asked = Stop(tmp_path, "10", is_first=True)
-        assert asked.wanted(0) == (False, False, False)
+        assert asked.wanted(None) == (False, False, False)
         clock.return_value += 100  # a step with an evaluation
-        assert asked.wanted(0) == (False, False, False)
+        assert asked.wanted(None) == (False, False, False)
         clock.return_value = stop.STARTED + 600 - 2 * 100 - stop.SECONDS_TO_LEAVE + 1
-        assert asked.wanted(0) == (True, True, False)
+        assert asked.wanted(None) == (True, True, False)
         assert asked.reason == "the time limit"
 
 
 def test_a_limit_that_is_over_before_the_first_step_is_not_tried_again_and_again(tmp_path):
     clock = mock.Mock(return_value=stop.STARTED + 61)
     with mock.patch.object(stop.time, "monotonic", clock):
-        assert Stop(tmp_path, "1", is_first=True).wanted(0) == (True, False, False)
+        assert Stop(tmp_path, "1", is_first=True).wanted(None) == (True, False, False)
 
 
 CHAIN = """
@@ -126,6 +126,27 @@ def test_a_rank_notices_that_a_process_that_started_it_is_gone(tmp_path, victim,
     (parent if victim == "parent" else grandparent).kill()
     assert grandparent.stdout.readline() == f"{told}\n"
     grandparent.kill()
+
+
+@pytest.mark.parametrize(
+    ("command", "is_deepspeed"),
+    [
+        (["python", "/venv/bin/deepspeed", "--hostfile", "hosts", "train.py"], True),
+        (["/venv/bin/deepspeed", "train.py"], True),
+        (["python", "-u", "-m", "deepspeed.launcher.runner", "train.py"], True),
+        (["python", "submit.py", "--with", "deepspeed"], False),
+        (["vim", "notes/deepspeed.md"], False),
+        ([], False),
+    ],
+)
+def test_deepspeed_is_known_by_its_name(command, is_deepspeed):
+    process = mock.Mock(**{"cmdline.return_value": command})
+    assert ancestors._is_deepspeed(process) == is_deepspeed
+
+
+def test_the_first_process_of_a_container_has_nobody_above_it():
+    with mock.patch.object(ancestors, "_up_to", return_value=iter(())):
+        assert not Ancestors({}, os.getppid(), is_launched=True).one_is_gone()
 
 
 def test_a_first_process_that_was_gone_before_is_gone():

@@ -46,12 +46,26 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error_and_the_last_good_one_
     assert [p.name for p in (run_dir(run) / "checkpoints").iterdir()] == ["step_00000004"]
 
 
+SMALL_FILES = """
+import sys
+from sorted_ds.nested import save_full
+from sorted_ds.stop import listen
+from sorted_ds.train import main
+save_full.__defaults__ = ("20KB",)
+listen()
+sys.exit(main([word for word in sys.argv[1:] if not word.startswith("--local_rank")]))
+"""
+"""The first of many cannot be written, and the other ranks gather on."""
+
+
 def test_a_model_that_cannot_be_written_is_one_error_and_is_written_by_the_next_start(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=STEPS)
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     in_the_way = run_dir(run) / ".writing_model"
     in_the_way.touch()
-    assert "model could not be written: " in one_error(train(run, code=2))
+    (tmp_path / "small_files.py").write_text(SMALL_FILES)
+    done = by_launcher("deepspeed", str(tmp_path / "small_files.py"), str(run), *SETTINGS)
+    assert "model could not be written: " in one_error(done.stderr)
     assert not (run_dir(run) / "model").exists()
     in_the_way.unlink()
     train(run)

@@ -4,6 +4,7 @@ Bit-equal on the same number of ranks, equal to rounding on another.
 """
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -80,16 +81,52 @@ def test_a_finished_run_trains_no_more_and_a_longer_one_goes_on(whole, tmp_path)
     assert "step 8/9" not in said
 
 
-def test_a_run_that_is_to_end_before_its_last_evaluation_makes_the_table_when_it_is_started_again(whole, tmp_path):
+LEAVING = """
+import sys
+from sorted_ds import train
+from sorted_ds.stop import listen
+evaluate, times, last = train.evaluate, [], int(sys.argv.pop(1))
+def leave_after(*args, **kwargs):
+    times.append(len(args[1]))
+    if len(times) == last:
+        (train.load_run(train.Path(sys.argv[1])).run_dir / "stop").touch()
+    return evaluate(*args, **kwargs)
+train.evaluate = leave_after
+listen()
+code = train.main(sys.argv[1:])
+print("evaluated", times)
+sys.exit(code)
+"""
+
+
+def test_a_run_that_is_to_end_in_its_last_evaluation_goes_on_with_it(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=STEPS)
-    table = run_dir(run) / "subnets.json"
+    model, table = run_dir(run) / "model", run_dir(run) / "subnets.json"
     before = table.read_bytes()
     table.unlink()
-    (run_dir(run) / "stop").touch()
-    assert "but no table: the file stop; start the run again to go on" in train(run)
-    assert not table.exists()
-    train(run)
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    left = by_launcher("torchrun", str(tmp_path / "leaving.py"), "3", str(run), *SETTINGS)
+    assert left.returncode == 0, left.stderr
+    assert "has the model, but no whole table: the file stop; start the run again to go on" in left.stderr
+    assert len(json.loads(table.read_text())["subnets"]) == 3
+    written = (model / "model.safetensors").stat().st_mtime_ns
+    done = by_launcher("torchrun", str(tmp_path / "leaving.py"), "99", str(run), *SETTINGS)
+    assert done.stdout.count("evaluated [1, 1, 1, 1, 1]") == 2  # the other five of eight, on both ranks
     assert table.read_bytes() == before
+    (run_dir(run) / "stop").touch()
+    assert "trained 8 steps; model, table and figure are in " in train(run)  # nothing is left to do
+    assert table.read_bytes() == before
+    assert (model / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_the_model_of_another_checkpoint_does_not_stay(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=STEPS)
+    train(run)
+    weights = run_dir(run) / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    shutil.rmtree(run_dir(run) / "checkpoints")
+    train(run, "optim.learning_rate=0.02")
+    assert weights.read_bytes() != before
 
 
 def test_a_run_can_be_moved_and_goes_on(whole, tmp_path):

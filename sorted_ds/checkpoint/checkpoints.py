@@ -208,9 +208,9 @@ class Checkpoints:
         return ended
 
     @property
-    def seconds_to_save(self) -> float:
-        """What a last save may take: the longest so far, once more for one that is on its way; 0 before the first."""
-        return self._seconds_to_save * (1 if self._pending is None else 2)
+    def seconds_to_save(self) -> float | None:
+        """What a last save may take: the longest so far, twice while one is on its way; None before the first."""
+        return self._seconds_to_save * (1 if self._pending is None else 2) or None
 
     def last_good(self) -> str:
         """A sentence for an error message."""

@@ -82,6 +82,11 @@ class Index:
                 raise _unreadable(path, error) from None
 
 
+def fingerprint(folder: Path) -> str:
+    """Of a checkpoint: of its index, which has the checksums of its files. Raises: OSError."""
+    return sha256_of(folder / INDEX)
+
+
 def name_of(step: int) -> str:
     """Of its folder."""
     return f"step_{step:08d}"
