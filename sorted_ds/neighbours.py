@@ -28,7 +28,8 @@ SECONDS_TO_NOTICE = 10.0
 EXIT_CODE = 1
 MOST_CLIENTS = 400
 """With more ranks the store's host would keep over 1,024 files open, if each had a second connection to it."""
-LOST, NAMED, LEFT = "lost", "named", "survivor"
+LOST, TOLD, HERE, DONE = "lost", "told", "here", "done"
+"""Keys of the store; the last two of each rank."""
 
 T = TypeVar("T")
 
@@ -61,9 +62,9 @@ class Neighbours:
         # A connection of its own: on a shared one a look waits as long as the rank itself waits for a key.
         can_clone = cast(Any, store)  # torch's stubs lack it
         self._store = can_clone.clone() if 1 < num_ranks <= MOST_CLIENTS else store
-        self._is_rank_0s, self._is_silent = is_rank_0s, False
+        self._is_rank_0s, self._is_silent, self._has_told = is_rank_0s, False, False
         self._over = threading.Event()
-        self._gone: set[int] = set()
+        self._lost: list[int] = []
         self._watched: dict[int, psutil.Process] = {}
 
     def watch(self, cards: Sequence[str]) -> None:
@@ -73,7 +74,7 @@ class Neighbours:
                 try:
                     self._watched[other] = psutil.Process(number)
                 except psutil.NoSuchProcess:
-                    self._gone.add(other)
+                    self._lost.append(other)
         if len(self._ranks) > 1:
             threading.Thread(target=self._watch, name="neighbours", daemon=True).start()
 
@@ -84,35 +85,47 @@ class Neighbours:
         self._over.set()
 
     def lost(self) -> list[int]:
-        """As far as a kernel has told."""
-        dead = {other for other, process in self._watched.items() if not is_alive(process)} - self._gone
-        self._gone |= dead
-        if dead:
-            self._ask(lambda store: store.append(LOST, "".join(f"{other} " for other in dead)))
-        told: list[bytes] = self._ask(
-            lambda store: store.get(LOST).split() if store.check([LOST]) else [], otherwise=[]
-        )
-        self._gone |= {int(other) for other in told}
-        if self._is_silent and self._is_rank_0s:
-            self._gone.add(0)
-        return sorted(self._gone - {self._rank})
+        """As far as a kernel has told when it first told of any: whoever is left ends soon, too."""
+        if not self._lost:
+            dead = [other for other, process in self._watched.items() if not is_alive(process)]
+            if dead:
+                self._ask(lambda store: store.append(LOST, "".join(f"{other} " for other in dead)))
+            told: list[bytes] = self._ask(lambda store: store.get(LOST).split() if store.check([LOST]) else [], [])
+            silent = {0} if self._is_silent and self._is_rank_0s else set()
+            self._lost = sorted(({*dead, *map(int, told)} | silent) - {self._rank})
+        return self._lost
 
     def missing(self) -> list[int]:
         """The lost; or where no kernel has told of any, those that do not answer. For when a collective broke."""
-        self._ask(lambda store: store.set(f"{LEFT}_{self._rank}", ""))
+        self._ask(lambda store: store.set(f"{HERE}_{self._rank}", ""))
         end, silent = time.monotonic() + SECONDS_TO_ANSWER, list(self._ranks)
         while silent and not self.lost() and time.monotonic() < end:
             time.sleep(0.1)
-            silent = [other for other in silent if not self._ask(self._has_answered(other), otherwise=True)]
+            silent = [other for other in silent if not self._ask(self._has(HERE, other), otherwise=True)]
         return self.lost() or silent
 
-    def _has_answered(self, other: int) -> Callable[[Any], bool]:
-        return lambda store: store.check([f"{LEFT}_{other}"])
+    def tell(self, what: str) -> None:
+        """Says it, on one rank: of all, or where the store went with rank 0, of a host. Returns when others know it."""
+        is_twice, self._has_told = self._has_told, True  # the thread, while the rank itself is about it
+        is_lowest = self._rank < min(self._watched.keys() - self.lost(), default=len(self._ranks))
+        if not is_twice and self._ask(lambda store: store.add(TOLD, 1) == 1, otherwise=is_lowest):
+            print(f"error: {what}. Start the run again to go on from its last checkpoint.", file=sys.stderr, flush=True)
+        self._ask(lambda store: store.set(f"{DONE}_{self._rank}", ""))
+        time.sleep(2 * SECONDS_BETWEEN_LOOKS)  # until then their kernel has told them of the lost, and not of this one
+        if self._rank == 0 and self._is_rank_0s:
+            self._wait_for_others()
 
-    def may_speak(self) -> bool:
-        """Whether this rank is the one to name the lost: of all, or where the store went with rank 0, of its host."""
-        is_lowest = self._rank < min(self._watched.keys() - self._gone, default=len(self._ranks))
-        return self._ask(lambda store: store.add(NAMED, 1) == 1, otherwise=is_lowest)
+    def _wait_for_others(self) -> None:
+        """They ask the store, which ends with this rank."""
+        end = time.monotonic() + SECONDS_TO_NOTICE
+        others = set(self._ranks) - {self._rank, *self.lost()}
+        while others and time.monotonic() < end:
+            time.sleep(0.1)
+            others = {other for other in others if not self._ask(self._has(DONE, other), otherwise=True)}
+            others -= {other for other, process in self._watched.items() if not is_alive(process)}
+
+    def _has(self, what: str, other: int) -> Callable[[Any], bool]:
+        return lambda store: store.check([f"{what}_{other}"])
 
     def _ask(self, question: Callable[[Any], T], otherwise: T | None = None) -> T:
         """`otherwise` when the store is silent. It is not asked again: torch tells of each failure at length."""
@@ -123,16 +136,8 @@ class Neighbours:
                 self._is_silent = True
         return cast(T, otherwise)
 
-    def linger(self) -> None:
-        """Rank 0 leaves last: the others ask its store."""
-        if self._rank == 0 and self._is_rank_0s:
-            time.sleep(3 * SECONDS_BETWEEN_LOOKS)
-
     def _watch(self) -> None:
         while not self._over.wait(SECONDS_BETWEEN_LOOKS):
-            if (lost := self.lost()) and not self._over.wait(SECONDS_TO_NOTICE):
-                if self.may_speak():
-                    told = f"{names(lost, len(self._ranks))}. Start the run again to go on from its last checkpoint."
-                    print(f"error: {told}", file=sys.stderr, flush=True)
-                self.linger()
+            if self.lost() and not self._over.wait(SECONDS_TO_NOTICE):
+                self.tell(names(self.lost(), len(self._ranks)))
                 os._exit(EXIT_CODE)

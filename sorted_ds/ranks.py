@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sorted_ds.errors import AgreedError, UserError
-from sorted_ds.neighbours import Neighbours, card, names
+from sorted_ds.neighbours import EXIT_CODE, Neighbours, card, names
 from sorted_ds.rendezvous import Place, find_place
 from sorted_ds.shuffle import keyed_number
 from sorted_ds.stop import nothing_to_save
@@ -105,7 +105,7 @@ class Ranks:
 def joined_ranks() -> Iterator[Ranks]:
     """The process group for as long as it is needed. Ranks that all succeeded leave together.
 
-    Raises: LostRanksError, on one rank, when others ended; SystemExit on the rest.
+    Raises: SystemExit when others ended.
     """
     place = find_place(os.environ)
     device = _device(place)
@@ -124,7 +124,7 @@ def joined_ranks() -> Iterator[Ranks]:
             if ranks.size == 1 or not _is_connection_lost(error):
                 raise  # with NCCL, to leave the group would wait for the other ranks: the traceback comes first
             dist.destroy_process_group()  # now those that wait for this rank hear of it
-            raise_for_lost(neighbours, ranks, error)
+            leave(neighbours, ranks, error)
     dist.destroy_process_group()
 
 
@@ -142,8 +142,6 @@ def _join(place: Place, device: torch.device) -> dist.Store:
     try:
         with nothing_to_save():
             store = next(dist.rendezvous("env://", timeout=TO_MEET))[0] if place.size > 1 else dist.HashStore()
-            # torchrun may keep its store when it starts the ranks again.
-            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             own = dist.PrefixStore("sorted_ds", store)
             dist.init_process_group(backend, rank=place.rank, world_size=place.size, store=own, timeout=TO_ANSWER)
     except (RuntimeError, ValueError) as error:
@@ -178,21 +176,14 @@ def _device(place: Place) -> torch.device:
     return device
 
 
-class LostRanksError(Exception):
-    """Other ranks ended, so this one cannot go on."""
-
-
 def _is_connection_lost(error: RuntimeError) -> bool:
     """What gloo raises when a peer is gone. With NCCL a rank may be ended by torch instead, after `TO_ANSWER`."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "gloo::" in str(error)
 
 
-def raise_for_lost(neighbours: Neighbours, ranks: Ranks, error: RuntimeError) -> NoReturn:
-    """Raises: LostRanksError, with their names, on one of those that are left; SystemExit on the others."""
-    lost, is_speaker = neighbours.missing(), neighbours.may_speak()
-    neighbours.linger()
-    if not is_speaker:
-        raise SystemExit(1)
-    if not lost:
-        raise LostRanksError(f"the connection between ranks broke: {str(error).splitlines()[0]}")
-    raise LostRanksError(names(lost, ranks.size))
+def leave(neighbours: Neighbours, ranks: Ranks, error: RuntimeError) -> NoReturn:
+    """When a collective broke. Raises: SystemExit, after one of those that are left has named the others."""
+    lost = neighbours.missing()
+    broke = f"the connection between ranks broke: {str(error).splitlines()[0]}"
+    neighbours.tell(names(lost, ranks.size) if lost else broke)
+    raise SystemExit(EXIT_CODE)

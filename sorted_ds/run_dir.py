@@ -27,8 +27,8 @@ from sorted_ds.data.prepare import TokenizedText
 from sorted_ds.data.tokenizer import load_tokenizer, save_tokenizer
 from sorted_ds.engine import Engine
 from sorted_ds.errors import UserError
-from sorted_ds.evaluate import save
-from sorted_ds.files import share
+from sorted_ds.evaluate import save, stored_dtype
+from sorted_ds.files import share, sync
 from sorted_ds.identity import Identity, flat
 from sorted_ds.model_dir import Measured, ModelDir, Sorted
 from sorted_ds.nested import NestedModel, save_full
@@ -77,38 +77,49 @@ class RunDir:
                 path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
         return changes
 
-    def measured(self, space: SubNetSpace) -> set[str] | None:
-        """The sub-networks in the table of RUN_DIR/model; None where it is not of the last checkpoint. A collective."""
-        found = self._measured(space) if self.ranks.is_first else None
+    def measured(self, engine: Engine, num_targets: int) -> set[str] | None:
+        """The sub-networks that RUN_DIR/model has measured on so many targets. A collective.
+
+        None where that is not of the last checkpoint, or in another precision.
+        """
+        found = self._measured(engine, num_targets) if self.ranks.is_first else None
         told = json.loads(self.ranks.gather(json.dumps(found))[0])
         return None if told is None else set(told)
 
-    def _measured(self, space: SubNetSpace) -> list[str] | None:
+    def _measured(self, engine: Engine, num_targets: int) -> list[str] | None:
+        where = ModelDir(self.run.run_dir, self.run.run_dir / "model")
         try:
-            contents = ModelDir(self.run.run_dir, self.run.run_dir / "model").read()
-            is_this = replace(contents, subnets=(), unigram_nats=None) == self._sorted(space)
+            found, expected = where.read(), self._sorted(engine.model.space)
+            of_model = (found.checkpoint, found.space, stored_dtype(where))
+            if of_model != (expected.checkpoint, expected.space, engine.model.dtype):
+                return None
+            rows = tuple(row for row in found.subnets if row.num_targets == num_targets)
+            rows = rows if found.row_tokens == expected.row_tokens else ()
+            where.write(replace(expected, subnets=rows, unigram_nats=found.unigram_nats))  # the data may have moved
         except (OSError, UserError):
             return None
-        return [row.subnet for row in contents.subnets] if is_this else None
+        return [row.subnet for row in rows]
 
-    def write_model(self, engine: Engine, space: SubNetSpace) -> None:
+    def write_model(self, engine: Engine) -> None:
         """RUN_DIR/model in the training precision, complete or not at all. A collective."""
         weights = self._moving(engine.weights())
         with self.ranks.together():
             try:
                 if self.ranks.is_first:
-                    self._write_model(engine.model, weights, space)
+                    self._write_model(engine.model, weights)
             finally:
                 deque(weights, maxlen=0)  # each is gathered by all ranks, whatever becomes of it on rank 0
 
-    def _write_model(self, model: NestedModel, weights: Iterable[tuple[str, Tensor]], space: SubNetSpace) -> None:
+    def _write_model(self, model: NestedModel, weights: Iterable[tuple[str, Tensor]]) -> None:
         final, hidden = self.run.run_dir / "model", self.run.run_dir / ".writing_model"
         shutil.rmtree(hidden, ignore_errors=True)
         try:
             save_full(model, weights, hidden)
             save_tokenizer(load_tokenizer(str(self.tokens.tokenizer_dir)), hidden)
-            ModelDir(self.run.run_dir, hidden).write(self._sorted(space))
+            ModelDir(self.run.run_dir, hidden).write(self._sorted(model.space))
             share(hidden)
+            for path in (*hidden.iterdir(), hidden):
+                sync(path)
             shutil.rmtree(final, ignore_errors=True)
             hidden.rename(final)
         except (OSError, SafetensorError) as error:
@@ -139,9 +150,10 @@ class RunDir:
         """The measured table and its figure. Returns the whole table, on rank 0. A collective."""
         table: tuple[Measured, ...] = ()
         with self.ranks.together():
-            where = ModelDir.find(self.run.run_dir) if self.ranks.is_first else None
-            if where:
-                table = save(where, measured, self.tokens.unigram_nats).measured if measured else where.read().subnets
+            if self.ranks.is_first:
+                where = ModelDir.find(self.run.run_dir)
+                if rows := measured or where.read().subnets:  # an earlier start may have ended before the figure
+                    table = save(where, rows, self.tokens.unigram_nats).measured
         return table
 
 

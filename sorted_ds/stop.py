@@ -86,9 +86,9 @@ class Stop:
         self.reason = ""
         """Of this rank, for the last word."""
 
-    def start_anew(self) -> None:
-        """What comes now takes another time than what was before."""
-        self._asked = self._longest = 0.0
+    def pass_over(self) -> None:
+        """What was done since the last question does not come again."""
+        self._asked = 0.0
 
     def wanted(self, seconds_to_save: float | None) -> Wanted:
         """Now. `seconds_to_save`: how long a save took, None where there was none yet."""

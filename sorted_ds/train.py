@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -33,17 +32,14 @@ from sorted_ds.model_dir import Measured
 from sorted_ds.monitor import LossSums, Monitor
 from sorted_ds.nested import NestedModel, costs_of
 from sorted_ds.plan import make_plan
-from sorted_ds.ranks import LostRanksError, Ranks, joined_ranks
+from sorted_ds.ranks import Ranks, joined_ranks
 from sorted_ds.resolve import check_run, data_spec, schedule_of
 from sorted_ds.run_dir import RunDir, facts
 from sorted_ds.run_file import load_engine_config, load_run
 from sorted_ds.slurm import requeue
-from sorted_ds.space import Cost, SubNet, SubNetSpace
+from sorted_ds.space import Cost, SubNet
 from sorted_ds.stop import PARENT, Stop, Wanted
 from sorted_ds.watchdog import Watchdog
-
-Validate = Callable[[Iterable[SubNet]], tuple[list[Measured], float]]
-"""The validation losses of some sub-networks, and the seconds it took. A collective."""
 
 
 def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> None:
@@ -68,7 +64,6 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
     with ranks.together():
         monitor = Monitor(run, space, step, ranks)
 
-    validate = partial(evaluate, engine, batches=validation, costs=costs, beat=watchdog.beat)
     wanted = Wanted()
     with monitor, checkpoints.finished():
         monitor.started(step, make_plan(run, space, config, ranks.size), changes, checkpoints.warnings)
@@ -91,14 +86,15 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
             if is_due(step, run.log.every_steps) or step == run.train.steps:
                 monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.paused_seconds)
             if is_due(step, run.eval.every_steps) and step < run.train.steps:
-                monitor.evaluated(step, *validate(eval_subnets(run, space)))
+                chosen = eval_subnets(run, space)
+                monitor.evaluated(step, *evaluate(engine, chosen, validation, costs, watchdog.beat))
             if is_due(step, run.checkpoint.every_steps):
                 monitor.saved(checkpoints.start(engine, step))
                 watchdog.beat()
 
         save_last(checkpoints, engine, step, wanted.goes_on, monitor)
         if step == run.train.steps:
-            wanted = leave_model(folder, engine, space, validate, stop, monitor)
+            wanted = leave_model(folder, engine, validation, costs, stop, monitor)
         monitor.ended(step, left_early(stop, wanted.goes_on, ranks) if wanted.ends else "")
         stop.heeded()
 
@@ -139,22 +135,26 @@ def left_early(stop: Stop, goes_on_later: bool, ranks: Ranks) -> str:
 
 
 def leave_model(
-    folder: RunDir, engine: Engine, space: SubNetSpace, validate: Validate, stop: Stop, monitor: Monitor
+    folder: RunDir,
+    engine: Engine,
+    validation: Sequence[MicroBatch],
+    costs: Mapping[SubNet, Cost],
+    stop: Stop,
+    monitor: Monitor,
 ) -> Wanted:
     """Writes the model and measures it, where an earlier start has not, and until the run is to end. A collective."""
-    known = folder.measured(space)
+    num_targets = round(folder.ranks.sum([count_targets([validation])])[0])
+    known = folder.measured(engine, num_targets)
     if known is None:
-        folder.write_model(engine, space)
+        folder.write_model(engine)
     measured: list[Measured] = []
     seconds, wanted = 0.0, Wanted()
-    stop.start_anew()
-    for subnet in space:
-        if subnet.name in (known or ()):
-            continue
+    stop.pass_over()
+    for subnet in (subnet for subnet in engine.model.space if subnet.name not in (known or ())):
         wanted = Wanted(*folder.ranks.sum(stop.wanted(seconds_to_save=0.0)))
         if wanted.ends:
             break
-        more, took = validate([subnet])
+        more, took = evaluate(engine, [subnet], validation, costs, folder.beat)
         measured, seconds = [*measured, *more], seconds + took
     table = folder.add_to_table(measured)
     if measured and not wanted.ends:
@@ -272,7 +272,4 @@ def main(arguments: Sequence[str]) -> int:
         rank = os.environ.get("RANK")
         print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
         return 2
-    except LostRanksError as error:
-        print(f"error: {error}. Start the run again to go on from its last checkpoint.", file=sys.stderr, flush=True)
-        return 1
     return 0

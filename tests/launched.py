@@ -78,6 +78,5 @@ LAUNCHERS = {
 def by_launcher(name: str, script: str, *arguments: str) -> subprocess.CompletedProcess:
     flags = [flag.format(port=free_port()) for flag in LAUNCHERS[name]]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *flags, script, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, *flags, script, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)

@@ -11,19 +11,21 @@ import pytest
 import torch.distributed as dist
 
 from sorted_ds.launcher import free_port
-from sorted_ds.neighbours import Neighbours, card
+from sorted_ds.neighbours import Neighbours, card, names
 from tests.launched import ROOT, SETTINGS, copied, one_error
+
+GO_ON = "or can no longer be reached. Start the run again to go on from its last checkpoint.\n"
 
 NOT_NOTICING = """
 import os, sys, time
 from sorted_ds.schedule import SubNetSchedule
 from sorted_ds.stop import listen
 from sorted_ds.train import main
-draw = SubNetSchedule.draw
+draw, seconds = SubNetSchedule.draw, float(sys.argv.pop(1))
 def stay_here(self, step):
     if step == 3:
         print("staying", file=sys.stderr, flush=True)
-        time.sleep(600)
+        time.sleep(seconds)
     return draw(self, step)
 SubNetSchedule.draw = stay_here
 listen()
@@ -40,17 +42,25 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_a_killed_rank_is_named_once_by_those_who_do_not_notice(whole, tmp_path, victim):
+@pytest.mark.parametrize(
+    ("victim", "seconds"),
+    [
+        (0, [600, 600, 600]),  # nobody notices
+        (0, [600, 0, 5]),  # rank 1 at once, when its collective raises, and rank 2 when it comes there
+        (2, [0, 5, 600]),
+    ],
+)
+def test_a_killed_rank_is_named_once_by_those_who_do_not_notice(whole, tmp_path, victim, seconds):
     run = copied(whole, tmp_path, keep_steps=0)
     (tmp_path / "script.py").write_text(NOT_NOTICING)
     port = str(free_port())
-    command = [sys.executable, str(tmp_path / "script.py"), str(run), *SETTINGS]
+    command = [sys.executable, str(tmp_path / "script.py")]
     ranks = []
     for rank in range(3):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **{k: str(v) for k, v in place.items()}}
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+        arguments = [str(seconds[rank]), str(run), *SETTINGS]
+        ranks.append(subprocess.Popen([*command, *arguments], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
     for rank in ranks:
         assert "staying\n" in iter(rank.stderr.readline, "")
     ranks[victim].kill()
@@ -61,7 +71,7 @@ def test_a_killed_rank_is_named_once_by_those_who_do_not_notice(whole, tmp_path,
     assert [rank.returncode for rank in ranks] == [-9 if rank == victim else 1 for rank in range(3)]
 
 
-def test_whom_a_rank_can_see():
+def test_a_rank_sees_those_of_its_host_and_hears_of_others(capfd):
     with subprocess.Popen(["sleep", "60"]) as other:
         machine = json.loads(card())[0]
         cards = [card(), json.dumps(["another machine", os.getpid()]), json.dumps([machine, other.pid])]
@@ -75,11 +85,13 @@ def test_whom_a_rank_can_see():
             assert seen.lost() == [2]
         with Neighbours(1, 3, store, is_rank_0s=True) as elsewhere:  # on another host
             assert elsewhere.missing() == [2]
-            assert (elsewhere.may_speak(), seen.may_speak()) == (True, False)
+            elsewhere.tell(names(elsewhere.lost(), 3))
+            seen.tell(names(seen.lost(), 3))
+    assert capfd.readouterr().err == f"error: rank 2 of 3 ended, {GO_ON}"
 
 
 @pytest.mark.parametrize(("is_rank_0s", "lost"), [(True, [0]), (False, [])])
-def test_a_store_that_is_gone_tells_of_rank_0_where_it_was_its(is_rank_0s, lost):
+def test_a_store_that_is_gone_tells_of_rank_0_where_it_was_its(is_rank_0s, lost, capfd):
     """torchrun keeps the store itself: without it the ranks are still there, and save."""
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
     store = dist.TCPStore("127.0.0.1", int(server.stdout.readline()), is_master=False)
@@ -88,4 +100,5 @@ def test_a_store_that_is_gone_tells_of_rank_0_where_it_was_its(is_rank_0s, lost)
         server.kill()
         server.wait()
         assert seen.lost() == seen.missing() == lost
-        assert seen.may_speak()
+        seen.tell("it is gone")
+    assert f"error: it is gone. {GO_ON.partition('. ')[2]}" in capfd.readouterr().err

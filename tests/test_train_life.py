@@ -110,13 +110,20 @@ def test_a_run_that_is_to_end_in_its_last_evaluation_goes_on_with_it(whole, tmp_
     assert "has the model, but no whole table: the file stop; start the run again to go on" in left.stderr
     assert len(json.loads(table.read_text())["subnets"]) == 3
     written = (model / "model.safetensors").stat().st_mtime_ns
+    (run_dir(run) / "pareto.png").unlink()
     done = by_launcher("torchrun", str(tmp_path / "leaving.py"), "99", str(run), *SETTINGS)
     assert done.stdout.count("evaluated [1, 1, 1, 1, 1]") == 2  # the other five of eight, on both ranks
     assert table.read_bytes() == before
+    for gone in (table, run_dir(run) / "pareto.png"):
+        gone.unlink()
     (run_dir(run) / "stop").touch()
     assert "trained 8 steps; model, table and figure are in " in train(run)  # nothing is left to do
     assert table.read_bytes() == before
+    assert (run_dir(run) / "pareto.png").is_file()
     assert (model / "model.safetensors").stat().st_mtime_ns == written
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}))
+    train(run)
+    assert {weight.dtype for weight in load_file(model / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_the_model_of_another_checkpoint_does_not_stay(whole, tmp_path):
