@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import psutil
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store
 
 from sorted_ds.ancestors import is_alive
 
@@ -65,10 +65,12 @@ class Neighbours:
         self._is_rank_0s, self._is_silent, self._has_told = is_rank_0s, False, False
         self._over = threading.Event()
         self._lost: list[int] = []
+        self._seen = 0.0
         self._watched: dict[int, psutil.Process] = {}
 
     def watch(self, cards: Sequence[str]) -> None:
         """From now on. `cards`: of all ranks, in their order."""
+        self._store = PrefixStore(cards[0], self._store)  # torchrun keeps its store when it starts the ranks again
         for other, (machine, number) in enumerate(map(json.loads, cards)):
             if machine == _machine() and other != self._rank:
                 try:
@@ -85,13 +87,15 @@ class Neighbours:
         self._over.set()
 
     def lost(self) -> list[int]:
-        """As far as a kernel has told when it first told of any: whoever is left ends soon, too."""
-        if not self._lost:
+        """As far as a kernel had told one look after it first told of any: whoever is left ends soon, too."""
+        if not self._lost or time.monotonic() < self._seen + SECONDS_BETWEEN_LOOKS:
             dead = [other for other, process in self._watched.items() if not is_alive(process)]
             if dead:
                 self._ask(lambda store: store.append(LOST, "".join(f"{other} " for other in dead)))
             told: list[bytes] = self._ask(lambda store: store.get(LOST).split() if store.check([LOST]) else [], [])
             silent = {0} if self._is_silent and self._is_rank_0s else set()
+            if not self._lost:
+                self._seen = time.monotonic()
             self._lost = sorted(({*dead, *map(int, told)} | silent) - {self._rank})
         return self._lost
 
@@ -112,11 +116,11 @@ class Neighbours:
             print(f"error: {what}. Start the run again to go on from its last checkpoint.", file=sys.stderr, flush=True)
         self._ask(lambda store: store.set(f"{DONE}_{self._rank}", ""))
         time.sleep(2 * SECONDS_BETWEEN_LOOKS)  # until then their kernel has told them of the lost, and not of this one
-        if self._rank == 0 and self._is_rank_0s:
+        if self._rank == 0:
             self._wait_for_others()
 
     def _wait_for_others(self) -> None:
-        """They ask the store, which ends with this rank."""
+        """They ask the store, which ends with this rank, or with torchrun, which ends with the last of its ranks."""
         end = time.monotonic() + SECONDS_TO_NOTICE
         others = set(self._ranks) - {self._rank, *self.lost()}
         while others and time.monotonic() < end:

@@ -30,7 +30,7 @@ from sorted_ds.errors import UserError
 from sorted_ds.evaluate import save, stored_dtype
 from sorted_ds.files import share, sync
 from sorted_ds.identity import Identity, flat
-from sorted_ds.model_dir import Measured, ModelDir, Sorted
+from sorted_ds.model_dir import PARETO_PNG, SUBNETS_JSON, Measured, ModelDir, Sorted
 from sorted_ds.nested import NestedModel, save_full
 from sorted_ds.ranks import Ranks
 from sorted_ds.run_file import load_engine_config
@@ -90,15 +90,14 @@ class RunDir:
         where = ModelDir(self.run.run_dir, self.run.run_dir / "model")
         try:
             found, expected = where.read(), self._sorted(engine.model.space)
-            of_model = (found.checkpoint, found.space, stored_dtype(where))
-            if of_model != (expected.checkpoint, expected.space, engine.model.dtype):
+            of_model = (found.checkpoint, found.space, found.row_tokens, stored_dtype(where))
+            if of_model != (expected.checkpoint, expected.space, expected.row_tokens, engine.model.dtype):
                 return None
-            rows = tuple(row for row in found.subnets if row.num_targets == num_targets)
-            rows = rows if found.row_tokens == expected.row_tokens else ()
-            where.write(replace(expected, subnets=rows, unigram_nats=found.unigram_nats))  # the data may have moved
+            # The data may have moved. Rows of other targets go when the first of these comes (ModelDir.add_measured).
+            where.write(replace(expected, subnets=found.subnets, unigram_nats=found.unigram_nats))
         except (OSError, UserError):
             return None
-        return [row.subnet for row in rows]
+        return [row.subnet for row in found.subnets if row.num_targets == num_targets]
 
     def write_model(self, engine: Engine) -> None:
         """RUN_DIR/model in the training precision, complete or not at all. A collective."""
@@ -122,6 +121,8 @@ class RunDir:
                 sync(path)
             shutil.rmtree(final, ignore_errors=True)
             hidden.rename(final)
+            for name in (SUBNETS_JSON, PARETO_PNG):  # of other weights
+                (self.run.run_dir / name).unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{final} could not be written: {error}. Free the space, and start the run again."

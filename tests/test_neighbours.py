@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -11,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from sorted_ds.launcher import free_port
-from sorted_ds.neighbours import Neighbours, card, names
+from sorted_ds.neighbours import SECONDS_BETWEEN_LOOKS, Neighbours, card, names
 from tests.launched import ROOT, SETTINGS, copied, one_error
 
 GO_ON = "or can no longer be reached. Start the run again to go on from its last checkpoint.\n"
@@ -84,10 +85,28 @@ def test_a_rank_sees_those_of_its_host_and_hears_of_others(capfd):
             other.wait()
             assert seen.lost() == [2]
         with Neighbours(1, 3, store, is_rank_0s=True) as elsewhere:  # on another host
+            elsewhere._store = dist.PrefixStore(cards[0], store)
             assert elsewhere.missing() == [2]
             elsewhere.tell(names(elsewhere.lost(), 3))
             seen.tell(names(seen.lost(), 3))
     assert capfd.readouterr().err == f"error: rank 2 of 3 ended, {GO_ON}"
+
+
+def test_rank_0_keeps_its_store_until_those_of_other_hosts_have_asked(capfd):
+    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True)
+    cards = [json.dumps([machine, number]) for number, machine in enumerate("abc")]
+    rank_0, rank_1 = (Neighbours(rank, 3, store, is_rank_0s=True) for rank in (0, 1))
+    for rank in (rank_0, rank_1):
+        rank._store = dist.PrefixStore(cards[0], rank._store)
+        rank._lost, rank._seen = [2], 0.0
+    waiting = threading.Thread(target=rank_0.tell, args=("rank 2 ended",))
+    waiting.start()
+    waiting.join(2 * SECONDS_BETWEEN_LOOKS + 1)
+    assert waiting.is_alive()
+    rank_1.tell("rank 2 ended")
+    waiting.join(1)
+    assert not waiting.is_alive()
+    assert capfd.readouterr().err.count("error: ") == 1
 
 
 @pytest.mark.parametrize(("is_rank_0s", "lost"), [(True, [0]), (False, [])])

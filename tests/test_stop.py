@@ -81,6 +81,24 @@ def test_the_deadline_leaves_time_for_the_longest_step_and_a_save(tmp_path):
         assert asked.reason == "the time limit"
 
 
+def test_what_is_passed_over_is_no_measure_of_what_comes_and_a_limit_that_passed_in_it_is_tried_again(tmp_path):
+    clock = mock.Mock(return_value=stop.STARTED + 10)
+    with mock.patch.object(stop.time, "monotonic", clock):
+        asked = Stop(tmp_path, "10", is_first=True)
+        asked.wanted(None)
+        clock.return_value += 20  # a step
+        asked.wanted(None)
+        asked.pass_over()
+        clock.return_value += 400  # the model is written
+        assert asked.wanted(0.0) == (False, False, False)
+        clock.return_value = stop.STARTED + 600 - 20 - stop.SECONDS_TO_LEAVE - 1
+        asked.pass_over()
+        assert asked.wanted(0.0) == (False, False, False)
+        asked.pass_over()
+        clock.return_value += 2
+        assert asked.wanted(0.0) == (True, True, False)
+
+
 def test_a_limit_that_is_over_before_the_first_step_is_not_tried_again_and_again(tmp_path):
     clock = mock.Mock(return_value=stop.STARTED + 61)
     with mock.patch.object(stop.time, "monotonic", clock):
