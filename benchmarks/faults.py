@@ -195,16 +195,33 @@ def live_in_slurm(
         if job.state() == "COMPLETED":
             break
         what, began = CLUSTER[kind](cluster, chance), time.monotonic()
-        job.end(seconds=240)
-        log = job.log
-        faults.append(Fault(kind, "step", f"{what}; job {job.state()}, started again {job.state('Restarts')} times"))
-        faults[-1].seconds_to_end = time.monotonic() - began
+        ended = has_ended(job)
+        log, state = job.log, job.state() if ended else f"{job.state()} because of {job.state('Reason')}"
+        faults.append(Fault(kind, "step", f"{what}; job {state}, started again {job.state('Restarts')} times"))
+        faults[-1].seconds_to_end, faults[-1].left_over = time.monotonic() - began, not ended
+        if not ended:
+            set_right(cluster, job)
         if "going on" in log:
             faults[-1].what += " and went on"
     while not (run_dir(run) / "model").is_dir():
         Job(cluster, run, settings=settings(STEPS)).end()
     judge(original, run, faults, STEPS)
     return faults
+
+
+def has_ended(job: Job) -> bool:
+    try:
+        return bool(job.end(seconds=2 * SECONDS_TO_END))
+    except AssertionError:
+        return False
+
+
+def set_right(cluster: Cluster, job: Job) -> None:
+    """What an administrator would do for nodes that do not come back by themselves."""
+    print(cluster.said("h1", "sinfo", "--long", "--Node"), flush=True)
+    cluster.said("h1", "scancel", job.number)
+    for host in cluster.hosts:
+        cluster.on(host, "scontrol", "update", f"nodename={host}", "state=resume")
 
 
 def judge(original: Path, run: Path, faults: list[Fault], steps: int) -> None:

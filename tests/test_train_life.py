@@ -94,7 +94,7 @@ def leave_after(*args, **kwargs):
 train.evaluate = leave_after
 listen()
 code = train.main(sys.argv[1:])
-print("evaluated", times)
+sys.stdout.write(f"evaluated {times}\\n")
 sys.exit(code)
 """
 
