@@ -43,7 +43,7 @@ class Ancestors:
         if self._is_gone or now - self._looked < SECONDS_BETWEEN_LOOKS:
             return self._is_gone
         self._looked = now
-        self._is_gone = self._is_gone or not all(map(is_alive, self._watched))
+        self._is_gone = not all(map(is_alive, self._watched))
         return self._is_gone
 
 

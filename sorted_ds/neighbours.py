@@ -89,8 +89,7 @@ class Neighbours:
     def lost(self) -> list[int]:
         """As far as a kernel had told one look after it first told of any: whoever is left ends soon, too."""
         if not self._lost or time.monotonic() < self._seen + SECONDS_BETWEEN_LOOKS:
-            dead = [other for other, process in self._watched.items() if not is_alive(process)]
-            if dead:
+            if dead := self._dead():
                 self._ask(lambda store: store.append(LOST, "".join(f"{other} " for other in dead)))
             told: list[bytes] = self._ask(lambda store: store.get(LOST).split() if store.check([LOST]) else [], [])
             silent = {0} if self._is_silent and self._is_rank_0s else set()
@@ -126,7 +125,11 @@ class Neighbours:
         while others and time.monotonic() < end:
             time.sleep(0.1)
             others = {other for other in others if not self._ask(self._has(DONE, other), otherwise=True)}
-            others -= {other for other, process in self._watched.items() if not is_alive(process)}
+            others -= self._dead()
+
+    def _dead(self) -> set[int]:
+        """Those of this host, by its kernel."""
+        return {other for other, process in self._watched.items() if not is_alive(process)}
 
     def _has(self, what: str, other: int) -> Callable[[Any], bool]:
         return lambda store: store.check([f"{what}_{other}"])

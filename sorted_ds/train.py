@@ -157,10 +157,11 @@ def leave_model(
         more, took = evaluate(engine, [subnet], validation, costs, folder.beat)
         measured, seconds = [*measured, *more], seconds + took
     table = folder.add_to_table(measured)
-    if measured and not wanted.ends:
+    if wanted.ends:
+        return wanted
+    if measured:
         monitor.evaluated(folder.run.train.steps, table, seconds)
-    if not wanted.ends:
-        monitor.table(table, folder.tokens.unigram_nats)
+    monitor.table(table, folder.tokens.unigram_nats)
     return wanted
 
 
