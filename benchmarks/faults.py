@@ -195,13 +195,12 @@ def live_in_slurm(
         if job.state() == "COMPLETED":
             break
         what, began = CLUSTER[kind](cluster, chance), time.monotonic()
-        ended = has_ended(job)
-        log, state = job.log, job.state() if ended else f"{job.state()} because of {job.state('Reason')}"
-        faults.append(Fault(kind, "step", f"{what}; job {state}, started again {job.state('Restarts')} times"))
-        faults[-1].seconds_to_end, faults[-1].left_over = time.monotonic() - began, not ended
-        if not ended:
+        if left := not has_ended(job):
+            what += f"; job {job.state()} because of {job.state('Reason')}"
             set_right(cluster, job)
-        if "going on" in log:
+        what += f"; job {job.state()}, started again {job.state('Restarts')} times"
+        faults.append(Fault(kind, "step", what, time.monotonic() - began, left_over=left))
+        if "going on" in job.log:
             faults[-1].what += " and went on"
     while not (run_dir(run) / "model").is_dir():
         Job(cluster, run, settings=settings(STEPS)).end()
@@ -210,18 +209,22 @@ def live_in_slurm(
 
 
 def has_ended(job: Job) -> bool:
+    """False where Slurm holds it, or it takes too long."""
     try:
-        return bool(job.end(seconds=2 * SECONDS_TO_END))
+        job.wait(lambda: job.has_ended() or "held" in job.state("Reason"), "the end", 2 * SECONDS_TO_END)
     except AssertionError:
         return False
+    return job.has_ended()
 
 
 def set_right(cluster: Cluster, job: Job) -> None:
-    """What an administrator would do for nodes that do not come back by themselves."""
+    """What an administrator does for nodes that Slurm drained, and for the job that it holds."""
     print(cluster.said("h1", "sinfo", "--long", "--Node"), flush=True)
-    cluster.said("h1", "scancel", job.number)
     for host in cluster.hosts:
         cluster.on(host, "scontrol", "update", f"nodename={host}", "state=resume")
+    cluster.on("h1", "scontrol", "release", job.number)
+    if not has_ended(job):
+        cluster.said("h1", "scancel", job.number)
 
 
 def judge(original: Path, run: Path, faults: list[Fault], steps: int) -> None:
@@ -277,7 +280,8 @@ def table(faults: list[Fault]) -> str:
         f"{len(faults)} faults, {equal} continued to bit-equal weights; {halves} struck while a checkpoint was half "
         "written. Steps otherwise: trained twice, or with another loss or gradient norm than the uninterrupted run's; "
         "unreported: missing in the curves. Left: runs that had not ended after "
-        f"{SECONDS_TO_END} s, or trained on to the end. To end: from the fault until no process of the run was left "
+        f"{SECONDS_TO_END} s, or trained on to the end, and jobs that Slurm held until they were released by hand. To "
+        "end: from the fault until no process of the run was left "
         "(in Slurm: until the job's end, with what it did when it was started again); to resume: from the next start "
         "to its first step. Seconds are median (largest)."
     )

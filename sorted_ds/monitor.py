@@ -30,6 +30,7 @@ from sorted_ds.space import SubNet, SubNetSpace
 from sorted_ds.tables import console, measured_table, plan_table, step_lines
 
 GIB = 2**30
+METRICS, FULL_LOSS = "metrics.jsonl", "loss/full_validation"
 SAVE_SECONDS, PAUSE_SECONDS = "speed/checkpoint_seconds", "speed/checkpoint_pause_seconds"
 
 
@@ -79,7 +80,7 @@ class Monitor:
         self._console = Console(file=cast(IO[str], _Patient(sys.stderr)), highlight=False, soft_wrap=True)
         self._run_dir = run.run_dir
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = _opened_until(self._run_dir / "metrics.jsonl", first_step)
+        self._file = _opened_until(self._run_dir / METRICS, first_step)
         board = str(self._run_dir / "tensorboard")
         self._board = SummaryWriter(board, purge_step=first_step + 1) if run.log.tensorboard else None
         self._progress = _progress(self._console) if self._console.is_terminal else None
@@ -132,11 +133,18 @@ class Monitor:
             return
         losses = {row.subnet: row.loss for row in measured}
         full = losses.pop(self._full.name)
-        values = {"loss/full_validation": full, "speed/validation_seconds": seconds}
+        values = {FULL_LOSS: full, "speed/validation_seconds": seconds}
         values |= {f"subnets_validation_loss/{name}": loss for name, loss in {self._full.name: full, **losses}.items()}
         self._write(step, values)
         spread = f"; {len(losses)} others {min(losses.values()):.4f} to {max(losses.values()):.4f}" if losses else ""
         self._console.print(f"step {step}: validation loss {full:.4f} (full){spread}; took {seconds:.1f} s")
+
+    def has_evaluated(self, step: int) -> bool:
+        """Whether an earlier start did, and said so in the curves. Known on rank 0."""
+        if not self._is_on:
+            return True
+        rows = map(json.loads, (self._run_dir / METRICS).read_text().splitlines())
+        return any(row["step"] == step and FULL_LOSS in row for row in rows)
 
     def saved(self, saves: Iterable[Saved]) -> None:
         """What became of checkpoints."""

@@ -66,6 +66,8 @@ class Neighbours:
         self._over = threading.Event()
         self._lost: list[int] = []
         self._seen = 0.0
+        self._unwatched: set[int] = set()
+        """Of this host, dead before they could be watched."""
         self._watched: dict[int, psutil.Process] = {}
 
     def watch(self, cards: Sequence[str]) -> None:
@@ -76,7 +78,7 @@ class Neighbours:
                 try:
                     self._watched[other] = psutil.Process(number)
                 except psutil.NoSuchProcess:
-                    self._lost.append(other)
+                    self._unwatched.add(other)
         if len(self._ranks) > 1:
             threading.Thread(target=self._watch, name="neighbours", daemon=True).start()
 
@@ -129,7 +131,7 @@ class Neighbours:
 
     def _dead(self) -> set[int]:
         """Those of this host, by its kernel."""
-        return {other for other, process in self._watched.items() if not is_alive(process)}
+        return self._unwatched | {other for other, process in self._watched.items() if not is_alive(process)}
 
     def _has(self, what: str, other: int) -> Callable[[Any], bool]:
         return lambda store: store.check([f"{what}_{other}"])

@@ -159,7 +159,7 @@ def leave_model(
     table = folder.add_to_table(measured)
     if wanted.ends:
         return wanted
-    if measured:
+    if measured or not monitor.has_evaluated(folder.run.train.steps):
         monitor.evaluated(folder.run.train.steps, table, seconds)
     monitor.table(table, folder.tokens.unigram_nats)
     return wanted

@@ -69,6 +69,24 @@ def one_error(said: str) -> str:
     return errors[0]
 
 
+STAYING = """
+import json, os, sys, time
+from sorted_ds.schedule import SubNetSchedule
+from sorted_ds.stop import listen
+from sorted_ds.train import main
+draw, seconds = SubNetSchedule.draw, json.loads(sys.argv.pop(1))[int(os.environ["RANK"])]
+def stay_here(self, step):
+    if step == 3:
+        print("staying", file=sys.stderr, flush=True)
+        time.sleep(seconds)
+    return draw(self, step)
+SubNetSchedule.draw = stay_here
+listen()
+sys.exit(main(sys.argv[1:]))
+"""
+"""A script of a rank that stays in its third step. First argument: for how many seconds each does, as JSON."""
+
+
 LAUNCHERS = {
     "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "{port}"],
     "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "{port}"],

@@ -13,26 +13,9 @@ import torch.distributed as dist
 
 from sorted_ds.launcher import free_port
 from sorted_ds.neighbours import SECONDS_BETWEEN_LOOKS, Neighbours, card, names
-from tests.launched import ROOT, SETTINGS, copied, one_error
+from tests.launched import ROOT, SETTINGS, STAYING, copied, one_error
 
 GO_ON = "or can no longer be reached. Start the run again to go on from its last checkpoint.\n"
-
-NOT_NOTICING = """
-import os, sys, time
-from sorted_ds.schedule import SubNetSchedule
-from sorted_ds.stop import listen
-from sorted_ds.train import main
-draw, seconds = SubNetSchedule.draw, float(sys.argv.pop(1))
-def stay_here(self, step):
-    if step == 3:
-        print("staying", file=sys.stderr, flush=True)
-        time.sleep(seconds)
-    return draw(self, step)
-SubNetSchedule.draw = stay_here
-listen()
-sys.exit(main(sys.argv[1:]))
-"""
-
 
 SERVER = """
 import time
@@ -53,14 +36,14 @@ time.sleep(60)
 )
 def test_a_killed_rank_is_named_once_by_those_who_do_not_notice(whole, tmp_path, victim, seconds):
     run = copied(whole, tmp_path, keep_steps=0)
-    (tmp_path / "script.py").write_text(NOT_NOTICING)
+    (tmp_path / "script.py").write_text(STAYING)
     port = str(free_port())
     command = [sys.executable, str(tmp_path / "script.py")]
     ranks = []
     for rank in range(3):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **{k: str(v) for k, v in place.items()}}
-        arguments = [str(seconds[rank]), str(run), *SETTINGS]
+        arguments = [json.dumps(seconds), str(run), *SETTINGS]
         ranks.append(subprocess.Popen([*command, *arguments], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
     for rank in ranks:
         assert "staying\n" in iter(rank.stderr.readline, "")
@@ -90,6 +73,17 @@ def test_a_rank_sees_those_of_its_host_and_hears_of_others(capfd):
             elsewhere.tell(names(elsewhere.lost(), 3))
             seen.tell(names(seen.lost(), 3))
     assert capfd.readouterr().err == f"error: rank 2 of 3 ended, {GO_ON}"
+
+
+def test_a_rank_that_was_dead_before_the_first_look_is_told_too():
+    with subprocess.Popen(["true"]) as other:
+        other.wait()
+    cards = [card(), json.dumps(["another machine", os.getpid()]), json.dumps([json.loads(card())[0], other.pid])]
+    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True)
+    with Neighbours(0, 3, store, is_rank_0s=True) as seen:
+        seen.watch(cards)
+        assert seen.lost() == [2]
+        assert dist.PrefixStore(cards[0], store).get("lost") == b"2 "
 
 
 def test_rank_0_keeps_its_store_until_those_of_other_hosts_have_asked(capfd):

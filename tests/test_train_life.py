@@ -19,6 +19,7 @@ from sorted_ds.launcher import ranks_of
 from tests.launched import (
     ROOT,
     SETTINGS,
+    STAYING,
     STEPS,
     by_launcher,
     command,
@@ -116,10 +117,15 @@ def test_a_run_that_is_to_end_in_its_last_evaluation_goes_on_with_it(whole, tmp_
     assert table.read_bytes() == before
     for gone in (table, run_dir(run) / "pareto.png"):
         gone.unlink()
+    curves = run_dir(run) / "metrics.jsonl"
+    rows, last = [row for row in metrics(run) if row["step"] < STEPS], metrics(run)[-1]
+    curves.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (run_dir(run) / "stop").touch()
     assert "trained 8 steps; model, table and figure are in " in train(run)  # nothing is left to do
     assert table.read_bytes() == before
     assert (run_dir(run) / "pareto.png").is_file()
+    assert metrics(run)[-1] == {**last, "speed/validation_seconds": 0.0}
+    assert len(metrics(run)) == len(rows) + 1
     assert (model / "model.safetensors").stat().st_mtime_ns == written
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}))
     train(run)
@@ -170,35 +176,18 @@ def test_a_rank_that_is_killed_takes_the_others_down_and_is_named(whole, tmp_pat
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks.values())
 
 
-HANGING = """
-import os, sys, time
-from sorted_ds.schedule import SubNetSchedule
-from sorted_ds.stop import listen
-from sorted_ds.train import main
-draw = SubNetSchedule.draw
-def hang_here(self, step):
-    if step == 3:
-        time.sleep(600)
-    return draw(self, step)
-if os.environ["RANK"] == "1":
-    SubNetSchedule.draw = hang_here
-listen()
-code = main(sys.argv[1:])
-sys.exit(code)
-"""
-
-
 def test_a_rank_that_hangs_ends_the_run_and_all_say_where_they_stand(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=0)
-    (tmp_path / "hanging.py").write_text(HANGING)
+    (tmp_path / "staying.py").write_text(STAYING)
     start = time.monotonic()
-    done = by_launcher("torchrun", str(tmp_path / "hanging.py"), str(run), *SETTINGS, "train.hang_minutes=0.2")
+    arguments = ["[0, 600]", str(run), *SETTINGS, "train.hang_minutes=0.2"]
+    done = by_launcher("torchrun", str(tmp_path / "staying.py"), *arguments)
     assert done.returncode != 0
     assert time.monotonic() - start < 150
     assert "nothing was finished for 0.2 minutes (train.hang_minutes). Stacks are in " in done.stderr
     stacks = [(run_dir(run) / "stacks" / f"rank_{rank:04d}.txt").read_text() for rank in (0, 1)]
-    assert "in hang_here" in stacks[1]
-    assert "in hang_here" not in stacks[0]
+    assert "in stay_here" in stacks[1]
+    assert "in stay_here" not in stacks[0]
     assert "in sum_agreed" in stacks[0]
 
 

@@ -75,9 +75,11 @@ class Job:
     def reach_step(self, step: int) -> None:
         self.wait(lambda: f"\nstep {step}/" in self.log, f"step {step}")
 
+    def has_ended(self) -> bool:
+        return self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
     def end(self, seconds: float = SECONDS) -> str:
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.wait(lambda: self.state() in ended, "the end", seconds)
+        self.wait(self.has_ended, "the end", seconds)
         return self.state()
 
 
