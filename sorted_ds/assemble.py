@@ -3,6 +3,8 @@
 In: a `Run`, its space and tokens, and which rank this is. Out: the values that the loop in `train.py` runs on.
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedConfig
 
@@ -20,10 +22,13 @@ from sorted_ds.run_file import load_engine_config
 from sorted_ds.space import SubNet, SubNetSpace
 
 
-def load_model(run: Run, config: PreTrainedConfig, space: SubNetSpace, ranks: Ranks) -> NestedModel:
+def load_model(
+    run: Run, config: PreTrainedConfig, space: SubNetSpace, ranks: Ranks, beat: Callable[[], None] = lambda: None
+) -> NestedModel:
     """The nested model with its first weights, in the training precision. A collective.
 
     Under ZeRO-3 each rank keeps its part of a parameter as soon as it is filled, and never holds the model.
+    `beat` is called for each.
 
     Raises: UserError, on all ranks, for weights that cannot be read or that ranks see differently.
     """
@@ -36,7 +41,7 @@ def load_model(run: Run, config: PreTrainedConfig, space: SubNetSpace, ranks: Ra
     ranks.agree({f"the weights of {init}": weights})
     with ranks.together():
         dtype = torch.bfloat16 if is_bf16(engine) else torch.float32
-        model = build(config, space, source, run.seed, dtype, ranks.device, take)
+        model = build(config, space, source, run.seed, dtype, ranks.device, take, beat)
     if run.model.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

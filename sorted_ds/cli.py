@@ -116,7 +116,8 @@ def _add_train(commands: Commands) -> None:
         commands,
         "train",
         "train on this machine, through the deepspeed launcher",
-        "Goes on from the run's last checkpoint.\nOn Ctrl-C or SIGTERM the step ends and is saved; a second one kills.",
+        "Goes on from the run's last checkpoint.\nOn Ctrl-C, SIGTERM or SIGUSR1 the step ends and is saved; a "
+        "Ctrl-C after it kills.",
         "sorted-ds train launch/runs/demo.toml optim.learning_rate=1e-3 --ranks 2",
     )
     _add_run_file(parser)

@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +24,15 @@ from sorted_ds.stop import SIGNALLED
 
 _said_of_this_machine: set[str] = set()
 """Variables that `settle_deepspeed` set: they do not hold for other machines."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGHUP: signal.SIGINT,
+}
+"""And what ranks get for them (stop.py). A terminal that is closed sends SIGHUP twice."""
+SECONDS_OF_ONE = 1.0
+"""A terminal and a program between may both pass on one Ctrl-C."""
 
 
 def num_devices() -> int:
@@ -51,7 +61,7 @@ def environment_for_others() -> dict[str, str]:
 def launch(module: Sequence[str], num_ranks: int) -> int:
     """Runs `python -m module` on `num_ranks` ranks of this machine, and returns the launcher's exit code.
 
-    The first SIGTERM, SIGINT or SIGHUP reaches the ranks as SIGTERM: they end the step, save and leave. A second kills.
+    Signals reach the ranks: they end the step, save and leave. A Ctrl-C after the first signal kills.
     """
     env, devices = launch_environment(num_ranks)
     env[FIRST] = str(os.getpid())
@@ -59,16 +69,21 @@ def launch(module: Sequence[str], num_ranks: int) -> int:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *flags, "--module", *module]
     # A session of its own, or the terminal's Ctrl-C would reach the launcher, which kills.
     process = subprocess.Popen(command, env=env, start_new_session=True)
-    signals_seen = 0
+    first = float("inf")
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal signals_seen
-        signals_seen += 1
-        targets = ranks_of(process.pid) if signals_seen == 1 else tree_of(process.pid)
-        for target in targets:
-            _send(target, signal.SIGTERM if signals_seen == 1 else signal.SIGKILL)
+        nonlocal first
+        now, ranks = time.monotonic(), ranks_of(process.pid)
+        if number == signal.SIGINT and now > first + SECONDS_OF_ONE:
+            _send(tree_of(process.pid), signal.SIGKILL)
+        elif ranks:
+            _send(ranks, SIGNALS[signal.Signals(number)])
+        else:
+            _send(tree_of(process.pid), signal.SIGTERM)
+        first = min(first, now)
 
-    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as under nohup
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
         code = process.wait()
         return code if code >= 0 else SIGNALLED - code
@@ -112,16 +127,14 @@ def tree_of(launcher: int) -> list[psutil.Process]:
 
 
 def ranks_of(launcher: int) -> list[psutil.Process]:
-    """The ranks: children of the launcher's own child. All processes while there are none yet."""
+    """The ranks: children of the launcher's own child."""
     try:
-        ranks = [rank for starter in psutil.Process(launcher).children() for rank in starter.children()]
+        return [rank for starter in psutil.Process(launcher).children() for rank in starter.children()]
     except psutil.NoSuchProcess:
         return []
-    return ranks or tree_of(launcher)
 
 
-def _send(target: psutil.Process, number: int) -> None:
-    try:
-        target.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
+def _send(targets: Sequence[psutil.Process], number: int) -> None:
+    for target in targets:
+        with suppress(psutil.NoSuchProcess):
+            target.send_signal(number)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -114,7 +115,9 @@ class Neighbours:
         is_twice, self._has_told = self._has_told, True  # the thread, while the rank itself is about it
         is_lowest = self._rank < min(self._watched.keys() - self.lost(), default=len(self._ranks))
         if not is_twice and self._ask(lambda store: store.add(TOLD, 1) == 1, otherwise=is_lowest):
-            print(f"error: {what}. Start the run again to go on from its last checkpoint.", file=sys.stderr, flush=True)
+            told = f"error: {what}. Start the run again to go on from its last checkpoint."
+            with suppress(OSError):  # a log on a full disk must not keep this rank
+                print(told, file=sys.stderr, flush=True)
         self._ask(lambda store: store.set(f"{DONE}_{self._rank}", ""))
         time.sleep(2 * SECONDS_BETWEEN_LOOKS)  # until then their kernel has told them of the lost, and not of this one
         if self._rank == 0:
@@ -148,5 +151,7 @@ class Neighbours:
     def _watch(self) -> None:
         while not self._over.wait(SECONDS_BETWEEN_LOOKS):
             if self.lost() and not self._over.wait(SECONDS_TO_NOTICE):
-                self.tell(names(self.lost(), len(self._ranks)))
-                os._exit(EXIT_CODE)
+                try:
+                    self.tell(names(self.lost(), len(self._ranks)))
+                finally:
+                    os._exit(EXIT_CODE)

@@ -143,7 +143,9 @@ class RunDir:
         )
 
     def _moving(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """None is further than rank 0, which writes them: those that have nothing to gather would seem to hang."""
         for weight in weights:
+            self.ranks.sum([0.0])
             self.beat()
             yield weight
 

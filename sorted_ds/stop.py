@@ -20,13 +20,15 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from sorted_ds.errors import UserError
 
 LATER, FOR_GOOD = (signal.SIGTERM, signal.SIGUSR1), (signal.SIGINT,)
+ENDING = (signal.SIGTERM, signal.SIGINT)
+"""SIGUSR1 tells of an end that comes later."""
 STOP_FILE, REQUEUE_FILE = "stop", "requeue"
 SIGNALLED = 128
 """The shell's exit code of a process that a signal ended is this and the signal's number."""
@@ -45,17 +47,18 @@ def listen() -> None:
 
 @contextmanager
 def nothing_to_save() -> Iterator[None]:
-    """While ranks wait for each other SIGTERM ends the process at once: one that died before never comes.
+    """While ranks wait for each other these signals end the process at once: one that died before never comes.
 
-    Raises: SystemExit when it came before.
+    Raises: SystemExit when one came before.
     """
-    if signal.SIGTERM in _signals:
-        raise SystemExit(SIGNALLED + signal.SIGTERM)
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in _signals & set(ENDING):
+        raise SystemExit(SIGNALLED + number)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Wanted(NamedTuple):
@@ -112,7 +115,8 @@ class Stop:
     def heeded(self) -> None:
         """The files have had their effect: the next start must not see them."""
         for path in self._files.values():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 def seconds_of(text: str, name: str = "train.time_limit") -> float:

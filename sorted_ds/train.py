@@ -55,7 +55,7 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
         validation = validation_of(run, tokens, ranks)
     costs = costs_of(space, config, run.batch.row_tokens)
     schedule = schedule_of(run, costs)
-    engine = warm_engine(run, load_model(run, config, space, ranks), loader, ranks, watchdog)
+    engine = warm_engine(run, load_model(run, config, space, ranks, watchdog.beat), loader, ranks, watchdog)
     folder = RunDir(run, config, tokens, ranks, watchdog.beat)
     checkpoints = folder.checkpoints()
     step = restore(checkpoints, engine, run.train.steps)
@@ -92,7 +92,7 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
                 monitor.saved(checkpoints.start(engine, step))
                 watchdog.beat()
 
-        save_last(checkpoints, engine, step, wanted.goes_on, monitor)
+        save_last(checkpoints, engine, step, wanted.goes_on, stop, monitor)
         if step == run.train.steps:
             wanted = leave_model(folder, engine, validation, costs, stop, monitor)
         monitor.ended(step, left_early(stop, wanted.goes_on, ranks) if wanted.ends else "")
@@ -109,7 +109,9 @@ def warm_engine(run: Run, model: NestedModel, loader: Loader, ranks: Ranks, watc
     return engine
 
 
-def save_last(checkpoints: Checkpoints, engine: Engine, step: int, goes_on_later: bool, monitor: Monitor) -> None:
+def save_last(
+    checkpoints: Checkpoints, engine: Engine, step: int, goes_on_later: bool, stop: Stop, monitor: Monitor
+) -> None:
     """Ends the save that is on its way, and saves what came after it. A collective.
 
     Raises: AgreedError where that fails. A job that is to go on later then goes on from the checkpoint before.
@@ -120,6 +122,7 @@ def save_last(checkpoints: Checkpoints, engine: Engine, step: int, goes_on_later
             monitor.saved(checkpoints.save(engine, step))
     except AgreedError as error:
         is_asked = goes_on_later and engine.ranks.is_first and checkpoints.last_step
+        stop.heeded()
         then = engine.ranks.gather(requeue(os.environ) if is_asked else "")[0]  # all leave when Slurm has answered
         raise AgreedError(f"{error} {then}".strip()) from None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sorted_ds.checkpoint.background import Task, wait_for_all
 from sorted_ds.errors import AgreedError, UserError
 from tests import exactness, resumed
 from tests.exactness import MOMENTS, SPACE, Case
@@ -150,3 +151,17 @@ def test_training_does_not_wait_for_writes_one_copy_serves_all_and_the_umask_hol
     assert same_memory
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run" / "step_00000002").iterdir()}
     assert modes == {OTHERS_MAY_READ}
+
+
+def beats(ranks, seconds: float, moves: bool) -> int:
+    """Of this rank, while rank 0 alone has something to do."""
+    heard: list[float] = []
+    began = time.monotonic()
+    task = Task(lambda: time.sleep(seconds if ranks.is_first else 0))
+    wait_for_all(ranks, task, lambda: moves and ranks.is_first and time.monotonic() - began, lambda: heard.append(1))
+    return min(int(count) for count in ranks.gather(str(len(heard))))
+
+
+def test_ranks_that_wait_for_one_do_not_hang_as_long_as_it_makes_progress(tmp_path):
+    assert on_ranks(2, beats, 3.5, True, folder=tmp_path / "moving") >= 3
+    assert on_ranks(2, beats, 3.5, False, folder=tmp_path / "still") == 1

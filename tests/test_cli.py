@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,15 +150,16 @@ def test_prepare_then_eval_measures_a_directory(tmp_path, capsys):
 RANK = """
 import os, signal, sys, time
 stopped = []
-signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: stopped.append(signal.Signals(number).name))
 # One write a line: deepspeed starts ranks unbuffered, and two of them would mix the pieces of a print.
 sys.stdout.write(f"started {os.environ['RANK']} of {os.environ['WORLD_SIZE']} {sys.argv[1:]}\\n")
 if sys.argv[1] == "leave":
     sys.exit(int(sys.argv[2]))
 while not stopped:
     time.sleep(0.05)
-time.sleep(1)
-sys.stdout.write(f"saved {os.environ['RANK']}\\n")
+time.sleep(2)
+sys.stdout.write(f"saved {os.environ['RANK']} {stopped}\\n")
 """
 
 
@@ -176,14 +178,41 @@ def test_the_launcher_starts_the_ranks_and_hands_back_their_code(rank_module, co
     assert lines == [f"started {rank} of 2 ['leave', '{code}']" for rank in range(2)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_every_rank_save(rank_module, number):
+TERM, INT, USR1, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
+
+
+@pytest.mark.parametrize(
+    ("sent", "got"),
+    [
+        ([TERM], ["SIGTERM"]),
+        ([INT], ["SIGINT"]),
+        ([INT, INT], ["SIGINT", "SIGINT"]),  # at once: one key, passed on by two
+        ([USR1, TERM], ["SIGUSR1", "SIGTERM"]),  # as Slurm does at a time limit
+        ([HUP, HUP], ["SIGINT", "SIGINT"]),  # as a terminal that is closed does
+    ],
+)
+def test_a_signal_lets_every_rank_save(rank_module, sent, got):
+    left = _left_after(rank_module, sent, seconds=0.1)
+    assert left == (0, [f"saved {rank} {got}" for rank in (0, 1)])
+
+
+def test_a_ctrl_c_after_the_first_signal_kills(rank_module):
+    assert _left_after(rank_module, [TERM, INT], seconds=1.2) == (137, [])
+
+
+def test_what_nohup_hides_ends_nothing(rank_module):
+    assert _left_after(rank_module, [HUP, TERM], 0.5, "nohup") == (0, [f"saved {rank} ['SIGTERM']" for rank in (0, 1)])
+
+
+def _left_after(rank_module, sent, seconds, *before):
+    """The exit code, and what the ranks said after signals in so many seconds."""
     script = f"from sorted_ds.launcher import launch; raise SystemExit(launch(['{rank_module}', 'stay'], 2))"
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*before, sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     started = [process.stdout.readline() for _ in range(2)]
     assert all(line.startswith("started") for line in started)
-    process.send_signal(number)
+    for number in sent:
+        process.send_signal(number)
+        time.sleep(seconds)
     left, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert sorted(left.split("\n")) == ["", "saved 0", "saved 1"]
+    return process.returncode, sorted(left.splitlines())

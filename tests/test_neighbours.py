@@ -103,6 +103,12 @@ def test_rank_0_keeps_its_store_until_those_of_other_hosts_have_asked(capfd):
     assert capfd.readouterr().err.count("error: ") == 1
 
 
+def test_a_message_that_nobody_can_read_keeps_no_rank(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", open("/dev/full", "w"))  # noqa: SIM115, closing would raise
+    with Neighbours(0, 1, dist.HashStore(), is_rank_0s=True) as alone:
+        alone.tell("rank 1 ended")
+
+
 @pytest.mark.parametrize(("is_rank_0s", "lost"), [(True, [0]), (False, [])])
 def test_a_store_that_is_gone_tells_of_rank_0_where_it_was_its(is_rank_0s, lost, capfd):
     """torchrun keeps the store itself: without it the ranks are still there, and save."""

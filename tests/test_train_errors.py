@@ -8,9 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
+from sorted_ds.errors import AgreedError
+from sorted_ds.ranks import Ranks
+from sorted_ds.stop import Stop
+from sorted_ds.train import save_last
 from tests.launched import (
     ROOT,
     SETTINGS,
@@ -44,6 +50,15 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error_and_the_last_good_one_
     assert "warning: step_00000008 could not be written: " in said
     assert "step 8: the checkpoint could not be written" in one_error(said)
     assert [p.name for p in (run_dir(run) / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+def test_a_file_that_ended_a_run_has_had_its_effect_though_the_last_save_failed(tmp_path):
+    (tmp_path / "stop").touch()
+    checkpoints, engine = mock.Mock(last_step=0), mock.Mock(ranks=Ranks(0, 1, 0, torch.device("cpu")))
+    checkpoints.finish.side_effect = AgreedError("the disk is full")
+    with pytest.raises(AgreedError, match="the disk is full"):
+        save_last(checkpoints, engine, 3, False, Stop(tmp_path, "", is_first=True), mock.Mock())
+    assert not (tmp_path / "stop").exists()
 
 
 SMALL_FILES = """

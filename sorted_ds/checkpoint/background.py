@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from sorted_ds.ranks import Ranks
+
 Result = TypeVar("Result")
 
 
@@ -35,6 +37,18 @@ class Staging:
         except (RuntimeError, MemoryError) as error:
             raise OSError(f"no host memory for a copy of {4 * num} bytes: {str(error).splitlines()[0]}") from None
         return copies
+
+
+def wait_for_all(ranks: Ranks, task: "Task", progress: Callable[[], float], beat: Callable[[], None]) -> None:
+    """Until every rank's task is done. As long as one of them makes progress nothing hangs. A collective."""
+    before = -1.0
+    while True:
+        num_done, now = ranks.sum([task.is_done(seconds=1.0), progress()])
+        if num_done == ranks.size:
+            return
+        if now > before:
+            before = now
+            beat()
 
 
 class Task(Generic[Result]):

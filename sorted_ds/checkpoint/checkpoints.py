@@ -22,7 +22,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sorted_ds.checkpoint.background import Staging, Task
+from sorted_ds.checkpoint.background import Staging, Task, wait_for_all
 from sorted_ds.checkpoint.finding import complete_ones, newest_whole
 from sorted_ds.checkpoint.index import Index, name_of, see_all
 from sorted_ds.checkpoint.shard_files import Sharded, file_of, fill, state_keys_of, tensors_of, write_file
@@ -146,7 +146,8 @@ class Checkpoints:
         """
         save, began, result = self._pending, time.perf_counter(), {}
         assert save is not None
-        self._wait(save)
+        path = save.hidden / file_of(self._ranks.rank)
+        wait_for_all(self._ranks, save.task, lambda: _bytes_of(path), self._beat)
         try:
             with self._ranks.together():
                 result = save.task.result()
@@ -163,14 +164,6 @@ class Checkpoints:
         seconds = time.perf_counter() - save.started
         self._seconds_to_save = max(self._seconds_to_save, seconds)
         return [Saved(save.folder, save.step, seconds, save.pause_seconds)]
-
-    def _wait(self, save: _Save) -> None:
-        """For this rank's part. As long as bytes are written nothing hangs."""
-        written = 0
-        while not save.task.is_done(seconds=1.0):
-            if (now := _bytes_in(save.hidden)) > written:
-                written = now
-                self._beat()
 
     def _count_pause(self, save: _Save, began: float) -> None:
         seconds = time.perf_counter() - began
@@ -265,22 +258,24 @@ class Checkpoints:
             if self._ranks.is_first:
                 for left in (*self.folder.glob(".writing_*"), *self.folder.glob(".deleting_*")):
                     shutil.rmtree(left, ignore_errors=True)
-        index, folder, self.warnings = newest_whole(self.folder, self._identity, self._ranks, self._strict)
+        index, folder, self.warnings = newest_whole(self.folder, self._identity, self._ranks, self._strict, self._beat)
         if index is None:
             return 0
         self._beat()
         engine.restore(index.optimizer_steps, index.state_keys)
         names, own = list(index.files), self._ranks.rank % len(index.files)
         with self._ranks.together():
-            fill(engine, folder, names[own:] + names[:own])  # on as many ranks as before, the first file has all
+            fill(
+                engine, folder, names[own:] + names[:own], self._beat
+            )  # on as many ranks as before, the first file has all
         engine.publish()
         self.last_step, self._seconds_to_save = index.step, index.seconds
         return index.step
 
 
-def _bytes_in(folder: Path) -> int:
+def _bytes_of(path: Path) -> int:
     try:
-        return sum(entry.stat().st_size for entry in os.scandir(folder))
+        return path.stat().st_size
     except OSError:
         return 0
 

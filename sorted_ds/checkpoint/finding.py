@@ -7,6 +7,7 @@ are damaged are put aside: they must not be taken for the newest again, nor coun
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sorted_ds.checkpoint import waiting
@@ -27,14 +28,18 @@ def complete_ones(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names) if PUBLISHED.fullmatch(name)]
 
 
-def newest_whole(folder: Path, identity: Identity, ranks: Ranks, strict: bool) -> tuple[Index | None, Path, list[str]]:
+def newest_whole(
+    folder: Path, identity: Identity, ranks: Ranks, strict: bool, beat: Callable[[], None]
+) -> tuple[Index | None, Path, list[str]]:
     """Its index, its folder and warnings; no index when there is no checkpoint at all. A collective.
+
+    `beat` is called as long as something moves.
 
     Raises: AgreedError when there are only damaged ones, or some and `strict`, or another run's.
     """
     damages: dict[Path, str] = {}
     for checkpoint in reversed(_seen_by_all(folder, ranks)):
-        index, grown, damage = _examined(checkpoint, identity, ranks)
+        index, grown, damage = _examined(checkpoint, identity, ranks, beat)
         if not damage:
             aside = _put_aside(damages, checkpoint, ranks)
             return index, checkpoint, aside + [grown] * bool(grown)
@@ -69,17 +74,22 @@ def _seen_by_all(folder: Path, ranks: Ranks) -> list[Path]:
         time.sleep(1)
 
 
-def _examined(checkpoint: Path, identity: Identity, ranks: Ranks) -> tuple[Index | None, str, str]:
+def _examined(
+    checkpoint: Path, identity: Identity, ranks: Ranks, beat: Callable[[], None]
+) -> tuple[Index | None, str, str]:
     """Its index, how the space has grown since, and what is wrong with it: the last two the same on all ranks."""
     index, grown, damage = None, "", ""
     with ranks.together():
         try:
             index = Index.read(checkpoint)
             grown = identity.check(index.identity, checkpoint.parent)
-            index.check_files(checkpoint, ranks.rank, ranks.size)
+            index.check_sizes(checkpoint)
         except DamagedError as error:
             damage = str(error)
-    return index, grown, next(filter(None, ranks.gather(damage)), "")
+    damage = next(filter(None, ranks.gather(damage)), "")
+    if index and not damage:
+        damage = index.changed_file(checkpoint, ranks, beat)
+    return index, grown, damage
 
 
 def _put_aside(damages: dict[Path, str], whole: Path, ranks: Ranks) -> list[str]:

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
+from sorted_ds.checkpoint.background import Task, wait_for_all
 from sorted_ds.checkpoint.shard_files import sha256_of
 from sorted_ds.checkpoint.waiting import wait_for
 from sorted_ds.errors import UserError
 from sorted_ds.files import sync
+from sorted_ds.ranks import Ranks
 
 INDEX = "checkpoint.json"
 FORMAT = 2
@@ -63,23 +66,35 @@ class Index:
             raise DamagedError(f"{path} is of step {index.step}, which {folder.name} is not")
         return index
 
-    def check_files(self, folder: Path, rank: int, num_ranks: int) -> None:
-        """Presence and size of every file; of each file the checksum, on one of the ranks.
-
-        Raises: DamagedError; UserError when one cannot be read.
-        """
-        for number, (name, expected) in enumerate(self.files.items()):
+    def check_sizes(self, folder: Path) -> None:
+        """That every file is there. Raises: DamagedError; UserError when one cannot be read."""
+        for name, expected in self.files.items():
             path = folder / name
             if not wait_for(path.exists):
                 raise DamagedError(f"{path} is missing")
             try:
                 num_bytes = path.stat().st_size
-                if num_bytes != expected["bytes"]:
-                    raise DamagedError(f"{path} has {num_bytes} bytes, {expected['bytes']} were written")
-                if number % num_ranks == rank and sha256_of(path) != expected["sha256"]:
-                    raise DamagedError(f"{path} was changed since it was written")
             except OSError as error:
                 raise _unreadable(path, error) from None
+            if num_bytes != expected["bytes"]:
+                raise DamagedError(f"{path} has {num_bytes} bytes, {expected['bytes']} were written")
+
+    def changed_file(self, folder: Path, ranks: Ranks, beat: Callable[[], None]) -> str:
+        """What is wrong with the first file whose checksum is another; each rank reads its part. A collective.
+
+        Raises: AgreedError when one cannot be read.
+        """
+        own, pieces = list(self.files)[ranks.rank :: ranks.size], list[int]()
+        task = Task(lambda: {name: sha256_of(folder / name, pieces.append) for name in own})
+        wait_for_all(ranks, task, lambda: len(pieces), beat)
+        changed: list[str] = []
+        with ranks.together():
+            try:
+                changed = [name for name, found in task.result().items() if found != self.files[name]["sha256"]]
+            except OSError as error:
+                raise _unreadable(Path(error.filename or folder), error) from None
+        first = next(filter(None, ranks.gather(" ".join(changed[:1]))), "")
+        return f"{folder / first} was changed since it was written" if first else ""
 
 
 def fingerprint(folder: Path) -> str:

@@ -8,7 +8,7 @@ blocks that a space cuts them into. So any number of ranks, at any stage, with a
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,9 @@ from sorted_ds.files import share, sync
 
 SEPARATOR = "|"
 """Between a weight's name, the first element and the key of its state; in none of them."""
+
+
+BYTES_AT_ONCE = 2**24
 
 
 class Sharded(Protocol):
@@ -72,15 +75,20 @@ def write_file(path: Path, tensors: dict[str, Tensor]) -> dict:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, told: Callable[[int], None] = lambda num_bytes: None) -> str:
+    """`told` gets the number of bytes that were read, piece by piece."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(BYTES_AT_ONCE):
+            digest.update(piece)
+            told(len(piece))
+    return digest.hexdigest()
 
 
-def fill(engine: Sharded, folder: Path, names: Iterable[str]) -> None:
+def fill(engine: Sharded, folder: Path, names: Iterable[str], beat: Callable[[], None]) -> None:
     """Copies into every shard that this rank holds the stretches that overlap it, file after file until all is there.
 
-    Raises: UserError when some are missing.
+    `beat` is called for each stretch. Raises: UserError when some are missing.
     """
     targets, places = _Targets(), engine.places()
     for shard in engine.shards():
@@ -92,6 +100,7 @@ def fill(engine: Sharded, folder: Path, names: Iterable[str]) -> None:
             with safe_open(folder / name, framework="pt") as file:
                 for tensor in file.keys():  # noqa: SIM118, a safe_open is no mapping
                     targets.fill(tensor, file.get_slice(tensor))
+                    beat()
     if targets.num_left:
         raise UserError(f"{folder} lacks {targets.num_left} numbers of this run's: it is another model's.")
 

@@ -55,12 +55,14 @@ def build(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     take: Take | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> NestedModel:
     """A nested model from scratch (`source` None), or with the weights of a Hugging Face directory.
 
     From scratch, the full network's weights depend on the seed, the tensor's name and its shape alone: not on the
     space's width steps, the dtype (they are rounded from fp32) or the device. With `take`, one parameter at a time gets
     memory, in the order of `named_parameters`, and is handed over; blocks then lie side by side no more.
+    `beat` is called after each.
 
     Raises: UserError for an unknown family, a space that does not fit, or weights that are missing or misshapen, before
     the first parameter is filled.
@@ -73,10 +75,10 @@ def build(
     weights = _Scratch(model, modules, seed) if source is None else _Checkpoint(source, _hf_shapes(model, modules))
     if take is None:
         materialize(model, torch.device(device))
-        _fill(model, weights)
+        _fill(model, weights, beat)
     else:
         _materialize_buffers(model, torch.device(device))
-        _fill_one_by_one(model, weights, torch.device(device), take)
+        _fill_one_by_one(model, weights, torch.device(device), take, beat)
     if source is not None and (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
@@ -115,17 +117,21 @@ def _materialize_blocks(layer: NestedLayer, device: torch.device) -> None:
                 setattr(block, kind, nn.Parameter(whole[start:stop]))
 
 
-def _fill(model: NestedModel, weights: WeightSource) -> None:
+def _fill(model: NestedModel, weights: WeightSource, beat: Callable[[], None]) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, part in slices_of(model).items():
             parameters[name].copy_(weights.read(part))
+            beat()
 
 
-def _fill_one_by_one(model: NestedModel, weights: WeightSource, device: torch.device, take: Take) -> None:
+def _fill_one_by_one(
+    model: NestedModel, weights: WeightSource, device: torch.device, take: Take, beat: Callable[[], None]
+) -> None:
     for name, part in slices_of(model).items():
         path, _, kind = name.rpartition(".")
         _fill_and_hand_over(model.get_submodule(path), kind, weights.read(part), device, take)
+        beat()
     model.tie_weights()
 
 
