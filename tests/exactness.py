@@ -69,6 +69,8 @@ class Case:
     """Elements that stage 3 gathers ahead."""
     default_thresholds: bool = False
     """DeepSpeed's own: at stage 3 nothing so small is partitioned, all of it is persistent."""
+    reports: bool = False
+    """DeepSpeed's timers, and its log of what is communicated."""
     without: str = ""
     """The part of the fix that is switched off: see `PARTS`."""
     static: bool = False
@@ -102,7 +104,10 @@ class Case:
         zero |= {} if self.default_thresholds else {**SMALL_ZERO, "stage3_prefetch_bucket_size": self.prefetch}
         zero |= {"offload_optimizer": {"device": "cpu"}} if self.offload else {}
         zero |= {"offload_param": {"device": "cpu"}} if self.offload_param else {}
-        return {"zero_optimization": zero, **({"bf16": {"enabled": True}} if self.precision == "bf16" else {})}
+        config = {"zero_optimization": zero, **({"bf16": {"enabled": True}} if self.precision == "bf16" else {})}
+        if self.reports:
+            config |= {"wall_clock_breakdown": True, "comms_logger": {"enabled": True, "prof_all": True}}
+        return config
 
 
 def plain_model(case: Case) -> PreTrainedModel:

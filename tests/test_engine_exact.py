@@ -45,8 +45,10 @@ STALE += [Case(3, offload=True, offload_param=True, without="clean_accumulators"
 MEAN_LOSS = [Case(stage, without="summed_loss") for stage in STAGES]
 REFUSED = [Case(1, overlap=True, without="own_accumulation")]
 CLEANED_ONLY = [Case(3, without="own_accumulation")]
+REPORTS = [Case(stage, reports=True) for stage in STAGES]
+"""Last: DeepSpeed keeps its log of communication switched on."""
 
-ALL = [*FP32, *MORE, *BF16, *STALE, *MEAN_LOSS, *REFUSED, *CLEANED_ONLY]
+ALL = [*FP32, *MORE, *BF16, *STALE, *MEAN_LOSS, *REFUSED, *CLEANED_ONLY, *REPORTS]
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +70,12 @@ def names(case: Case) -> str:
     return case.name
 
 
-@pytest.mark.parametrize("case", FP32 + MORE, ids=names)
+@pytest.mark.parametrize("case", FP32 + MORE + REPORTS, ids=names)
 def test_weights_equal_the_reference(trained, case):
     assert error(trained, case) <= TOLERANCE[case.optimizer]
 
 
-@pytest.mark.parametrize("case", FP32 + MORE, ids=names)
+@pytest.mark.parametrize("case", FP32 + MORE + REPORTS, ids=names)
 def test_gradient_norms_equal_the_reference(trained, case):
     assert trained[case.name]["norms"] == pytest.approx(expected(case)["norms"], rel=1e-5)
 
