@@ -4,6 +4,7 @@ In: a `Run`, its space and tokens, and which rank this is. Out: the values that 
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
@@ -22,6 +23,14 @@ from sorted_ds.run_file import load_engine_config
 from sorted_ds.space import SubNet, SubNetSpace
 
 
+def source_of(run: Run) -> Path | None:
+    """Where the first weights lie, on this host: downloaded where they are not. None where they are drawn.
+
+    Raises: UserError when they are nowhere.
+    """
+    return None if run.model.init == SCRATCH else resolve_source(run.model.init)
+
+
 def load_model(
     run: Run, config: PreTrainedConfig, space: SubNetSpace, ranks: Ranks, beat: Callable[[], None] = lambda: None
 ) -> NestedModel:
@@ -36,7 +45,7 @@ def load_model(
     zero3 = stage_of(engine) == 3
     take = partitioner(engine, run.batch.micro_batch_rows, run.optim.clip_norm, ranks) if zero3 else None
     with ranks.together():
-        source = None if init == SCRATCH else resolve_source(init)
+        source = source_of(run)
         weights = "" if source is None else fingerprint(source)
     ranks.agree({f"the weights of {init}": weights})
     with ranks.together():

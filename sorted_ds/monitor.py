@@ -172,7 +172,8 @@ class Monitor:
     def table(self, measured: Sequence[Measured], unigram_nats: float) -> None:
         """Every sub-network, on standard output."""
         if self._is_on:
-            console().print(measured_table(measured, unigram_nats))
+            with suppress(OSError):  # nobody may be there to read it
+                console().print(measured_table(measured, unigram_nats))
 
     def __enter__(self) -> "Monitor":
         return self

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from sorted_ds.ancestors import Ancestors
-from sorted_ds.assemble import engine_of, eval_subnets, load_model, training_loader, validation_of
+from sorted_ds.assemble import engine_of, eval_subnets, load_model, source_of, training_loader, validation_of
 from sorted_ds.checkpoint import Checkpoints
 from sorted_ds.config import Run
 from sorted_ds.data.loader import Loader, MicroBatch
@@ -72,10 +72,10 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
             asked = [count_targets(batches), *stop.wanted(checkpoints.seconds_to_save), checkpoints.is_ready()]
             num_targets, *ends, ready = ranks.sum_agreed(asked, told(step, draws))
             wanted = Wanted(*ends)
-            if ready == ranks.size:
-                monitor.saved(checkpoints.advance())
             if wanted.ends:
                 break
+            if ready == ranks.size:
+                monitor.saved(checkpoints.advance())
             learning_rate = lr_at(step, run.train.steps, run.optim)
             losses = accumulate(engine, draws, batches, num_targets)
             norm = engine.step(learning_rate)
@@ -264,6 +264,7 @@ def main(arguments: Sequence[str]) -> int:
                 known = facts(run)
             ranks.agree(known)
             with ranks.together():
+                source_of(run)  # a download may take longer than the watchdog waits
                 claimed = claim(run.run_dir) if ranks.is_first else nullcontext()
                 release_dead_locks(tells=ranks.local_rank == 0)
             with claimed, Watchdog(run.train.hang_minutes, run.run_dir, ranks.rank) as watchdog:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sorted_ds.checkpoint.background import Task, wait_for_all
+from sorted_ds.checkpoint.checkpoints import _blocks_in
 from sorted_ds.errors import AgreedError, UserError
 from tests import exactness, resumed
 from tests.exactness import MOMENTS, SPACE, Case
@@ -165,3 +166,12 @@ def beats(ranks, seconds: float, moves: bool) -> int:
 def test_ranks_that_wait_for_one_do_not_hang_as_long_as_it_makes_progress(tmp_path):
     assert on_ranks(2, beats, 3.5, True, folder=tmp_path / "moving") >= 3
     assert on_ranks(2, beats, 3.5, False, folder=tmp_path / "still") == 1
+
+
+def test_a_file_that_is_being_filled_shows_it_before_it_has_its_name(tmp_path):
+    with (tmp_path / ".tmp").open("wb") as file:
+        file.truncate(2**24)  # as safetensors does
+        before = _blocks_in(tmp_path)
+        file.write(bytes(2**22))
+        os.fsync(file.fileno())
+        assert before < _blocks_in(tmp_path) < 2**24 // 512

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import sys
 
 import pytest
 import torch
@@ -53,6 +54,12 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capfd):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "could not be written: [Errno 27] File too large" in capfd.readouterr().err
+
+
+def test_a_table_that_nobody_can_read_costs_nothing(tmp_path, monkeypatch):
+    with monitor(load_run(run_file(tmp_path))) as made:
+        monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115, closing would raise
+        made.table([], 5.0)
 
 
 def test_losses_are_summed_by_sub_network_and_start_anew():

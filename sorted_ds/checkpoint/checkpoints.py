@@ -61,6 +61,8 @@ class _Save:
     task: Task = field(init=False)
     """Of the half that it is in."""
     pause_seconds: float = 0.0
+    pieces_read: list[int] = field(default_factory=list)
+    """For the checksum of this rank's file."""
     is_written: bool = False
     """By every rank; now rank 0 publishes."""
 
@@ -122,7 +124,7 @@ class Checkpoints:
             return {
                 "optimizer_steps": optimizer_steps,
                 "state_keys": state_keys_of(tensors),
-                "files": {path.name: write_file(path, tensors)},
+                "files": {path.name: write_file(path, tensors, save.pieces_read.append)},
             }
 
         save.task, self._pending = Task(write), save
@@ -146,8 +148,7 @@ class Checkpoints:
         """
         save, began, result = self._pending, time.perf_counter(), {}
         assert save is not None
-        path = save.hidden / file_of(self._ranks.rank)
-        wait_for_all(self._ranks, save.task, lambda: _bytes_of(path), self._beat)
+        wait_for_all(self._ranks, save.task, lambda: self._progress(save), self._beat)
         try:
             with self._ranks.together():
                 result = save.task.result()
@@ -164,6 +165,10 @@ class Checkpoints:
         seconds = time.perf_counter() - save.started
         self._seconds_to_save = max(self._seconds_to_save, seconds)
         return [Saved(save.folder, save.step, seconds, save.pause_seconds)]
+
+    def _progress(self, save: _Save) -> int:
+        """Grows while any rank writes or reads. safetensors 0.8.0 gives a file its whole size before it fills it."""
+        return len(save.pieces_read) + (_blocks_in(save.hidden) if self._ranks.is_first else 0)
 
     def _count_pause(self, save: _Save, began: float) -> None:
         seconds = time.perf_counter() - began
@@ -273,9 +278,9 @@ class Checkpoints:
         return index.step
 
 
-def _bytes_of(path: Path) -> int:
+def _blocks_in(folder: Path) -> int:
     try:
-        return path.stat().st_size
+        return sum(entry.stat().st_blocks for entry in os.scandir(folder))
     except OSError:
         return 0
 

@@ -64,15 +64,15 @@ def state_keys_of(tensors: Iterable[str]) -> list[str]:
     return sorted({name.rpartition(SEPARATOR)[2] for name in tensors} - {MASTER})
 
 
-def write_file(path: Path, tensors: dict[str, Tensor]) -> dict:
-    """Writes and syncs; returns size and checksum. Raises: OSError."""
+def write_file(path: Path, tensors: dict[str, Tensor], told: Callable[[int], None]) -> dict:
+    """Writes and syncs; returns size and checksum. `told` as in `sha256_of`. Raises: OSError."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from None
     share(path)
     sync(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path, told)}
 
 
 def sha256_of(path: Path, told: Callable[[int], None] = lambda num_bytes: None) -> str:
