@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,12 @@ SETTINGS += ["eval.every_steps=3", "optim.learning_rate=0.01", "optim.eps=1e-6",
 def command(run: Path, *settings: str, ranks: int = 2) -> list[str]:
     script = "import sys; from sorted_ds.cli import main; sys.exit(main())"
     return [sys.executable, "-c", script, "train", str(run), *SETTINGS, *settings, "--ranks", str(ranks)]
+
+
+def hears_all() -> None:
+    """In the child, before it begins: a test run in the background, or under nohup, would have it ignore some."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def train(run: Path, *settings: str, ranks: int = 2, code: int = 0, **kwargs) -> str:

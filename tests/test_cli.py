@@ -13,6 +13,7 @@ import pytest
 from sorted_ds.cli import main
 from sorted_ds.launcher import launch
 from sorted_ds.model_dir import ModelDir
+from tests.launched import hears_all
 from tests.runs import run_file
 from tests.trained import made_up_table, measured_run, trained_run
 
@@ -207,7 +208,8 @@ def test_what_nohup_hides_ends_nothing(rank_module):
 def _left_after(rank_module, sent, seconds, *before):
     """The exit code, and what the ranks said after signals in so many seconds."""
     script = f"from sorted_ds.launcher import launch; raise SystemExit(launch(['{rank_module}', 'stay'], 2))"
-    process = subprocess.Popen([*before, sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    command = [*before, sys.executable, "-c", script]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hears_all)
     assert process.stdout is not None
     started = [process.stdout.readline() for _ in range(2)]
     assert all(line.startswith("started") for line in started)

@@ -24,6 +24,7 @@ from tests.launched import (
     by_launcher,
     command,
     copied,
+    hears_all,
     masters,
     metrics,
     one_error,
@@ -59,7 +60,7 @@ def test_another_number_of_ranks_ends_equal_to_rounding(whole, tmp_path, ranks):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_and_saves_and_the_run_goes_on_bit_equal(whole, tmp_path, number):
     run = copied(whole, tmp_path, keep_steps=0)
-    process = subprocess.Popen(command(run), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(run), cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=hears_all)
     for line in process.stderr:
         if line.startswith("step 2/"):
             process.send_signal(number)
