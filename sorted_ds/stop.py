@@ -7,7 +7,8 @@ imports would kill.
 
 | what | ends | goes on in a Slurm job |
 |---|---|---|
-| SIGTERM (preemption), SIGUSR1 (`#SBATCH --signal`, `scancel -s USR1`) | yes | yes |
+| SIGTERM (preemption) | yes | yes |
+| SIGUSR1 (`#SBATCH --signal`, `scancel -s USR1`) | yes | yes, if a step was done |
 | SIGINT (Ctrl-C) | yes | no |
 | RUN_DIR/requeue is touched | yes | yes |
 | RUN_DIR/stop is touched | yes | no |
@@ -109,7 +110,9 @@ class Stop:
         names += [f"the file {name}" for name in touched] + ["the time limit"] * is_due
         names += ["the process that started it is gone"] * self._is_orphan()
         self.reason = ", ".join(names)
-        later = bool(_signals & set(LATER)) or REQUEUE_FILE in touched or (is_due and self._longest > 0)
+        # A job whose time is too short for one step would be started again for ever.
+        is_late = (is_due or signal.SIGUSR1 in _signals) and self._longest > 0
+        later = signal.SIGTERM in _signals or REQUEUE_FILE in touched or is_late
         return Wanted(bool(names), later, bool(_signals & set(FOR_GOOD)) or STOP_FILE in touched)
 
     def heeded(self) -> None:

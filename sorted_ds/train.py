@@ -95,8 +95,8 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
         save_last(checkpoints, engine, step, wanted.goes_on, stop, monitor)
         if step == run.train.steps:
             wanted = leave_model(folder, engine, validation, costs, stop, monitor)
+        stop.heeded()  # before Slurm is asked, which then ends this job at once
         monitor.ended(step, left_early(stop, wanted.goes_on, ranks) if wanted.ends else "")
-        stop.heeded()
 
 
 def warm_engine(run: Run, model: NestedModel, loader: Loader, ranks: Ranks, watchdog: Watchdog) -> Engine:
@@ -123,17 +123,26 @@ def save_last(
     except AgreedError as error:
         is_asked = goes_on_later and engine.ranks.is_first and checkpoints.last_step
         stop.heeded()
-        then = engine.ranks.gather(requeue(os.environ) if is_asked else "")[0]  # all leave when Slurm has answered
+        then = ""
+        try:
+            then = requeue(os.environ) if is_asked else ""
+        except UserError as refused:
+            then = str(refused)
+        then = engine.ranks.gather(then)[0]  # all leave when Slurm has answered
         raise AgreedError(f"{error} {then}".strip()) from None
 
 
 def left_early(stop: Stop, goes_on_later: bool, ranks: Ranks) -> str:
-    """Why, and what comes of it, on rank 0: a Slurm job that is to go on later is started again. A collective."""
-    reasons = ranks.gather(stop.reason)
-    if not ranks.is_first:
-        return ""
-    why = ", ".join(dict.fromkeys(filter(None, reasons)))
-    then = requeue(os.environ) if goes_on_later else ""
+    """Why, and what comes of it, on rank 0: a Slurm job that is to go on later is started again. A collective.
+
+    Raises: AgreedError when Slurm does not: whoever waits for the end of the job must not take it for a success.
+    """
+    why, then = ", ".join(dict.fromkeys(filter(None, ranks.gather(stop.reason)))), ""
+    with ranks.together():
+        try:
+            then = requeue(os.environ) if goes_on_later and ranks.is_first else ""
+        except UserError as refused:
+            raise UserError(f"{why}; {refused}") from None
     return f"{why}; {then or 'start the run again to go on'}"
 
 

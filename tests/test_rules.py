@@ -48,7 +48,7 @@ KNOWS_ONLY = {
     "shuffle": set(),
     "stop": {"errors"},
     "watchdog": set(),
-    "slurm": set(),
+    "slurm": {"errors"},
     "rendezvous": {"errors"},
     "space": {"errors"},
     "schedule": {"errors", "shuffle", "space"},

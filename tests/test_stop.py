@@ -10,11 +10,14 @@ from unittest import mock
 
 import psutil
 import pytest
+import torch
 
 from sorted_ds import ancestors, slurm, stop
 from sorted_ds.ancestors import FIRST, Ancestors
-from sorted_ds.errors import UserError
+from sorted_ds.errors import AgreedError, UserError
+from sorted_ds.ranks import Ranks
 from sorted_ds.stop import Stop, seconds_of
+from sorted_ds.train import left_early
 from sorted_ds.watchdog import EXIT_CODE
 
 
@@ -44,10 +47,17 @@ def test_time_limits_are_read_as_slurm_writes_them():
 def test_a_signal_ends_the_run(tmp_path, number, goes_on):
     stop.listen()
     asked = Stop(tmp_path, "", is_first=False)
-    assert asked.wanted(None) == (False, False, False)
+    assert asked.wanted(None) == asked.wanted(None) == (False, False, False)
     signal.raise_signal(number)
     assert asked.wanted(None) == (True, goes_on, not goes_on)
     assert asked.reason == number.name
+
+
+def test_a_job_whose_time_is_too_short_for_a_step_is_not_started_again_for_ever(tmp_path):
+    stop.listen()
+    asked = Stop(tmp_path, "", is_first=False)
+    signal.raise_signal(signal.SIGUSR1)
+    assert asked.wanted(None) == (True, False, False)
 
 
 @pytest.mark.parametrize(("name", "goes_on"), [("stop", False), ("requeue", True)])
@@ -233,14 +243,29 @@ def test_outside_of_slurm_nothing_is_asked():
 @pytest.mark.parametrize(
     ("answers", "told"),
     [
-        ([(True, "RUNNING"), (False, "disabled")], "job 7 could not be started again: disabled"),
-        ([(True, "CANCELLED")], "job 7 is CANCELLED, so it is not started again"),
+        ([(True, "COMPLETING")], "Slurm is ending job 7 (COMPLETING), and knows whether it starts it again"),
         ([(False, "no answer"), (True, "")], "Slurm starts job 7 again"),
+        ([(True, "RUNNING"), (False, "timed out"), (True, "RUNNING"), (True, "")], "Slurm starts job 7 again"),
     ],
 )
 def test_what_slurm_says_is_told(answers, told):
-    with mock.patch.object(slurm, "_run", side_effect=answers):
+    with mock.patch.object(slurm, "_run", side_effect=answers), mock.patch.object(slurm, "SECONDS_BETWEEN", 0):
         assert slurm.requeue({"SLURM_JOB_ID": "7"}) == told
+
+
+def test_a_job_that_is_not_started_again_is_an_error_that_tells_why_it_ended(tmp_path):
+    stop.listen()
+    signal.raise_signal(signal.SIGTERM)
+    asked = Stop(tmp_path, "", is_first=True)
+    assert asked.wanted(None) == (True, True, False)
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    with (
+        mock.patch.object(slurm, "_run", return_value=(False, "disabled")),
+        mock.patch.object(slurm, "SECONDS_BETWEEN", 0),
+        mock.patch.dict(os.environ, {"SLURM_JOB_ID": "7"}),
+        pytest.raises(AgreedError, match=r"SIGTERM; job 7 could not be started again: disabled\. Submit it again"),
+    ):
+        left_early(asked, True, alone)
 
 
 def test_of_an_array_only_the_own_task_is_started_again():

@@ -17,12 +17,12 @@ from sorted_ds.run_file import load_run
 from sorted_ds.stop import seconds_of
 
 SCRIPT = "slurm.sbatch"
+SECONDS_TO_SAVE = 300
 
 
 def run(args: argparse.Namespace) -> int:
     settings = load_run(args.run_file, args.overrides)
     check_run(settings)
-    seconds_of(args.time, "--time")
     path = written(job_script(args, settings), settings.run_dir / SCRIPT)
     command = ["sbatch", "--parsable", *([f"--dependency=afterany:{args.after}"] if args.after else []), str(path)]
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -58,9 +58,10 @@ def job_script(args: argparse.Namespace, settings: Run) -> str:
         "ntasks-per-node": str(args.gpus_per_node),
         "cpus-per-task": "1" if args.no_gpus else "8",
         "time": args.time,
+        "signal": f"USR1@{seconds_to_save(args.time)}",
         "output": str(settings.run_dir).replace("%", "%%") + "/slurm-%j.log",
     }
-    given = [f"--{option.lstrip('-')}" for option in args.sbatch]
+    given = [_long(option) for option in args.sbatch]
     if any(option.startswith("--array") for option in given):
         raise UserError("an array is several runs: call `sbatch --array 0-3 launch/slurm.sbatch RUN.toml`.")
     text = files("sorted_ds").joinpath("jobs", SCRIPT).read_text()
@@ -72,6 +73,21 @@ def job_script(args: argparse.Namespace, settings: Run) -> str:
     arguments = shlex.join([str(args.run_file.absolute()), *args.overrides])
     first, usage, rest = text.partition("if [ $# = 0 ]")
     return f'{first}set -- {arguments} "$@"\n{usage}{rest}'
+
+
+def seconds_to_save(time_limit: str) -> int:
+    """How long before the limit Slurm tells the run: five minutes, or a quarter of a short job.
+
+    Raises: UserError for a limit that is none.
+    """
+    return min(SECONDS_TO_SAVE, int(seconds_of(time_limit, "--time") / 4))
+
+
+def _long(option: str) -> str:
+    """Raises: UserError for what is not `--name` or `--name=value`; the hyphens may be left out."""
+    if not re.fullmatch(r"(--)?[a-z][\w-]+(=.*)?", option):
+        raise UserError(f"--sbatch {option!r} should be a long option of sbatch, like --sbatch=--partition=a100.")
+    return f"--{option.removeprefix('--')}"
 
 
 def _option(text: str) -> str:

@@ -63,11 +63,21 @@ START = """\
 set -e
 hostname {host}
 for place in {own}; do mount -t tmpfs tmpfs $place; chmod 1777 $place; done
+{cgroups}
 mkdir -p /run/sshd /root/.ssh
 mount --bind {folder}/hosts /etc/hosts
 mount --bind {folder}/ssh /root/.ssh
 exec /usr/sbin/sshd -D -e -f {folder}/{host}/sshd_config
 """
+FREEZER = "/sys/fs/cgroup/freezer"
+CGROUPS = f"""\
+mount -t tmpfs tmpfs /sys/fs/cgroup
+mkdir {FREEZER}
+mount -t cgroup -o freezer none {FREEZER}
+mkdir -p {FREEZER}/{{host}}
+mount --bind {FREEZER}/{{host}} {FREEZER}
+"""
+"""By which Slurm knows the processes of a task, as on most clusters: it signals the first alone. One for each host."""
 SSH = """\
 Host *
   StrictHostKeyChecking no
@@ -88,7 +98,7 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/%n/slurmd.log
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n/spool
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{tracking}
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
@@ -108,6 +118,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30 OverSubscribe=NO
+PartitionName=at_once Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=0 OverSubscribe=NO
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF OverSubscribe=NO
 """
 
@@ -118,6 +129,7 @@ class Cluster:
     def __init__(self, folder: Path, num_hosts: int = 2):
         """`folder`: where everything of the cluster is kept."""
         self.folder = folder
+        self.has_cgroups = "\nfreezer" in Path("/proc/cgroups").read_text()
         self.hosts = {f"h{number + 1}": f"{NETWORK}.{number + 1}" for number in range(num_hosts)}
         self.environment = {
             "HOME": "/root",
@@ -164,13 +176,15 @@ class Cluster:
         shared = self.folder.is_relative_to("/tmp") or VENV.is_relative_to("/tmp")
         values["own"] = " ".join(("/dev/shm", "/run", *([] if shared else ["/tmp"])))
         values["controller"] = socket.gethostname().split(".")[0]
+        values["tracking"] = "cgroup" if self.has_cgroups else "linuxproc"
         lines = [f"{address} {host}" for host, address in self.hosts.items()]
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
         (self.folder / "ssh" / "config").write_text(SSH)
         _key(self.folder / "ssh" / "id_ed25519")
         for host in self.hosts:
             (self.folder / host / "sshd_config").write_text(SSHD.format(host=host, **values))
-            (self.folder / host / "start.sh").write_text(START.format(host=host, **values))
+            cgroups = CGROUPS.format(host=host) if self.has_cgroups else ""
+            (self.folder / host / "start.sh").write_text(START.format(host=host, cgroups=cgroups, **values))
             _key(self.folder / host / "key")
         nodes = [f"NodeName={h} NodeAddr={a} CPUs=2 RealMemory=4000 State=UNKNOWN" for h, a in self.hosts.items()]
         (self.folder / "slurm.conf").write_text(SLURM.format(nodes="\n".join(nodes), **values))

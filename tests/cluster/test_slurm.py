@@ -33,12 +33,14 @@ def run(longer, place) -> Path:
 class Job:
     """A submitted run."""
 
-    def __init__(self, cluster: Cluster, run: Path, script: str = "", settings: Sequence[str] = LONGER):
+    def __init__(
+        self, cluster: Cluster, run: Path, script: str = "", settings: Sequence[str] = LONGER, partition: str = "main"
+    ):
         """By `sorted-ds launch`, or with a script of launch/."""
         self.cluster, self.run = cluster, run
         if script:
             log = f"--output={run_dir(run)}/slurm-%j.log"
-            sizes = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10:00"]
+            sizes = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10:00", f"--partition={partition}"]
             command = ["sbatch", "--parsable", *sizes, log, str(ROOT / "launch" / script), str(run), *settings]
             self.number = cluster.said("h1", *command)
             return
@@ -53,6 +55,7 @@ class Job:
             "--gpus-per-node",
             "1",
             "--no-gpus",
+            f"--sbatch=partition={partition}",
         ]
         self.number = cluster.said("h1", *command, "--time", "10:00").splitlines()[-1]
 
@@ -111,15 +114,33 @@ def test_a_signalled_job_of_the_deepspeed_launcher_goes_on_too(cluster, longer, 
     assert_same(longer, run)
 
 
-def test_a_preempted_job_saves_is_started_again_and_ends_bit_equal(cluster, longer, run):
-    job = Job(cluster, run)
+@pytest.mark.parametrize("script", ["", "slurm_deepspeed.sbatch"])
+def test_a_preempted_job_saves_is_started_again_and_ends_bit_equal(cluster, longer, run, script):
+    job = Job(cluster, run, script)
     job.reach_step(5)
-    cluster.said(
-        "h1", "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2"
-    )
+    preempt(cluster)
     assert job.end() == "COMPLETED", job.log
     assert job.state("Restarts") == "1"
     assert "SIGTERM; Slurm starts job" in job.log
+    assert_same(longer, run)
+
+
+def preempt(cluster: Cluster) -> None:
+    command = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2"]
+    cluster.said("h1", *command)
+
+
+@pytest.mark.parametrize("script", ["", "slurm_deepspeed.sbatch"])
+def test_a_job_that_slurm_ends_at_once_saves_meanwhile_and_slurm_starts_it_again(cluster, longer, run, script):
+    """As at most sites: no grace, so Slurm ends and requeues the job by itself, and waits for KillWait."""
+    job = Job(cluster, run, script, partition="at_once")
+    job.reach_step(5)
+    preempt(cluster)
+    assert job.end() == "COMPLETED", job.log
+    assert job.state("Restarts") == "1"
+    if cluster.has_cgroups:
+        assert re.search(r"SIGTERM; Slurm is ending job \d+ \(COMPLETING\), and knows whether", job.log), job.log
+        assert "going on from the checkpoint of step" in job.log
     assert_same(longer, run)
 
 
