@@ -270,9 +270,8 @@ class Checkpoints:
         engine.restore(index.optimizer_steps, index.state_keys)
         names, own = list(index.files), self._ranks.rank % len(index.files)
         with self._ranks.together():
-            fill(
-                engine, folder, names[own:] + names[:own], self._beat
-            )  # on as many ranks as before, the first file has all
+            # On as many ranks as before, the first file has all.
+            fill(engine, folder, names[own:] + names[:own], self._beat)
         engine.publish()
         self.last_step, self._seconds_to_save = index.step, index.seconds
         return index.step
