@@ -204,6 +204,19 @@ def test_a_directory_is_its_own_source_and_needs_a_config(tmp_path):
     assert resolve_source(str(tmp_path)) == tmp_path
 
 
+def test_a_hub_id_is_asked_for_once(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--someone--small" / "snapshots" / "0123abc"
+    saved(snapshot)
+    refs = tmp_path / "models--someone--small" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert resolve_source("someone/small") == snapshot
+    refs.rename(tmp_path / "gone")  # whoever asks again finds nothing
+    assert resolve_source("someone/small") == snapshot
+
+
 @pytest.mark.parametrize("init", ["no/such/directory", "bad//name!!", "./runs/gone", "nobody/none-at-all"])
 def test_what_is_neither_directory_nor_hub_id_is_one_line_for_the_user(init, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

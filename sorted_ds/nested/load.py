@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -254,6 +255,12 @@ def _opened(path: Path) -> safe_open:
         raise UserError(f"{path} cannot be read as safetensors ({error}). Get the file again.") from error
 
 
+@cache
+def _downloaded(hub_id: str) -> Path:
+    """Asks the hub once a process, however often the source is resolved."""
+    return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+
+
 def resolve_source(init: str) -> Path:
     """The directory of a checkpoint: `init` itself, or the download of a hub id (safetensors, configs, tokenizer).
 
@@ -264,7 +271,7 @@ def resolve_source(init: str) -> Path:
             raise UserError(f"{init} has no config.json. Name a Hugging Face model directory.")
         return Path(init)
     try:
-        return Path(snapshot_download(init, allow_patterns=HUB_FILES))
+        return _downloaded(init)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
