@@ -311,7 +311,7 @@ def main() -> None:
     with_cluster = not (args.no_cluster or missing() or forbidden())
     with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:
         original = run_file(Path(folder) / "original")
-        launched.train(original, *settings(STEPS), "train.hang_minutes=30")  # DeepSpeed may compile
+        launched.train_by_command(original, *settings(STEPS), "train.hang_minutes=30")  # DeepSpeed may compile
         number = 0
         while time.monotonic() < end and sum(map(len, lives.values())) < args.faults:
             if number not in lives and (with_cluster or not is_in_slurm(number)):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launched import train
+from tests.launched import train_by_command
 from tests.runs import run_file
 
 
@@ -12,5 +12,5 @@ from tests.runs import run_file
 def whole(tmp_path_factory) -> Path:
     """The run file of a run of 8 steps on 2 ranks, uninterrupted."""
     run = run_file(tmp_path_factory.mktemp("whole"))
-    train(run)
+    train_by_command(run)
     return run

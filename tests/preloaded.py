@@ -3,4 +3,6 @@
 import deepspeed  # noqa: F401
 import transformers  # noqa: F401
 
+import sorted_ds.commands.train
+import sorted_ds.figure
 import sorted_ds.train  # noqa: F401

@@ -11,8 +11,10 @@ import pickle
 import sys
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import NoReturn
 from unittest import mock
 
 HANG_SECONDS = 420
@@ -27,20 +29,20 @@ def on_ranks(num_ranks: int, function, *args, folder: Path, device: str = "cpu",
     call.write_bytes(pickle.dumps((module, function.__qualname__, args, device)))
     for old in folder.glob("rendezvous*"):
         old.unlink()
-    context = _context(device)
+    context = context_of(device)
     processes, logs = [], []
     for rank in range(num_ranks):
         logs.append(folder / f"rank{rank}.log")
         environment = _environment(rank, num_ranks, device)
-        process = context.Process(target=_rank_main, args=(folder, environment, logs[-1], Path.cwd()))
+        process = context.Process(target=_rank_main, args=(folder, environment, Path.cwd(), logs[-1]))
         process.start()
         processes.append(process)
     _wait(processes, logs, hang_seconds)
     return pickle.loads((folder / "result.pickle").read_bytes())
 
 
-def _context(device: str):
-    """CUDA does not survive a fork."""
+def context_of(device: str):
+    """What starts processes: forked from one that has imported everything. CUDA does not survive a fork."""
     if device == "cuda":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -95,22 +97,34 @@ def _wait(processes: list, logs: list[Path], hang_seconds: int) -> None:
         raise AssertionError(f"ranks {failed} failed or hung:\n{texts}")
 
 
-def _rank_main(folder: Path, environment: dict[str, str], log: Path, where: Path) -> None:
+def _rank_main(folder: Path, environment: dict[str, str], where: Path, log: Path) -> None:
     """One rank, in a process of its own."""
+    enter(environment, where, log)
+    leave(lambda: _run(folder))
+
+
+def enter(environment: Mapping[str, str], where: Path, log: Path) -> None:
+    """Makes a forked process one that was started there, with this environment, and that writes to `log`."""
     with log.open("w") as out:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(out.fileno(), stream.fileno())
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(where)
+
+
+def leave(work: Callable[[], int | None]) -> NoReturn:
+    """Does the work, and ends the process with the code that it returns or leaves with; with 1 where it raises."""
     try:
-        _run(folder)
-        sys.stdout.flush()
-        os._exit(0)  # a gloo thread sometimes aborts at interpreter exit, after the work is done
+        code = work() or 0
+    except SystemExit as left:
+        code = left.code or 0
     except BaseException:
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a gloo thread sometimes aborts at interpreter exit, after the work is done
 
 
 def _run(folder: Path) -> None:

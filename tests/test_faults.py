@@ -17,7 +17,7 @@ KINDS = ["kill -9 of a rank", "a flipped bit", "kill -9 of all ranks", "kill -9 
 
 def test_five_kills_at_random_moments_cost_nothing(tmp_path):
     original = run_file(tmp_path / "original")
-    launched.train(original, *settings(STEPS), "train.hang_minutes=30")
+    launched.train_by_command(original, *settings(STEPS), "train.hang_minutes=30")
     seed = time.time_ns()
     chance = random.Random(seed)
     kinds = [*KINDS, "kill -9 of a rank"]

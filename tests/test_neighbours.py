@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from sorted_ds.launcher import free_port
 from sorted_ds.neighbours import SECONDS_BETWEEN_LOOKS, Neighbours, card, names
-from tests.launched import ROOT, SETTINGS, STAYING, copied, one_error
+from tests.forked import end_of, ranks_of
+from tests.launched import SETTINGS, STAYING, copied, one_error
 
 GO_ON = "or can no longer be reached. Start the run again to go on from its last checkpoint.\n"
 
@@ -37,22 +38,15 @@ time.sleep(60)
 def test_a_killed_rank_is_named_once_by_those_who_do_not_notice(whole, tmp_path, victim, seconds):
     run = copied(whole, tmp_path, keep_steps=0)
     (tmp_path / "script.py").write_text(STAYING)
-    port = str(free_port())
-    command = [sys.executable, str(tmp_path / "script.py")]
-    ranks = []
-    for rank in range(3):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **{k: str(v) for k, v in place.items()}}
-        arguments = [json.dumps(seconds), str(run), *SETTINGS]
-        ranks.append(subprocess.Popen([*command, *arguments], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
-    for rank in ranks:
-        assert "staying\n" in iter(rank.stderr.readline, "")
+    ranks, logs = ranks_of(tmp_path / "script.py", [json.dumps(seconds), str(run), *SETTINGS], num_ranks=3)
+    end = time.monotonic() + 60
+    while not all("staying\n" in log.read_text() for log in logs if log.exists()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
     ranks[victim].kill()
-    killed = time.monotonic()
-    said = "".join(rank.communicate(timeout=60)[1] for rank in ranks)
-    assert time.monotonic() - killed < 30
-    assert f"error: rank {victim} of 3 ended" in one_error(said)
-    assert [rank.returncode for rank in ranks] == [-9 if rank == victim else 1 for rank in range(3)]
+    codes = end_of(ranks, logs, seconds=30)
+    assert f"error: rank {victim} of 3 ended" in one_error("".join(log.read_text() for log in logs))
+    assert codes == [-9 if rank == victim else 1 for rank in range(3)]
 
 
 def test_a_rank_sees_those_of_its_host_and_hears_of_others(capfd):

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from sorted_ds.cli import main
-from tests.launched import run_dir, train
+from tests.launched import run_dir, train_by_command
 from tests.runs import run_file
 
 ODD = 'it\'s "a" $(touch pwned) `touch pwned` b;c&d'
@@ -15,7 +15,7 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 def test_an_oddly_named_folder_is_a_folder_and_secrets_are_nowhere(tmp_path):
     run = run_file(tmp_path / ODD)
-    said = train(run, "train.steps=2", env={**os.environ, **dict.fromkeys(TOKENS, SECRET)})
+    said = train_by_command(run, "train.steps=2", env={**os.environ, **dict.fromkeys(TOKENS, SECRET)})
     assert (run_dir(run) / "model" / "config.json").is_file()
     assert not list(Path.cwd().glob("pwned")) + list(tmp_path.rglob("pwned"))
     assert SECRET not in said

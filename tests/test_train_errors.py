@@ -17,6 +17,7 @@ from sorted_ds.errors import AgreedError
 from sorted_ds.ranks import Ranks
 from sorted_ds.stop import Stop
 from sorted_ds.train import save_last
+from tests.forked import by_ranks
 from tests.launched import (
     ROOT,
     SETTINGS,
@@ -27,6 +28,7 @@ from tests.launched import (
     one_error,
     run_dir,
     train,
+    train_by_command,
 )
 from tests.runs import run_file
 
@@ -46,7 +48,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error_and_the_last_good_one_
     def little_room() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    said = train(run, code=2, preexec_fn=little_room)
+    said = train_by_command(run, code=2, preexec_fn=little_room)
     assert "warning: step_00000008 could not be written: " in said
     assert "step 8: the checkpoint could not be written" in one_error(said)
     assert [p.name for p in (run_dir(run) / "checkpoints").iterdir()] == ["step_00000004"]
@@ -68,7 +70,7 @@ from sorted_ds.stop import listen
 from sorted_ds.train import main
 save_full.__defaults__ = ("20KB",)
 listen()
-sys.exit(main([word for word in sys.argv[1:] if not word.startswith("--local_rank")]))
+sys.exit(main(sys.argv[1:]))
 """
 """The first of many cannot be written, and the other ranks gather on."""
 
@@ -79,8 +81,8 @@ def test_a_model_that_cannot_be_written_is_one_error_and_is_written_by_the_next_
     in_the_way = run_dir(run) / ".writing_model"
     in_the_way.touch()
     (tmp_path / "small_files.py").write_text(SMALL_FILES)
-    done = by_launcher("deepspeed", str(tmp_path / "small_files.py"), str(run), *SETTINGS)
-    assert "model could not be written: " in one_error(done.stderr)
+    _, said = by_ranks(tmp_path / "small_files.py", str(run), *SETTINGS)
+    assert "model could not be written: " in one_error(said)
     assert not (run_dir(run) / "model").exists()
     in_the_way.unlink()
     train(run)
@@ -167,10 +169,10 @@ def test_ranks_that_draw_otherwise_at_a_later_step_are_one_error_within_seconds(
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     (tmp_path / "lying.py").write_text(LYING_LATER)
     start = time.perf_counter()
-    done = by_launcher("torchrun", str(tmp_path / "lying.py"), str(run), *SETTINGS)
+    codes, said = by_ranks(tmp_path / "lying.py", str(run), *SETTINGS)
     assert time.perf_counter() - start < 120  # a hang would last for minutes
-    assert done.returncode != 0
-    assert "error: ranks disagree: step 3 draws " in done.stderr
+    assert codes == [2, 2]
+    assert "ranks disagree: step 3 draws " in one_error(said)
     assert [row["step"] for row in metrics(run) if "loss/training" in row] == [1, 2, 3]
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from sorted_ds.cli import main
 from sorted_ds.launcher import ranks_of
+from tests.forked import by_ranks
 from tests.launched import (
     ROOT,
     SETTINGS,
@@ -107,14 +108,14 @@ def test_a_run_that_is_to_end_in_its_last_evaluation_goes_on_with_it(whole, tmp_
     before = table.read_bytes()
     table.unlink()
     (tmp_path / "leaving.py").write_text(LEAVING)
-    left = by_launcher("torchrun", str(tmp_path / "leaving.py"), "3", str(run), *SETTINGS)
-    assert left.returncode == 0, left.stderr
-    assert "has the model, but no whole table: the file stop; start the run again to go on" in left.stderr
+    codes, said = by_ranks(tmp_path / "leaving.py", "3", str(run), *SETTINGS)
+    assert codes == [0, 0], said
+    assert "has the model, but no whole table: the file stop; start the run again to go on" in said
     assert len(json.loads(table.read_text())["subnets"]) == 3
     written = (model / "model.safetensors").stat().st_mtime_ns
     (run_dir(run) / "pareto.png").unlink()
-    done = by_launcher("torchrun", str(tmp_path / "leaving.py"), "99", str(run), *SETTINGS)
-    assert done.stdout.count("evaluated [1, 1, 1, 1, 1]") == 2  # the other five of eight, on both ranks
+    _, said = by_ranks(tmp_path / "leaving.py", "99", str(run), *SETTINGS)
+    assert said.count("evaluated [1, 1, 1, 1, 1]") == 2  # the other five of eight, on both ranks
     assert table.read_bytes() == before
     for gone in (table, run_dir(run) / "pareto.png"):
         gone.unlink()
