@@ -4,6 +4,8 @@ PYTHON ?= python3
 # The version this project is tested with. For another CUDA: make setup TORCH="torch --index-url ...".
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# Files of tests that go side by side: ranks wait for each other half of the time.
+WORKERS ?= 2
 
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
@@ -28,7 +30,7 @@ demo: setup
 	$(BIN)/python tools/demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 check: setup
 	$(BIN)/ruff check .

@@ -103,8 +103,8 @@ LAUNCHERS = {
 }
 
 
-def by_launcher(name: str, script: str, *arguments: str) -> subprocess.CompletedProcess:
-    flags = [flag.format(port=free_port()) for flag in LAUNCHERS[name]]
+def by_launcher(name: str, script: str, *arguments: str, port: int = 0) -> subprocess.CompletedProcess:
+    flags = [flag.format(port=port or free_port()) for flag in LAUNCHERS[name]]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *flags, script, *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)

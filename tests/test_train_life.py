@@ -209,6 +209,6 @@ def test_a_space_grows_on_purpose_and_is_refused_otherwise(whole, tmp_path):
 
 def test_a_time_limit_saves_before_it_and_the_run_goes_on(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=0)
-    said = train(run, "train.steps=100000", "--time-limit", "0:40")
+    said = train(run, "train.steps=100000", "--time-limit", "0:15")
     assert ": the time limit; start the run again to go on" in said
     assert f"saved {sorted(path.name for path in (run_dir(run) / 'checkpoints').iterdir())[-1]}" in said
