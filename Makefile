@@ -30,7 +30,7 @@ demo: setup
 	$(BIN)/python tools/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip(told)
     if told := forbidden():
         pytest.skip(f"this machine cannot hold hosts of its own: {told}")
-    folder = Path(tempfile.mkdtemp(prefix="cluster-", dir=ROOT / ".cache"))
+    folder = ROOT / ".cache" / "cluster"
     with Cluster(folder) as running:
         yield running
     shutil.rmtree(folder, ignore_errors=True)

@@ -234,7 +234,11 @@ class Cluster:
                 _kill(int(pid.read_text()))
                 pid.unlink()
         for host in self.hosts:
+            inside = subprocess.run(["ip", "netns", "pids", f"sds-{host}"], capture_output=True, text=True, check=False)
+            for pid in inside.stdout.split():
+                _kill(int(pid))
             subprocess.run(["ip", "netns", "del", f"sds-{host}"], capture_output=True, check=False)
+            subprocess.run(["ip", "link", "del", f"sdsv-{host}"], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
 
 
