@@ -7,7 +7,9 @@ torch.
 
 import argparse
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,15 +35,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def train_main() -> int:
-    """One rank, started by any launcher: what launch/train.py calls. deepspeed adds --local_rank=N, which we know."""
+def train_main() -> None:
+    """One rank, started by any launcher: what launch/train.py calls. deepspeed adds --local_rank=N, which we know.
+
+    A rank that fails leaves at once: under MPI the usual exit waits for all others (MPI_Finalize).
+    """
     importlib.import_module("sorted_ds.stop").listen()  # before the slow imports: a signal may come in them
     parser = argparse.ArgumentParser(prog="train.py", description="One rank of a run, started by any launcher.")
     _add_run_file(parser)
     _add_life(parser)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     args = _parse(parser)
-    return importlib.import_module("sorted_ds.train").main([str(args.run_file), *args.overrides])
+    try:
+        code = importlib.import_module("sorted_ds.train").main([str(args.run_file), *args.overrides])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -108,6 +121,7 @@ def _add_prepare(commands: Commands) -> None:
         "sorted-ds prepare launch/runs/demo.toml",
     )
     _add_run_file(parser)
+    _add_life(parser)  # the job scripts hand on what `train` gets
     _add_json(parser)
 
 
@@ -145,6 +159,7 @@ def _add_launch(commands: Commands) -> None:
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=help_sbatch)
     parser.add_argument("--after", metavar="JOB", help="start when this job has ended, however it did")
     parser.add_argument("--dry-run", action="store_true", help="write the script, submit nothing")
+    _add_life(parser)
 
 
 def _add_eval(commands: Commands) -> None:

@@ -2,4 +2,4 @@
 
 from sorted_ds.cli import train_main
 
-raise SystemExit(train_main())
+train_main()

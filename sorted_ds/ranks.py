@@ -6,10 +6,14 @@ Everything else (rows, draws, learning rate) is a pure function of (seed, step) 
 
 import json
 import os
+import signal
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -19,13 +23,17 @@ from sorted_ds.errors import AgreedError, UserError
 from sorted_ds.neighbours import EXIT_CODE, Neighbours, card, names
 from sorted_ds.rendezvous import Place, find_place
 from sorted_ds.shuffle import keyed_number
-from sorted_ds.stop import nothing_to_save
+from sorted_ds.slurm import job_of, requeue
+from sorted_ds.stop import LATER, SIGNALLED, nothing_to_save
 
 LARGEST_FACT = 2**32
 """Sums of a million ranks' numbers below this are exact in double precision."""
 TO_MEET = timedelta(minutes=10)
 TO_ANSWER = timedelta(hours=1)
 """How long a collective may wait. Longer than `train.hang_minutes`, whose end tells more."""
+
+SECONDS_TO_ASK = 60.0
+"""How long a rank that is to end waits for rank 0, which asks Slurm."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ def _join(place: Place, device: torch.device) -> dist.Store:
         os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        with nothing_to_save():
+        with nothing_to_save(partial(_leave_start, place.rank == 0)):
             store = next(dist.rendezvous("env://", timeout=TO_MEET))[0] if place.size > 1 else dist.HashStore()
             own = dist.PrefixStore("sorted_ds", store)
             dist.init_process_group(backend, rank=place.rank, world_size=place.size, store=own, timeout=TO_ANSWER)
@@ -151,6 +159,21 @@ def _join(place: Place, device: torch.device) -> dist.Store:
             "rank 0's host and a free port of it."
         ) from None
     return store
+
+
+def _leave_start(is_first: bool, number: int) -> NoReturn:
+    """Ends this rank by a signal. A Slurm job that is preempted is started again: rank 0 asks for it, and the others
+    wait, because the first one that leaves ends the job, which Slurm takes for a failed one.
+    """
+    if number in LATER and job_of(os.environ):
+        try:
+            then = requeue(os.environ) if is_first else time.sleep(SECONDS_TO_ASK)
+        except UserError as refused:
+            then = str(refused)
+        if is_first:
+            with suppress(OSError):
+                print(f"{signal.Signals(number).name} before the first step; {then}", file=sys.stderr, flush=True)
+    os._exit(SIGNALLED + number)
 
 
 def _is_rank_0s_store() -> bool:

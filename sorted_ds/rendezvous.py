@@ -16,7 +16,7 @@ Sources: the manuals srun(1), "output environment variables", mpirun(1) of Open 
 
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sorted_ds.errors import UserError
@@ -56,9 +56,9 @@ def find_place(environment: Mapping[str, str]) -> Place:
         names = LAUNCHERS[launcher]
         told = ", ".join(f"{name} = {environment[name]}" for name in names)
         raise UserError(f"{told} cannot be: ranks count from 0 to one less than their number. Correct what sets them.")
-    if launcher in MPI and size > 1:
-        _check_world(rank, size, launcher)
     address, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
+    if launcher in MPI and size > 1 and not (address and port):
+        _check_world(rank, size, launcher)
     if size == 1:
         return Place(launcher, rank, size, local_rank)
     if not (address and port):
@@ -82,12 +82,20 @@ def _numbers(environment: Mapping[str, str]) -> tuple[str, tuple[int, int, int]]
             rank, size, local_rank = map(int, values)
             return launcher, (rank, size, local_rank)
         if given and launcher == "deepspeed or torchrun":
-            missing = [name for name in names if name not in given]
-            raise UserError(
-                f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set, but {' and '.join(missing)} not: "
-                "a launcher sets all three. Unset what is set, or start with a launcher."
-            )
+            raise _partial(names, given)
+    for launcher in MPI:  # srun sets some of them too, and was found
+        if given := [name for name in LAUNCHERS[launcher] if name in environment]:
+            raise _partial(LAUNCHERS[launcher], given)
     return "", (0, 1, 0)
+
+
+def _partial(names: Sequence[str], given: Sequence[str]) -> UserError:
+    missing = [name for name in names if name not in given]
+    return UserError(
+        f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set, but {' and '.join(missing)} not: a launcher "
+        "sets all three. Unset what is set, or start with a launcher; of any other, export RANK, WORLD_SIZE and "
+        "LOCAL_RANK."
+    )
 
 
 def _meeting_point(

@@ -23,7 +23,7 @@ def requeue(environment: Mapping[str, str]) -> str:
 
     Raises: UserError when Slurm cannot be asked, or refuses.
     """
-    job = _job(environment)
+    job = job_of(environment)
     if not job:
         return ""
     for number in range(TRIES):
@@ -37,8 +37,8 @@ def requeue(environment: Mapping[str, str]) -> str:
     raise UserError(f"job {job} could not be started again: {told}. Submit it again to go on from the last checkpoint.")
 
 
-def _job(environment: Mapping[str, str]) -> str:
-    """Of an array, this task alone: one of its tasks has the number of the whole."""
+def job_of(environment: Mapping[str, str]) -> str:
+    """Its number; empty outside of Slurm. Of an array, this task: one of its tasks has the number of the whole."""
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID", "")
 

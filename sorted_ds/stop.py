@@ -19,11 +19,13 @@ imports would kill.
 import os
 import re
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from sorted_ds.errors import UserError
 
@@ -47,19 +49,30 @@ def listen() -> None:
 
 
 @contextmanager
-def nothing_to_save() -> Iterator[None]:
-    """While ranks wait for each other these signals end the process at once: one that died before never comes.
-
-    Raises: SystemExit when one came before.
+def nothing_to_save(leave: Callable[[int], NoReturn]) -> Iterator[None]:
+    """While ranks wait for each other, and one that died never comes, each of these signals calls `leave` with its
+    number, also one that came before. In a thread: to wait is a call that does not come back to Python's handlers.
     """
+    heard, tell = socket.socketpair()
+    tell.setblocking(False)
+
+    def watch() -> None:
+        while number := heard.recv(1):
+            if number[0] in ENDING:
+                leave(number[0])
+
+    before = signal.set_wakeup_fd(tell.fileno())
     for number in _signals & set(ENDING):
-        raise SystemExit(SIGNALLED + number)
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING}
+        leave(number)
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        tell.close()
+        watching.join()
+        heard.close()
 
 
 class Wanted(NamedTuple):

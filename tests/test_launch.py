@@ -79,16 +79,21 @@ def test_on_cpus_no_gpu_is_asked_for(run, sbatch):
 
 def test_the_scripts_shell_sees_the_arguments_as_they_are(run, sbatch, tmp_path):
     """Spaces, quotes and `$(...)` in a path are no code."""
-    main(["launch", "slurm", str(run), "optim.name=sgd", "--dry-run"])
+    main(["launch", "slurm", str(run), "optim.name=sgd", "--extend-space", "--dry-run"])
+    settings = ["optim.name=sgd", "checkpoint.extend_space=true"]
     for name in ("sorted-ds", "srun"):
         program = sbatch.parent / "bin" / name
         program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{tmp_path}/{name}.told"\n')
         program.chmod(0o755)
     environment = {**os.environ, "PATH": f"{sbatch.parent / 'bin'}:{os.environ['PATH']}"}
     subprocess.run(["bash", str(run_dir(run) / "slurm.sbatch")], check=True, cwd=tmp_path, env=environment)
-    assert (tmp_path / "sorted-ds.told").read_text().splitlines() == ["prepare", str(run), "optim.name=sgd"]
-    assert (tmp_path / "srun.told").read_text().splitlines()[-2:] == [str(run), "optim.name=sgd"]
+    assert (tmp_path / "sorted-ds.told").read_text().splitlines() == ["prepare", str(run), *settings]
+    assert (tmp_path / "srun.told").read_text().splitlines()[-3:] == [str(run), *settings]
     assert not (tmp_path / "oops").exists()
+
+
+def test_prepare_takes_what_the_scripts_hand_on_to_it(run):
+    assert main(["prepare", str(run), "--time-limit", "90", "--extend-space"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,10 @@ def test_steps_of_jobs_meet_at_ports_of_their_own():
 @pytest.mark.parametrize(
     ("names", "told"),
     [
+        (
+            {"PMI_RANK": "3", "PMI_SIZE": "16"},
+            r"PMI_RANK and PMI_SIZE are set, but MPI_LOCALRANKID not: .* export RANK, WORLD_SIZE and LOCAL_RANK",
+        ),
         ({"RANK": "0"}, r"RANK is set, but WORLD_SIZE and LOCAL_RANK not: a launcher sets all three"),
         ({**TORCHRUN}, r"MASTER_ADDR and MASTER_PORT do not say where rank 0 listens"),
         ({**TORCHRUN, **MEETING, "RANK": "4"}, r"RANK = 4, WORLD_SIZE = 4, LOCAL_RANK = 1 cannot be"),

@@ -15,7 +15,8 @@ import torch
 from sorted_ds import ancestors, slurm, stop
 from sorted_ds.ancestors import FIRST, Ancestors
 from sorted_ds.errors import AgreedError, UserError
-from sorted_ds.ranks import Ranks
+from sorted_ds.launcher import free_port
+from sorted_ds.ranks import SECONDS_TO_ASK, Ranks, _leave_start
 from sorted_ds.stop import Stop, seconds_of
 from sorted_ds.train import left_early
 from sorted_ds.watchdog import EXIT_CODE
@@ -187,15 +188,62 @@ def test_a_first_process_that_was_gone_before_is_gone():
     assert not Ancestors({}, parent, is_launched=True).one_is_gone()
 
 
-def test_sigterm_ends_at_once_while_there_is_nothing_to_save():
-    script = "import sorted_ds.stop as s, os, signal; s.listen()\n"
-    script += "with s.nothing_to_save(): os.kill(os.getpid(), signal.SIGTERM); print('lived')"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
-    script = "import sorted_ds.stop as s, os, signal; s.listen(); os.kill(os.getpid(), signal.SIGTERM)\n"
-    script += "with s.nothing_to_save(): print('lived')"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
+WAITING = """
+import os, signal, sys, threading
+from sorted_ds.stop import listen
+listen()
+if sys.argv[1] == "before":
+    os.kill(os.getpid(), signal.SIGTERM)
+from sorted_ds.ranks import joined_ranks
+threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+with joined_ranks():
+    print("lived")
+"""
+SLURM = {"squeue": "echo RUNNING", "scontrol": 'echo "$@" >> "$(dirname "$0")/asked"'}
+
+
+@pytest.fixture
+def answers(tmp_path) -> Path:
+    """Programs that answer as Slurm does of a job that is preempted."""
+    for name, does in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def waiting_rank(moment: str, **environment: str) -> subprocess.CompletedProcess:
+    """A rank that waits for another, which never comes, and gets a SIGTERM."""
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    env = {**os.environ, **place, "MASTER_PORT": str(free_port()), **environment}
+    command = [sys.executable, "-c", WAITING, moment]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("moment", ["before", "meanwhile"])
+def test_sigterm_ends_at_once_while_ranks_wait_for_each_other(moment):
+    done = waiting_rank(moment)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
+
+
+@pytest.mark.parametrize("moment", ["before", "meanwhile"])
+def test_a_job_that_is_preempted_while_ranks_wait_for_each_other_is_started_again(moment, answers):
+    path = f"{answers}:{os.environ['PATH']}"
+    done = waiting_rank(moment, SLURM_JOB_ID="7", PATH=path)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "SIGTERM before the first step; Slurm starts job 7 again\n"
+    assert (answers / "asked").read_text() == "requeue 7\n"
+
+
+def test_another_rank_waits_for_rank_0_which_asks(answers, monkeypatch):
+    seconds = []
+    monkeypatch.setattr("sorted_ds.ranks.time.sleep", seconds.append)
+    monkeypatch.setattr("sorted_ds.ranks.os._exit", sys.exit)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", str(answers))
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        _leave_start(False, signal.SIGTERM)
+    assert seconds == [SECONDS_TO_ASK]
+    assert not (answers / "asked").exists()
 
 
 def test_a_signal_during_the_imports_is_remembered():

@@ -21,8 +21,8 @@ NO_SSH = [*DEEPSPEED, "--no_ssh", "--node_rank", "{node}", "--master_addr", "h1"
 SRUN = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
 EXPORTED = ["DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "PATH"]
 AS_ROOT = ["--launcher_args=--allow-run-as-root"]
-OPEN_MPI = ["mpirun.openmpi", "--allow-run-as-root", "-n", "2", "--host", "h1,h2"]
-OPEN_MPI += [part for name in EXPORTED for part in ("-x", name)]
+FLAGS = " ".join(["--allow-run-as-root", *(f"-x {name}" for name in EXPORTED)])
+OPEN_MPI = ["env", f"MPIRUN_FLAGS={FLAGS}", "HOSTFILE={hostfile}", str(ROOT / "launch" / "mpi.sh"), "2"]
 
 FROM_ONE_HOST = {
     "deepspeed over pdsh": [*DEEPSPEED, "--launcher", "pdsh", SCRIPT],
@@ -30,7 +30,7 @@ FROM_ONE_HOST = {
     "deepspeed --launcher mpich": [*DEEPSPEED, "--launcher", "mpich", SCRIPT],
     "deepspeed --launcher slurm": [*DEEPSPEED, "--launcher", "slurm", SCRIPT],
     "srun": [*SRUN, PYTHON, SCRIPT],
-    "mpirun with mpi4py": [*OPEN_MPI, PYTHON, SCRIPT],
+    "launch/mpi.sh": OPEN_MPI,
 }
 NODE_BY_NODE = {
     "deepspeed --no_ssh": [*NO_SSH, SCRIPT],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.cluster.machines import Cluster
 from tests.launched import ROOT, SETTINGS, copied, masters, metrics, run_dir, train
@@ -14,6 +15,7 @@ from tests.runs import run_file
 
 STEPS = 40
 LONGER = [*SETTINGS, f"train.steps={STEPS}", "checkpoint.every_steps=10", "eval.every_steps=0"]
+SHORT = [*SETTINGS, "train.steps=2"]
 SECONDS = 120
 
 
@@ -34,14 +36,29 @@ class Job:
     """A submitted run."""
 
     def __init__(
-        self, cluster: Cluster, run: Path, script: str = "", settings: Sequence[str] = LONGER, partition: str = "main"
+        self,
+        cluster: Cluster,
+        run: Path,
+        script: str = "",
+        settings: Sequence[str] = LONGER,
+        partition: str = "main",
+        options: Sequence[str] = (),
     ):
         """By `sorted-ds launch`, or with a script of launch/."""
         self.cluster, self.run = cluster, run
         if script:
             log = f"--output={run_dir(run)}/slurm-%j.log"
             sizes = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10:00", f"--partition={partition}"]
-            command = ["sbatch", "--parsable", *sizes, log, str(ROOT / "launch" / script), str(run), *settings]
+            command = [
+                "sbatch",
+                "--parsable",
+                *sizes,
+                *options,
+                log,
+                str(ROOT / "launch" / script),
+                str(run),
+                *settings,
+            ]
             self.number = cluster.said("h1", *command)
             return
         command = [
@@ -123,6 +140,28 @@ def test_a_preempted_job_saves_is_started_again_and_ends_bit_equal(cluster, long
     assert job.state("Restarts") == "1"
     assert "SIGTERM; Slurm starts job" in job.log
     assert_same(longer, run)
+
+
+def test_a_job_that_is_preempted_while_it_starts_is_started_again(cluster, longer, run):
+    job = Job(cluster, run)
+    ranks = ("pgrep", "-f", "sorted_ds.rank")
+    job.wait(lambda: all(cluster.on(host, *ranks).stdout for host in cluster.hosts), "the ranks")
+    time.sleep(1)  # Python runs, and imports
+    preempt(cluster)
+    assert job.end() == "COMPLETED", job.log
+    assert job.state("Restarts") == "1"
+    assert f"SIGTERM before the first step; Slurm starts job {job.number} again" in job.log
+    assert_same(longer, run)
+
+
+def test_an_array_is_a_run_for_each_seed_and_another_job_comes_after_it(cluster, run):
+    one_node = ["--nodes=1", "--ntasks-per-node=1"]
+    array = Job(cluster, run, "slurm.sbatch", SHORT, options=[*one_node, "--array=0-1"])
+    after = Job(cluster, run, "slurm.sbatch", SHORT, options=[*one_node, f"--dependency=afterany:{array.number}"])
+    after.wait(lambda: after.state() == "RUNNING", "the job after the array")
+    found = [load_file(run_dir(run).parent / f"{run.stem}-{seed}" / "model" / "model.safetensors") for seed in (0, 1)]
+    assert not torch.equal(*(weights["model.norm.weight"] for weights in found))
+    assert after.end() == "COMPLETED", after.log
 
 
 def preempt(cluster: Cluster) -> None:
