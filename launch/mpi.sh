@@ -10,9 +10,10 @@ if [ $# -lt 2 ]; then echo "usage: launch/mpi.sh RANKS RUN.toml [section.key=val
 RANKS=$1
 shift
 sorted-ds prepare "$@"
-# Told to end, Open MPI kills its ranks a second later, in the middle of a save. (Its versions 4, and from 5 on.)
-export OMPI_MCA_odls_base_sigkill_timeout=${OMPI_MCA_odls_base_sigkill_timeout:-120}
-export PRTE_MCA_odls_base_sigkill_timeout=${PRTE_MCA_odls_base_sigkill_timeout:-120}
+# Told to end, Open MPI would kill its ranks at once, in the middle of a save: they have half a minute. It leaves after
+# twice that, also when a rank failed. USR1 to mpirun lets a save take its time. (Versions 4; from 5 on.)
+export OMPI_MCA_odls_base_sigkill_timeout=${OMPI_MCA_odls_base_sigkill_timeout:-30}
+export PRTE_MCA_odls_base_sigkill_timeout=${PRTE_MCA_odls_base_sigkill_timeout:-30}
 # MPIRUN_FLAGS: several hosts need what ranks need of the environment, like -x NCCL_SOCKET_IFNAME with Open MPI; as root
 # Open MPI wants --allow-run-as-root, and with more ranks than cores --oversubscribe.
 # shellcheck disable=SC2086

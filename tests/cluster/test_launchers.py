@@ -74,6 +74,30 @@ def test_a_launcher_that_reaches_the_other_host_gives_the_same_weights(cluster, 
     assert_same_weights(whole, run)
 
 
+FAILING = """
+import sys, time, types
+from sorted_ds import cli
+from sorted_ds.rendezvous import _world
+def main(arguments):
+    if _world().rank == 1:
+        raise ValueError("rank 1 cannot go on")
+    time.sleep(100)
+sys.modules["sorted_ds.train"] = types.SimpleNamespace(main=main)
+cli.train_main()
+"""
+
+
+def test_a_rank_that_fails_under_mpirun_ends_the_others(cluster, run):
+    """The usual exit would wait for them, in MPI_Finalize."""
+    (run.parent / "failing.py").write_text(FAILING)
+    command = ["mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    start = time.monotonic()
+    done = cluster.on("h1", *command, PYTHON, str(run.parent / "failing.py"), str(run), PYTHONPATH=str(ROOT))
+    assert time.monotonic() - start < 60
+    assert done.returncode != 0
+    assert "ValueError: rank 1 cannot go on" in done.stderr
+
+
 def mpich_first(cluster: Cluster) -> Path:
     """Where Debian has both, `mpirun` is Open MPI's. MPICH's looks at its own name, so no link does."""
     program = cluster.folder / "mpich" / "mpirun"
