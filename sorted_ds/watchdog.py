@@ -1,7 +1,8 @@
 """A rank that hears nothing of its run for too long says where it stands, and leaves.
 
 In: a beat whenever something was finished. Out, after a silence: RUN_DIR/stacks/rank_0003.txt with the stack of every
-thread, one line on stderr, and the end of the process, which the launcher turns into the end of all. When one rank
+thread (stderr, where that cannot be), one line on stderr, and the end of the process, which the launcher makes the end
+of all. When one rank
 hangs, all wait for it, so all write: the stacks that differ from the others name the one.
 """
 
@@ -29,6 +30,7 @@ class Watchdog:
         self._seconds, self._rank = 60 * minutes, rank
         self._path = run_dir / "stacks" / f"rank_{rank:04d}.txt"
         self._over = threading.Event()
+        self._is_written = False
         self.beat()
 
     def beat(self) -> None:
@@ -67,6 +69,8 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
+            if not self._is_written:
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
         time.sleep(SECONDS_FOR_OTHERS)  # the first to leave has the launcher end the others
         os._exit(EXIT_CODE)
 
@@ -76,6 +80,6 @@ class Watchdog:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            where[0] = str(self._path)
+            where[0], self._is_written = str(self._path), True
         except OSError as error:
             where[0] = f"nowhere ({error})"

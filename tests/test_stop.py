@@ -278,6 +278,15 @@ def test_a_rank_that_finishes_nothing_writes_its_stack_and_leaves(tmp_path):
     assert str(path) in done.stderr
 
 
+def test_a_stack_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "stacks").touch()
+    command = [sys.executable, "-c", HANGS, str(tmp_path), str(0.3 / 60)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == EXIT_CODE
+    assert "Stacks are in nowhere (" in done.stderr
+    assert "in stuck_in_a_collective" in done.stderr
+
+
 def test_without_minutes_it_never_barks(tmp_path):
     script = HANGS.replace("threading.Event().wait()", "time.sleep(1)")
     command = [sys.executable, "-c", script, str(tmp_path), "0"]
