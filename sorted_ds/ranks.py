@@ -166,13 +166,15 @@ def _leave_start(is_first: bool, number: int) -> NoReturn:
     wait, because the first one that leaves ends the job, which Slurm takes for a failed one.
     """
     if number in LATER and job_of(os.environ):
+        if not is_first:
+            time.sleep(SECONDS_TO_ASK)
+            os._exit(SIGNALLED + number)
         try:
-            then = requeue(os.environ) if is_first else time.sleep(SECONDS_TO_ASK)
+            then = requeue(os.environ)
         except UserError as refused:
             then = str(refused)
-        if is_first:
-            with suppress(OSError):
-                print(f"{signal.Signals(number).name} before the first step; {then}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"{signal.Signals(number).name} before the first step; {then}", file=sys.stderr, flush=True)
     os._exit(SIGNALLED + number)
 
 
