@@ -2,8 +2,7 @@
 
 In: a beat whenever something was finished. Out, after a silence: RUN_DIR/stacks/rank_0003.txt with the stack of every
 thread (stderr, where that cannot be), one line on stderr, and the end of the process, which the launcher makes the end
-of all. When one rank
-hangs, all wait for it, so all write: the stacks that differ from the others name the one.
+of all. When one rank hangs, all wait for it, so all write: the stacks that differ from the others name the one.
 """
 
 import faulthandler
@@ -30,7 +29,6 @@ class Watchdog:
         self._seconds, self._rank = 60 * minutes, rank
         self._path = run_dir / "stacks" / f"rank_{rank:04d}.txt"
         self._over = threading.Event()
-        self._is_written = False
         self.beat()
 
     def beat(self) -> None:
@@ -69,7 +67,7 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
-            if not self._is_written:
+            if where[0] != str(self._path):
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
         time.sleep(SECONDS_FOR_OTHERS)  # the first to leave has the launcher end the others
         os._exit(EXIT_CODE)
@@ -80,6 +78,6 @@ class Watchdog:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            where[0], self._is_written = str(self._path), True
+            where[0] = str(self._path)
         except OSError as error:
             where[0] = f"nowhere ({error})"

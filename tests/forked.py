@@ -79,8 +79,8 @@ def _launch(module: Sequence[str], num_ranks: int) -> int:
 
     os.environ.update(_meeting_point(), DS_ACCELERATOR="cpu")
     fork = get_context("fork")
-    work = (lambda: main(module[1:]),)
-    ranks = [fork.Process(target=_rank, args=(_place(rank, num_ranks), *work)) for rank in range(num_ranks)]
+    places = [_place(rank, num_ranks) for rank in range(num_ranks)]
+    ranks = [fork.Process(target=_rank, args=(place, lambda: main(module[1:]))) for place in places]
     for rank in ranks:
         rank.start()
     for rank in ranks:
