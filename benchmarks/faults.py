@@ -10,241 +10,33 @@ reported once, with the same loss and gradient norm. The lives in Slurm need roo
 import argparse
 import random
 import statistics
-import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from benchmarks import injuries
 from benchmarks.common import circumstances
-from benchmarks.injuries import CLUSTER, DAMAGES, KILLS, fresh, processes
+from benchmarks.injuries import CLUSTER, DAMAGES, KILLS, fresh
 from benchmarks.kept import keep, kept_rows
-from sorted_ds.checkpoint.finding import complete_ones
-from sorted_ds.checkpoint.index import name_of
+from benchmarks.lives import SECONDS_TO_END, STEPS, Fault, live, live_in_slurm, settings
 from sorted_ds.run_dir import code_digest, versions
 from tests import launched
 from tests.cluster.machines import Cluster, forbidden, missing
-from tests.cluster.test_slurm import Job
-from tests.launched import masters, metrics, run_dir
 from tests.runs import run_file
 from tests.spawn import ROOT
 
-STEPS, EVAL_STEPS = 400, 15
-FAULTS_OF_A_LIFE, EVERY = 4, 5
-SECONDS_TO_END = 120
-"""After which what is left of a run counts as a hang, or as orphans."""
-MOMENTS = ("start", "step", "step", "saving", "saving", "saving", "evaluation", "end")
+FAULTS_OF_A_LIFE, FAULTS_IN_SLURM, EVERY = 4, 3, 4
 KNOWN = ROOT / ".cache" / "faults.jsonl"
 SUMMARY = ROOT / "docs" / "faults.md"
 
 
-@dataclass
-class Fault:
-    """One, and what came of it."""
-
-    kind: str
-    moment: str
-    what: str
-    seconds_to_end: float = 0.0
-    """Until every process of the run was gone."""
-    seconds_to_resume: float = 0.0
-    """From the next start to its first step."""
-    half_saved: bool = False
-    """Whether a checkpoint was left unfinished."""
-    left_over: bool = False
-    """Whether processes were still there after `SECONDS_TO_END`, or trained on to the end."""
-    equal: bool = False
-    steps_otherwise: int = 0
-    """Reported twice, or with another loss or gradient norm than in the uninterrupted run."""
-    steps_unreported: int = 0
-    """A full disk costs the curves."""
-
-
-def settings(steps: int) -> list[str]:
-    more = ["checkpoint.every_steps=10", f"eval.every_steps={EVAL_STEPS}", "train.hang_minutes=0.75"]
-    return [*launched.SETTINGS, f"train.steps={steps}", *more]
-
-
-class Start:
-    """`sorted-ds train` once, followed line by line."""
-
-    def __init__(self, run: Path, steps: int):
-        self.run, self.steps, self.began, self.first_step = run, steps, time.monotonic(), 0.0
-        self.lines: list[str] = []
-        command = launched.command(run, *settings(steps))
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, errors="replace"
-        )
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if line.startswith("step ") and "/" in line and not self.first_step:
-                self.first_step = time.monotonic()
-
-    @property
-    def step(self) -> int:
-        steps = [line for line in self.lines if line.startswith("step ") and "/" in line.split()[1]]
-        return int(steps[-1].split()[1].partition("/")[0]) if steps else 0
-
-    def wait(self, is_so: Callable[[], bool], seconds: float = 100) -> bool:
-        """False when the run ends first, or it takes too long."""
-        end = time.monotonic() + seconds
-        while not is_so():
-            if self.process.poll() is not None or time.monotonic() > end:
-                return False
-            time.sleep(0.001)
-        return True
-
-    def is_saving(self) -> bool:
-        """Now, or when it was killed: a start removes what earlier ones left."""
-        return any((run_dir(self.run) / "checkpoints").glob(".writing_*"))
-
-    def is_through(self) -> bool:
-        return (run_dir(self.run) / "checkpoints" / name_of(self.steps)).exists()
-
-    def reach(self, moment: str, chance: random.Random) -> bool:
-        """Whether the moment came: a run can be over before it."""
-        if moment == "start":
-            if not self.wait(lambda: len(injuries.ranks(self.run)) == 2):
-                return False
-            time.sleep(chance.uniform(0, 6))
-            return self.process.poll() is None
-        if moment == "end":
-            return self.wait(lambda: self.step == self.steps) and not time.sleep(chance.uniform(0, 1.0))
-        if not self.wait(lambda: self.step > 0):
-            return False
-        target = self.step + chance.randrange(self.steps // 7)
-        if not self.wait(lambda: self.step >= target):
-            return False
-        if moment == "saving":
-            return self.wait(self.is_saving)
-        if moment == "evaluation":
-            return self.wait(lambda: self.step % EVAL_STEPS == 0)
-        return True
-
-    def gone(self) -> tuple[float, bool]:
-        """Seconds until all of its processes were gone, and whether some had to be killed."""
-        began = time.monotonic()
-        while left := processes(self.run):
-            if time.monotonic() - began > SECONDS_TO_END:
-                for process in left:
-                    process.kill()
-                return SECONDS_TO_END, True
-            time.sleep(0.1)
-        self.process.wait()
-        return time.monotonic() - began, False
-
-    def ended(self) -> bool:
-        """Waits for the end; whether the run is through."""
-        return self.process.wait(timeout=300) == 0 and (run_dir(self.run) / "model").is_dir()
-
-
-def live(
-    original: Path,
-    run: Path,
-    kinds: Iterable[str],
-    chance: random.Random,
-    steps: int = STEPS,
-    moments: Sequence[str] = MOMENTS,
-) -> list[Fault]:
-    """A life on this machine."""
-    faults, starts = [], [Start(run, steps)]
-    for kind in kinds:
-        is_damage = kind in DAMAGES
-        late = "SIGSTOP" in kind or "disk" in kind
-        moment = "step" if is_damage else chance.choice(moments[1:] if late else moments)
-        if not starts[-1].reach(moment, chance):
-            break
-        if is_damage:
-            starts[-1].process.terminate()
-        else:
-            was_through, what = starts[-1].is_through(), KILLS[kind](run, chance)
-        seconds, left_over = starts[-1].gone()
-        if "kill" in kind:  # whoever is left must not train on to the end
-            left_over |= starts[-1].is_through() and not was_through
-        if is_damage:
-            moment, checkpoints = "between starts", complete_ones(run_dir(run) / "checkpoints")
-            what = DAMAGES[kind](checkpoints[-1], chance) if len(checkpoints) > 1 else ""
-        faults.append(Fault(kind, moment, what, seconds, half_saved=starts[-1].is_saving(), left_over=left_over))
-        starts.append(Start(run, steps))
-    while not starts[-1].ended() and len(starts) < len(faults) + 4:  # a full disk may have ended it
-        starts.append(Start(run, steps))
-    for fault, start in zip(faults, starts[1:], strict=False):
-        fault.seconds_to_resume = start.first_step - start.began if start.first_step else 0.0
-    faults = [fault for fault in faults if fault.what]
-    judge(original, run, faults, steps)
-    return faults
-
-
-def live_in_slurm(
-    original: Path, run: Path, kinds: Iterable[str], chance: random.Random, cluster: Cluster
-) -> list[Fault]:
-    """A life as jobs of a cluster."""
-    faults: list[Fault] = []
-    for kind in kinds:
-        job = Job(cluster, run, settings=settings(STEPS))
-        step = chance.randrange(2, 60)
-        job.wait(lambda job=job, step=step: f"\nstep {step}/" in job.log or job.state() == "COMPLETED", "a step")
-        if job.state() == "COMPLETED":
-            break
-        what, began = CLUSTER[kind](cluster, chance), time.monotonic()
-        if left := not has_ended(job):
-            what += f"; job {job.state()} because of {job.state('Reason')}"
-            set_right(cluster, job)
-        what += f"; job {job.state()}, started again {job.state('Restarts')} times"
-        faults.append(Fault(kind, "step", what, time.monotonic() - began, left_over=left))
-        if "going on" in job.log:
-            faults[-1].what += " and went on"
-    while not (run_dir(run) / "model").is_dir():
-        Job(cluster, run, settings=settings(STEPS)).end()
-    judge(original, run, faults, STEPS)
-    return faults
-
-
-def has_ended(job: Job) -> bool:
-    """False where Slurm holds it, or it takes too long."""
-    try:
-        job.wait(lambda: job.has_ended() or "held" in job.state("Reason"), "the end", 2 * SECONDS_TO_END)
-    except AssertionError:
-        return False
-    return job.has_ended()
-
-
-def set_right(cluster: Cluster, job: Job) -> None:
-    """What an administrator does for nodes that Slurm drained, and for the job that it holds."""
-    print(cluster.said("h1", "sinfo", "--long", "--Node"), flush=True)
-    for host in cluster.hosts:
-        cluster.on(host, "scontrol", "update", f"nodename={host}", "state=resume")
-    cluster.on("h1", "scontrol", "release", job.number)
-    if not has_ended(job):
-        cluster.said("h1", "scancel", job.number)
-
-
-def judge(original: Path, run: Path, faults: list[Fault], steps: int) -> None:
-    before, after = masters(original, steps), masters(run, steps)
-    equal = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    expected, found = ([row for row in metrics(r) if "loss/training" in row] for r in (original, run))
-    keys = ("step", "loss/training", "optimizer/gradient_norm")
-    trained = [tuple(row[key] for key in keys) for row in found]
-    wanted = [tuple(row[key] for key in keys) for row in expected]
-    for fault in faults:
-        fault.equal = equal
-        fault.steps_otherwise = len(trained) - len(set(trained) & set(wanted))
-        fault.steps_unreported = len(set(wanted) - set(trained))
-
-
 def plan(number: int) -> list[str]:
-    """The faults of a life: on this machine; every fifth life is in Slurm, and meets one."""
-    chance, fifth = random.Random(number), number // EVERY
+    """The faults of a life: on this machine; every fourth life is in Slurm, and each kind there has its turn."""
+    chance = random.Random(number)
     if is_in_slurm(number):
-        return [list(CLUSTER)[fifth % len(CLUSTER)]]
+        first = number // EVERY * FAULTS_IN_SLURM
+        return [list(CLUSTER)[(first + n) % len(CLUSTER)] for n in range(FAULTS_IN_SLURM)]
     kinds = [*KILLS] * 2 + ["kill -9 of a rank"] * 3 + ["kill -9 of a launcher"] * 2 + [*DAMAGES] * 2
     kinds.remove("SIGSTOP of a rank")  # half a minute each
     return [chance.choice(kinds) for _ in range(FAULTS_OF_A_LIFE)]
@@ -259,32 +51,39 @@ def known() -> dict[int, list[Fault]]:
     return {row["life"]: [Fault(**fault) for fault in row["faults"]] for row in rows}
 
 
-def table(faults: list[Fault]) -> str:
-    lines = [
-        "| fault | number | went on bit-equal | steps otherwise | unreported | left | seconds to end | to resume |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+COLUMNS: dict[str, Callable[[Sequence[Fault]], object]] = {
+    "number": len,
+    "went on bit-equal": lambda some: sum(f.equal for f in some),
+    "steps otherwise": lambda some: sum(f.steps_otherwise for f in some),
+    "unreported": lambda some: sum(f.steps_unreported for f in some),
+    "failed starts": lambda some: sum(f.failed_starts for f in some),
+    "submitted again": lambda some: sum(f.submitted_again for f in some),
+    "left": lambda some: sum(f.left_over for f in some),
+    "seconds to end": lambda some: spread([f.seconds_to_end for f in some]),
+    "to resume": lambda some: spread([f.seconds_to_resume for f in some if f.seconds_to_resume]),
+}
+LEGEND = f"""\
+Steps otherwise: trained twice, or with another loss or gradient norm than the uninterrupted run's; unreported: missing
+in the curves. Failed starts: ended with an error, or without a model, though no fault had struck them. Submitted again:
+jobs that failed, so that Slurm did not start them again by itself. Left: runs that had not ended after {SECONDS_TO_END}
+s, or trained on to the end, and jobs that Slurm held until they were released by hand. To end: from the fault until no
+process of the run was left; to resume: from the next start to its first step. In Slurm, to end: until the job was
+queued again or over (at its own end, where the fault did not end it); to resume: from the fault to the first step after
+it, with the time that the job was queued. Seconds are median (largest)."""
+
+
+def table(faults: Sequence[Fault]) -> str:
+    lines = [f"| fault | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for kind in [*KILLS, *DAMAGES, *CLUSTER]:
-        some = [fault for fault in faults if fault.kind == kind]
-        if not some:
-            continue
-        ends, resumes = [f.seconds_to_end for f in some], [f.seconds_to_resume for f in some if f.seconds_to_resume]
-        lines.append(
-            f"| {kind} | {len(some)} | {sum(f.equal for f in some)} | {sum(f.steps_otherwise for f in some)} | "
-            f"{sum(f.steps_unreported for f in some)} | {sum(f.left_over for f in some)} | {spread(ends)} | "
-            f"{spread(resumes)} |"
-        )
+        if some := [fault for fault in faults if fault.kind == kind]:
+            lines.append(f"| {kind} | {' | '.join(str(tell(some)) for tell in COLUMNS.values())} |")
     equal, halves = sum(f.equal for f in faults), sum(f.half_saved for f in faults)
-    lines.append("")
-    lines.append(
-        f"{len(faults)} faults, {equal} continued to bit-equal weights; {halves} struck while a checkpoint was half "
-        "written. Steps otherwise: trained twice, or with another loss or gradient norm than the uninterrupted run's; "
-        "unreported: missing in the curves. Left: runs that had not ended after "
-        f"{SECONDS_TO_END} s, or trained on to the end, and jobs that Slurm held until they were released by hand. To "
-        "end: from the fault until no process of the run was left "
-        "(in Slurm: until the job's end, with what it did when it was started again); to resume: from the next start "
-        "to its first step. Seconds are median (largest)."
-    )
+    lines += [
+        "",
+        f"{len(faults)} faults, {equal} continued to bit-equal weights; {halves} struck while a checkpoint was",
+    ]
+    lines += [f"half written. {LEGEND}", "", "Those that cost something:", ""]
+    lines += [f"- {fault}" for fault in faults if not fault.cost_nothing] or ["- none"]
     return "\n".join(lines)
 
 
@@ -292,7 +91,7 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.1f} ({max(values):.1f})" if values else ""
 
 
-def write_summary(faults: list[Fault]) -> None:
+def write_summary(faults: Sequence[Fault]) -> None:
     moments = {moment: sum(f.moment == moment for f in faults) for moment in dict.fromkeys(f.moment for f in faults)}
     told = ", ".join(f"{number} at {moment}" for moment, number in moments.items())
     SUMMARY.write_text(
@@ -327,7 +126,7 @@ def main() -> None:
 
 def one_life(number: int, original: Path, run: Path) -> list[Fault]:
     chance, kinds = random.Random(f"life {number}"), plan(number)
-    if kinds[0] not in injuries.CLUSTER:
+    if not is_in_slurm(number):
         return live(original, run, kinds, chance)
     with Cluster(run.parent / "cluster") as cluster:
         return live_in_slurm(original, run, kinds, chance, cluster)

@@ -17,6 +17,7 @@ import psutil
 
 from sorted_ds.checkpoint.index import INDEX
 from tests.cluster.machines import Cluster
+from tests.cluster.test_slurm import preempt
 
 LAUNCHERS = {
     "sorted-ds": "sorted_ds.cli",
@@ -168,14 +169,21 @@ def cut_the_network(cluster: Cluster, chance: random.Random) -> str:
 
 def kill_ranks_of_a_host(cluster: Cluster, chance: random.Random) -> str:
     host = chance.choice(sorted(cluster.hosts))
-    cluster.on(host, "pkill", "-9", "-f", "sorted_ds.rank")
-    return f"on {host}"
+    killed = cluster.on(host, "pkill", "-9", "-f", "sorted_ds.rank").returncode == 0
+    return f"on {host}" if killed else ""
+
+
+def take_the_nodes(cluster: Cluster, chance: random.Random) -> str:
+    """By a job of a partition with a higher priority: the run's is preempted, with a grace time of 30 s."""
+    preempt(cluster)
+    return "by a job of 2 s"
 
 
 CLUSTER: dict[str, Callable[[Cluster, random.Random], str]] = {
     "kill -9 of slurmd": kill_slurmd,
     "a cut network": cut_the_network,
     "kill -9 of a host's ranks, in Slurm": kill_ranks_of_a_host,
+    "preemption": take_the_nodes,
 }
 
 

@@ -5,7 +5,6 @@
 """
 
 import hashlib
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -62,11 +61,9 @@ def preempted(cluster: Cluster, folder: Path) -> tuple[str, str, str]:
 
 
 def main() -> None:
-    folder = Path(tempfile.mkdtemp(dir=ROOT / ".cache"))
-    with Cluster(ROOT / ".cache" / "cluster") as cluster:
-        table = "\n".join(launchers(cluster, folder))
-        before, after, log = preempted(cluster, folder)
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as place, Cluster(Path(place) / "cluster") as cluster:
+        table = "\n".join(launchers(cluster, Path(place)))
+        before, after, log = preempted(cluster, Path(place))
     assert after == before
     SUMMARY.write_text(
         f"# Launchers\n\nMade by `python -m benchmarks.launchers`: the same run of {launched.STEPS} steps, one rank on "

@@ -28,6 +28,8 @@ LAUNCHERS = {
     "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 }
 MPI = ("Open MPI", "MPICH")
+INSIDE = {"CROSS_SIZE", "TORCHELASTIC_RUN_ID"}
+"""Set by deepspeed's launcher (launcher/launch.py) and by torchrun, which may start one rank inside of many tasks."""
 FIRST_PORT, NUM_PORTS = 20_000, 10_000
 """Below Linux's ephemeral ports, which start at 32,768: a step of a Slurm job takes one by its numbers."""
 
@@ -52,6 +54,8 @@ def find_place(environment: Mapping[str, str]) -> Place:
     if not launcher:
         return Place("", 0, 1, 0)
     rank, size, local_rank = numbers
+    if size == 1:
+        _check_alone(launcher, environment)
     if not (0 <= rank < size and 0 <= local_rank <= rank):
         names = LAUNCHERS[launcher]
         told = ", ".join(f"{name} = {environment[name]}" for name in names)
@@ -87,6 +91,23 @@ def _numbers(environment: Mapping[str, str]) -> tuple[str, tuple[int, int, int]]
         if given := [name for name in LAUNCHERS[launcher] if name in environment]:
             raise _partial(LAUNCHERS[launcher], given)
     return "", (0, 1, 0)
+
+
+def _check_alone(launcher: str, environment: Mapping[str, str]) -> None:
+    """Variables of one rank that many processes inherit would make each of them a run of its own.
+
+    Raises: UserError when another launcher says that it started more.
+    """
+    if INSIDE & environment.keys():
+        return
+    for other, names in LAUNCHERS.items():
+        rank, size = (environment.get(name, "") for name in names[:2])
+        if size.isdecimal() and int(size) > 1:
+            own = LAUNCHERS[launcher]
+            raise UserError(
+                f"{own[1]} = 1, but {names[0]} = {rank or 'not set'} and {names[1]} = {size}: {other} started {size} "
+                f"processes, which would each train a run of one rank. Unset {', '.join(own)} before the launch."
+            )
 
 
 def _partial(names: Sequence[str], given: Sequence[str]) -> UserError:

@@ -27,7 +27,7 @@ def train(arguments: Sequence[str], log: Path) -> int:
     return end_of([process], [log])[0]
 
 
-def ranks_of(script: Path, arguments: Sequence[str], num_ranks: int) -> tuple[list[BaseProcess], list[Path]]:
+def start_ranks(script: Path, arguments: Sequence[str], num_ranks: int) -> tuple[list[BaseProcess], list[Path]]:
     """A rank each that runs the script, as if no launcher had started it, and the log of each."""
     logs = [script.with_suffix(f".{rank}.log") for rank in range(num_ranks)]
     environment, context = {**os.environ, **_meeting_point()}, context_of("cpu")
@@ -41,7 +41,7 @@ def ranks_of(script: Path, arguments: Sequence[str], num_ranks: int) -> tuple[li
 
 def by_ranks(script: Path, *arguments: str, num_ranks: int = 2) -> tuple[list[int], str]:
     """Exit codes, and what all said."""
-    ranks, logs = ranks_of(script, arguments, num_ranks)
+    ranks, logs = start_ranks(script, arguments, num_ranks)
     return end_of(ranks, logs), "".join(log.read_text() for log in logs)
 
 

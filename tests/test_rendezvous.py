@@ -22,6 +22,7 @@ SRUN = {
 }
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 BATCH_SHELL = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1200"}
 
 
@@ -35,6 +36,7 @@ def test_each_launchers_variables_are_read():
 
 def test_the_launcher_inside_counts_and_the_users_meeting_point_too():
     assert find_place({**SRUN, **TORCHRUN, **MEETING}).launcher == "deepspeed or torchrun"
+    assert find_place({**SRUN, **ALONE, "CROSS_SIZE": "1"}).size == 1, "`sorted-ds train --ranks 1` in each task"
     assert find_place({**SRUN, **MEETING}) == Place("Slurm", 1, 2, 0, "node1", 29500)
 
 
@@ -61,6 +63,10 @@ def test_steps_of_jobs_meet_at_ports_of_their_own():
         ({**TORCHRUN, **MEETING, "RANK": "4"}, r"RANK = 4, WORLD_SIZE = 4, LOCAL_RANK = 1 cannot be"),
         ({**TORCHRUN, **MEETING, "RANK": "one"}, r"RANK = 'one', .* should be whole numbers"),
         ({**TORCHRUN, **MEETING, "MASTER_PORT": "99999"}, r"MASTER_PORT = 99999 is no port"),
+        (
+            {**SRUN, **ALONE},
+            r"WORLD_SIZE = 1, but SLURM_PROCID = 1 and SLURM_STEP_NUM_TASKS = 2: Slurm started 2 .* Unset RANK, WORLD",
+        ),
         (
             {**SRUN, "SLURM_STEP_NODELIST": "node[1-"},
             r"the first host of SLURM_STEP_NODELIST = 'node\[1-' is not known",
