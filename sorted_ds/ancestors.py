@@ -6,7 +6,7 @@ orphan, and a run that is started again would meet it; so it stops, as for a sig
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise, takewhile
 from pathlib import Path
 
@@ -20,7 +20,10 @@ SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh")
 
 
 class Ancestors:
-    """The rank's parent and the deepspeed launcher above it, or all up to `sorted-ds train`. Shells do not count."""
+    """The rank's parent, the deepspeed launcher above it and pdsh's connection, or all up to `sorted-ds train`.
+
+    Shells do not count.
+    """
 
     def __init__(self, environment: Mapping[str, str], parent: int, is_launched: bool):
         """`parent`: its number when the rank started. `is_launched`: without a launcher nobody is watched."""
@@ -36,6 +39,7 @@ class Ancestors:
             above = list(_up_to(0))  # none that can be seen, for the first process of a container
             self._watched = [process for process in above[:1] if not _is_shell(process)]
             self._watched += takewhile(_is_deepspeed, above[1:])
+            self._watched += _connection(above)
 
     def one_is_gone(self) -> bool:
         """Looks once a second at most."""
@@ -63,11 +67,25 @@ def _parent_of(process: psutil.Process) -> psutil.Process | None:
         return None
 
 
+def _connection(above: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Of pdsh, which starts deepspeed's process of each host over ssh: its end is sshd's. Whoever calls `deepspeed` in
+    a login has its process between, and may log out.
+    """
+    others = [process for process in above[1:] if not _is_shell(process)]
+    is_started = bool(others) and _is_deepspeed(above[0]) and _name(others[0]).startswith("sshd")
+    return others[:1] if is_started else []
+
+
 def _is_shell(process: psutil.Process) -> bool:
+    return _name(process) in SHELLS
+
+
+def _name(process: psutil.Process) -> str:
+    """Empty where it may not be looked at."""
     try:
-        return process.name() in SHELLS
+        return process.name()
     except psutil.Error:
-        return False
+        return ""
 
 
 def _is_deepspeed(process: psutil.Process) -> bool:

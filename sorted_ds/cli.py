@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_main() -> None:
     """One rank, started by any launcher: what launch/train.py calls. deepspeed adds --local_rank=N, which we know.
 
-    A rank that fails leaves at once: under MPI the usual exit waits for all others (MPI_Finalize).
+    Leaves without the interpreter's shutdown: under MPI a rank that fails would wait in it for all others, and gloo's
+    threads sometimes abort it, after all is done.
     """
     importlib.import_module("sorted_ds.stop").listen()  # before the slow imports: a signal may come in them
     parser = argparse.ArgumentParser(prog="train.py", description="One rank of a run, started by any launcher.")
@@ -48,13 +49,16 @@ def train_main() -> None:
     args = _parse(parser)
     try:
         code = importlib.import_module("sorted_ds.train").main([str(args.run_file), *args.overrides])
-    except Exception:
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
         traceback.print_exc()
         code = 1
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not code and "mpi4py.MPI" in sys.modules:
+        sys.modules["mpi4py.MPI"].Finalize()  # or mpirun takes the rank for one that failed
+    os._exit(code)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -183,7 +183,7 @@ class Run(Section):
     seed: int = 0
     """Of weights, rows and draws."""
     run_dir: Path = Path("runs/{name}")
-    """Where everything is written; `{name}` is the run file's name without its suffix."""
+    """Where everything is written; `{name}` is the run file's name without its suffix, `{seed}` the seed."""
     model: Model
     space: Space
     schedule: Schedule = Schedule()

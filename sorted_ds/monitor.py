@@ -74,7 +74,7 @@ class Monitor:
     def __init__(self, run: Run, space: SubNetSpace, first_step: int, ranks: Ranks):
         self._is_on = ranks.is_first
         self._num_steps, self._full = run.train.steps, space.full
-        self._reported_step, self._paused = first_step, 0.0
+        self.reported_step, self._paused = first_step, 0.0
         if not self._is_on:
             return
         self._console = Console(file=cast(IO[str], _Patient(sys.stderr)), highlight=False, soft_wrap=True)
@@ -107,8 +107,8 @@ class Monitor:
 
         `paused_seconds`: how long training has waited for checkpoints so far, which does not count as training.
         """
-        seconds, steps = time.perf_counter() - self._last - (paused_seconds - self._paused), step - self._reported_step
-        self._last, self._reported_step, self._paused = time.perf_counter(), step, paused_seconds
+        seconds, steps = time.perf_counter() - self._last - (paused_seconds - self._paused), step - self.reported_step
+        self._last, self.reported_step, self._paused = time.perf_counter(), step, paused_seconds
         if not self._is_on:
             return
         num_targets = sum(row.num_targets for row in sums.values())
@@ -140,7 +140,7 @@ class Monitor:
         self._console.print(f"step {step}: validation loss {full:.4f} (full){spread}; took {seconds:.1f} s")
 
     def has_evaluated(self, step: int) -> bool:
-        """Whether an earlier start did, and said so in the curves. Known on rank 0."""
+        """Whether this start or an earlier one did, and said so in the curves. Known on rank 0."""
         if not self._is_on:
             return True
         rows = map(json.loads, (self._run_dir / METRICS).read_text().splitlines())

@@ -23,7 +23,7 @@ from sorted_ds.errors import AgreedError, UserError
 from sorted_ds.neighbours import EXIT_CODE, Neighbours, card, names
 from sorted_ds.rendezvous import Place, find_place
 from sorted_ds.shuffle import keyed_number
-from sorted_ds.slurm import job_of, requeue
+from sorted_ds.slurm import is_preempted, job_of, requeue
 from sorted_ds.stop import LATER, SIGNALLED, nothing_to_save
 
 LARGEST_FACT = 2**32
@@ -163,12 +163,12 @@ def _join(place: Place, device: torch.device) -> dist.Store:
 
 def _leave_start(is_first: bool, number: int) -> NoReturn:
     """Ends this rank by a signal. A Slurm job that is preempted is started again: rank 0 asks for it, and the others
-    wait, because the first one that leaves ends the job, which Slurm takes for a failed one.
+    wait, because the first one that leaves ends the job, which Slurm takes for a failed one. One that a launcher ends
+    because another rank failed is not: it would fail again.
     """
-    if number in LATER and job_of(os.environ):
-        if not is_first:
-            time.sleep(SECONDS_TO_ASK)
-            os._exit(SIGNALLED + number)
+    if number in LATER and not is_first and job_of(os.environ):
+        time.sleep(SECONDS_TO_ASK)
+    elif number in LATER and is_first and is_preempted(os.environ):
         try:
             then = requeue(os.environ)
         except UserError as refused:

@@ -123,7 +123,7 @@ def _with_absolute_paths(run: Run, path: Path) -> Run:
     )
     return run.model_copy(
         update={
-            "run_dir": absolute(Path(str(run.run_dir).replace("{name}", path.stem))),
+            "run_dir": absolute(Path(str(run.run_dir).replace("{name}", path.stem).replace("{seed}", str(run.seed)))),
             "model": run.model.model_copy(update={"init": init}),
             "data": data,
             "engine": run.engine.model_copy(update={"deepspeed": absolute(run.engine.deepspeed)}),

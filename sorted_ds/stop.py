@@ -1,6 +1,6 @@
 """When a run ends before its last step: a signal, a touched file, or a deadline.
 
-In: signals, files in RUN_DIR, the clock. Out, once a step and before each sub-network of the last evaluation: whether
+In: signals, files in RUN_DIR, the clock. Out, once a step and before each sub-network of an evaluation: whether
 this rank wants the run to end, and whether it is to go on later, as a requeued Slurm job. Ranks add up what they want,
 so one is enough (train.py). Imports nothing slow: `listen` is called first of all, or a signal in the seconds of the
 imports would kill.
@@ -98,6 +98,7 @@ class Stop:
         self._is_orphan = is_orphan
         self._files = {name: run_dir / name for name in (STOP_FILE, REQUEUE_FILE)} if is_first else {}
         self._seconds = seconds_of(time_limit) if is_first and time_limit else float("inf")
+        self._seen: set[str] = set()
         self._asked = 0.0
         self._longest = 0.0
         self.reason = ""
@@ -115,6 +116,7 @@ class Stop:
         self._asked = now
         touched = [name for name, path in self._files.items() if os.path.exists(path)]
         # os.path: pathlib raises where a file system has a bad moment.
+        self._seen.update(touched)
         # The longest time from question to question so far holds a step and the wait for a save, or the evaluation of
         # a sub-network. Before the first save a save is taken to be no longer than that.
         seconds_to_save = self._longest if seconds_to_save is None else seconds_to_save
@@ -128,11 +130,14 @@ class Stop:
         later = signal.SIGTERM in _signals or REQUEUE_FILE in touched or is_late
         return Wanted(bool(names), later, bool(_signals & set(FOR_GOOD)) or STOP_FILE in touched)
 
-    def heeded(self) -> None:
-        """The files have had their effect: the next start must not see them."""
-        for path in self._files.values():
-            with suppress(OSError):
-                path.unlink()
+    def heeded(self, is_through: bool = False) -> None:
+        """The files that were seen have had their effect: the next start must not see them. One that was touched since
+        then is for the next start, where the run `is_through` for none.
+        """
+        for name, path in self._files.items():
+            if is_through or name in self._seen:
+                with suppress(OSError):
+                    path.unlink()
 
 
 def seconds_of(text: str, name: str = "train.time_limit") -> float:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -64,18 +65,24 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
     with ranks.together():
         monitor = Monitor(run, space, step, ranks)
 
-    wanted = Wanted()
+    ask = partial(ask_all, ranks, stop, checkpoints, monitor)
+    wanted, learning_rate, norm = Wanted(), 0.0, 0.0
     with monitor, checkpoints.finished():
         monitor.started(step, make_plan(run, space, config, ranks.size), changes, checkpoints.warnings)
+        # A start that ended in the middle of an evaluation, or was killed there, has left it to this one.
+        evaluated = step if ranks.sum([monitor.has_evaluated(step)])[0] == ranks.size else 0
         while step < run.train.steps:
+            if is_due(step, run.eval.every_steps) and step > evaluated:
+                chosen = eval_subnets(run, space)
+                measured, seconds, wanted = evaluate(engine, chosen, validation, costs, ask, watchdog.beat)
+                if wanted.ends:
+                    break
+                monitor.evaluated(step, measured, seconds)
+                evaluated = step
             draws, batches = schedule.draw(step), loader.batches(step)
-            asked = [count_targets(batches), *stop.wanted(checkpoints.seconds_to_save), checkpoints.is_ready()]
-            num_targets, *ends, ready = ranks.sum_agreed(asked, told(step, draws))
-            wanted = Wanted(*ends)
+            wanted, num_targets = ask(told(step, draws), count_targets(batches))
             if wanted.ends:
                 break
-            if ready == ranks.size:
-                monitor.saved(checkpoints.advance())
             learning_rate = lr_at(step, run.train.steps, run.optim)
             losses = accumulate(engine, draws, batches, num_targets)
             norm = engine.step(learning_rate)
@@ -83,20 +90,34 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
             sums.add(losses)
             step += 1
             watchdog.beat()
-            if is_due(step, run.log.every_steps) or step == run.train.steps:
+            if is_due(step, run.log.every_steps):
                 monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.paused_seconds)
-            if is_due(step, run.eval.every_steps) and step < run.train.steps:
-                chosen = eval_subnets(run, space)
-                monitor.evaluated(step, *evaluate(engine, chosen, validation, costs, watchdog.beat))
-            if is_due(step, run.checkpoint.every_steps):
+            if is_due(step, run.checkpoint.every_steps):  # before the evaluation, which takes long
                 monitor.saved(checkpoints.start(engine, step))
                 watchdog.beat()
 
+        if step > monitor.reported_step:
+            monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.paused_seconds)
         save_last(checkpoints, engine, step, wanted.goes_on, stop, monitor)
         if step == run.train.steps:
             wanted = leave_model(folder, engine, validation, costs, stop, monitor)
-        stop.heeded()  # before Slurm is asked, which then ends this job at once
+        stop.heeded(is_through=not wanted.ends)  # before Slurm is asked, which then ends this job at once
         monitor.ended(step, left_early(stop, wanted.goes_on, ranks) if wanted.ends else "")
+
+
+def ask_all(
+    ranks: Ranks, stop: Stop, checkpoints: Checkpoints, monitor: Monitor, fact: str = "", num_targets: float = 0
+) -> tuple[Wanted, float]:
+    """What the ranks want, who must have the same `fact`, and the sum of their targets. A collective.
+
+    A checkpoint that was written meanwhile appears. Raises: AgreedError where a fact is another one.
+    """
+    own = [num_targets, *stop.wanted(checkpoints.seconds_to_save), checkpoints.is_ready()]
+    num_targets, *ends, ready = ranks.sum_agreed(own, fact)
+    wanted = Wanted(*ends)
+    if ready == ranks.size and not wanted.ends:
+        monitor.saved(checkpoints.advance())
+    return wanted, num_targets
 
 
 def warm_engine(run: Run, model: NestedModel, loader: Loader, ranks: Ranks, watchdog: Watchdog) -> Engine:
@@ -159,15 +180,15 @@ def leave_model(
     known = folder.measured(engine, num_targets)
     if known is None:
         folder.write_model(engine)
-    measured: list[Measured] = []
-    seconds, wanted = 0.0, Wanted()
     stop.pass_over()
-    for subnet in (subnet for subnet in engine.model.space if subnet.name not in (known or ())):
-        wanted = Wanted(*folder.ranks.sum(stop.wanted(seconds_to_save=0.0)))
-        if wanted.ends:
-            break
-        more, took = evaluate(engine, [subnet], validation, costs, folder.beat)
-        measured, seconds = [*measured, *more], seconds + took
+    measured, seconds, wanted = evaluate(
+        engine,
+        [subnet for subnet in engine.model.space if subnet.name not in (known or ())],
+        validation,
+        costs,
+        lambda: (Wanted(*folder.ranks.sum(stop.wanted(seconds_to_save=0.0))), 0.0),
+        folder.beat,
+    )
     table = folder.add_to_table(measured)
     if wanted.ends:
         return wanted
@@ -178,8 +199,8 @@ def leave_model(
 
 
 def is_due(step: int, every_steps: int) -> bool:
-    """Never where `every_steps` is 0."""
-    return every_steps > 0 and step % every_steps == 0
+    """Never where `every_steps` is 0, nor before the first step."""
+    return step > 0 and every_steps > 0 and step % every_steps == 0
 
 
 def told(step: int, draws: Sequence[SubNet]) -> str:
@@ -237,17 +258,27 @@ def evaluate(
     subnets: Iterable[SubNet],
     batches: Sequence[MicroBatch],
     costs: Mapping[SubNet, Cost],
+    ask: Callable[[], tuple[Wanted, float]],
     beat: Callable[[], None],
-) -> tuple[list[Measured], float]:
-    """Validation of some sub-networks, and the seconds it took. A collective."""
+) -> tuple[list[Measured], float, Wanted]:
+    """Validation of sub-networks, one after the other until `ask` wants the run to end. A collective.
+
+    Returns what was measured, the seconds it took, and what was wanted last.
+    """
     start = time.perf_counter()
 
     def forward(batch: MicroBatch, subnet: SubNet) -> tuple[Tensor, Tensor]:
         beat()
         return engine.evaluate(batch.input_ids, batch.labels, subnet)
 
-    measured = measure(forward, subnets, batches, engine.ranks.sum, costs)
-    return measured, time.perf_counter() - start
+    measured: list[Measured] = []
+    wanted = Wanted()
+    for subnet in subnets:
+        wanted, _ = ask()
+        if wanted.ends:
+            break
+        measured += measure(forward, [subnet], batches, engine.ranks.sum, costs)
+    return measured, time.perf_counter() - start, wanted
 
 
 def shared_tokens(run: Run, ranks: Ranks) -> TokenizedText:

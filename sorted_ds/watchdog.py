@@ -2,7 +2,8 @@
 
 In: a beat whenever something was finished. Out, after a silence: RUN_DIR/stacks/rank_0003.txt with the stack of every
 thread (stderr, where that cannot be), one line on stderr, and the end of the process, which the launcher makes the end
-of all. When one rank hangs, all wait for it, so all write: the stacks that differ from the others name the one.
+of all. When one rank hangs, all wait for it, so all write: the stacks that differ from the others name the one. A rank
+in a call that lets no thread of Python run, as one that waits for a file system can, writes none: it is that one.
 """
 
 import faulthandler

@@ -73,6 +73,18 @@ def test_a_touched_file_ends_the_run_once_and_only_rank_0_looks(tmp_path, name, 
     assert first.wanted(None) == (False, False, False)
 
 
+def test_a_file_that_is_touched_after_the_last_question_is_for_the_next_start(tmp_path):
+    stop.listen()
+    signal.raise_signal(signal.SIGUSR1)
+    asked = Stop(tmp_path, "", is_first=True)
+    asked.wanted(None)
+    (tmp_path / "stop").touch()  # while it saves
+    asked.heeded()
+    assert (tmp_path / "stop").exists()
+    asked.heeded(is_through=True)
+    assert not (tmp_path / "stop").exists()
+
+
 def test_stop_is_stronger_than_requeue(tmp_path):
     stop.listen()
     (tmp_path / "stop").touch()
@@ -199,13 +211,19 @@ threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
 with joined_ranks():
     print("lived")
 """
-SLURM = {"squeue": "echo RUNNING", "scontrol": 'echo "$@" >> "$(dirname "$0")/asked"'}
+SCONTROL = """\
+case "$1" in
+  show) echo "   PreemptEligibleTime=2026-11-27T10:00:00 PreemptTime={time}" ;;
+  *) echo "$@" >> "$(dirname "$0")/asked" ;;
+esac"""
+JOB = {"SLURM_JOB_ID": "7", slurm.ASKED_FOR: "1"}
 
 
-@pytest.fixture
-def answers(tmp_path) -> Path:
-    """Programs that answer as Slurm does of a job that is preempted."""
-    for name, does in SLURM.items():
+@pytest.fixture(params=["2026-11-27T11:00:00"])
+def answers(tmp_path, request) -> Path:
+    """Programs that answer as Slurm does of a job that is preempted, or not."""
+    programs = {"squeue": "echo RUNNING", "scontrol": SCONTROL.format(time=request.param)}
+    for name, does in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
     return tmp_path
@@ -228,17 +246,28 @@ def test_sigterm_ends_at_once_while_ranks_wait_for_each_other(moment):
 @pytest.mark.parametrize("moment", ["before", "meanwhile"])
 def test_a_job_that_is_preempted_while_ranks_wait_for_each_other_is_started_again(moment, answers):
     path = f"{answers}:{os.environ['PATH']}"
-    done = waiting_rank(moment, SLURM_JOB_ID="7", PATH=path)
+    done = waiting_rank(moment, **JOB, PATH=path)
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr == "SIGTERM before the first step; Slurm starts job 7 again\n"
     assert (answers / "asked").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(
+    ("answers", "job"), [("None", JOB), ("2026-11-27T11:00:00", {"SLURM_JOB_ID": "7"})], indirect=["answers"]
+)
+def test_a_job_that_another_rank_failed_or_that_is_not_the_runs_own_is_not_started_again(answers, job):
+    """A launcher signals rank 0 when another rank fails: it would fail again, for ever."""
+    done = waiting_rank("meanwhile", **job, PATH=f"{answers}:{os.environ['PATH']}")
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+    assert not (answers / "asked").exists()
 
 
 def test_another_rank_waits_for_rank_0_which_asks(answers, monkeypatch):
     seconds = []
     monkeypatch.setattr("sorted_ds.ranks.time.sleep", seconds.append)
     monkeypatch.setattr("sorted_ds.ranks.os._exit", sys.exit)
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for name, value in JOB.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", str(answers))
     with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
         _leave_start(False, signal.SIGTERM)
@@ -293,8 +322,17 @@ def test_without_minutes_it_never_barks(tmp_path):
     assert subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0
 
 
-def test_outside_of_slurm_nothing_is_asked():
-    assert slurm.requeue({}) == ""
+def test_outside_of_slurm_and_in_a_job_that_is_not_the_runs_own_nothing_is_asked():
+    assert slurm.requeue({}) == slurm.requeue({"SLURM_JOB_ID": "7"}) == ""
+
+
+def test_a_refusal_for_ever_is_not_asked_for_again():
+    answers = [(True, "RUNNING"), (False, "Only batch jobs are accepted or processed for job 7")]
+    with (
+        mock.patch.object(slurm, "_run", side_effect=answers),
+        pytest.raises(UserError, match="Only batch jobs"),
+    ):
+        slurm.requeue(JOB)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +345,7 @@ def test_outside_of_slurm_nothing_is_asked():
 )
 def test_what_slurm_says_is_told(answers, told):
     with mock.patch.object(slurm, "_run", side_effect=answers), mock.patch.object(slurm, "SECONDS_BETWEEN", 0):
-        assert slurm.requeue({"SLURM_JOB_ID": "7"}) == told
+        assert slurm.requeue(JOB) == told
 
 
 def test_a_job_that_is_not_started_again_is_an_error_that_tells_why_it_ended(tmp_path):
@@ -319,14 +357,14 @@ def test_a_job_that_is_not_started_again_is_an_error_that_tells_why_it_ended(tmp
     with (
         mock.patch.object(slurm, "_run", return_value=(False, "disabled")),
         mock.patch.object(slurm, "SECONDS_BETWEEN", 0),
-        mock.patch.dict(os.environ, {"SLURM_JOB_ID": "7"}),
+        mock.patch.dict(os.environ, JOB),
         pytest.raises(AgreedError, match=r"SIGTERM; job 7 could not be started again: disabled\. Submit it again"),
     ):
         left_early(asked, True, alone)
 
 
 def test_of_an_array_only_the_own_task_is_started_again():
-    array = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    array = {**JOB, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
     with mock.patch.object(slurm, "_run", return_value=(True, "RUNNING")) as asked:
         slurm.requeue(array)
     assert [call.args[-1] for call in asked.call_args_list][-1] == "7_3"

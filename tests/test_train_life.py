@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from sorted_ds.cli import main
 from sorted_ds.launcher import ranks_of
+from sorted_ds.monitor import FULL_LOSS
 from tests.forked import by_ranks
 from tests.launched import (
     ROOT,
@@ -88,13 +89,13 @@ LEAVING = """
 import sys
 from sorted_ds import train
 from sorted_ds.stop import listen
-evaluate, times, last = train.evaluate, [], int(sys.argv.pop(1))
+measure, times, last = train.measure, [], int(sys.argv.pop(1))
 def leave_after(*args, **kwargs):
     times.append(len(args[1]))
     if len(times) == last:
         (train.load_run(train.Path(sys.argv[1])).run_dir / "stop").touch()
-    return evaluate(*args, **kwargs)
-train.evaluate = leave_after
+    return measure(*args, **kwargs)
+train.measure = leave_after
 listen()
 code = train.main(sys.argv[1:])
 sys.stdout.write(f"evaluated {times}\\n")
@@ -126,12 +127,34 @@ def test_a_run_that_is_to_end_in_its_last_evaluation_goes_on_with_it(whole, tmp_
     assert "trained 8 steps; model, table and figure are in " in train(run)  # nothing is left to do
     assert table.read_bytes() == before
     assert (run_dir(run) / "pareto.png").is_file()
-    assert metrics(run)[-1] == {**last, "speed/validation_seconds": 0.0}
+    again = metrics(run)[-1]
+    assert again == {**last, "speed/validation_seconds": again["speed/validation_seconds"]}
+    assert again["speed/validation_seconds"] < 0.1
     assert len(metrics(run)) == len(rows) + 1
     assert (model / "model.safetensors").stat().st_mtime_ns == written
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}))
     train(run)
     assert {weight.dtype for weight in load_file(model / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_run_that_is_to_end_in_an_evaluation_saves_before_and_measures_again_when_it_goes_on(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=0)
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    often = ["checkpoint.every_steps=3", "log.every_steps=2"]
+    _, said = by_ranks(tmp_path / "leaving.py", "3", str(run), *SETTINGS, *often)
+    assert said.count("evaluated [1, 1, 1]") == 2
+    assert "stopped after step 3 of 8: the file stop" in said
+    assert said.count("saved step_00000003") == 1
+    assert [row["step"] for row in metrics(run) if "loss/training" in row] == [2, 3], "step 3 is not due"
+    assert not any(FULL_LOSS in row for row in metrics(run))
+    _, said = by_ranks(tmp_path / "leaving.py", "99", str(run), *SETTINGS, *often)
+    assert said.index("going on from the checkpoint of step 3") < said.index("step 3: validation loss")
+    keys = ("step", FULL_LOSS)
+    curves = [[[row[key] for key in keys] for row in metrics(r) if FULL_LOSS in row] for r in (whole, run)]
+    assert curves[0] == curves[1]
+    assert [row["step"] for row in metrics(run) if "loss/training" in row] == [2, 3, 4, 6, 8]
+    before, after = masters(whole), masters(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_model_of_another_checkpoint_does_not_stay(whole, tmp_path):

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = (
@@ -210,10 +211,10 @@ class Cluster:
             with (self.folder / host / "sshd.log").open("w") as log:
                 streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
                 process = subprocess.Popen(start, **streams, start_new_session=True)
-            _until(lambda process=process: _child(process.pid), f"{host} did not start")
+            until(lambda process=process: _child(process.pid), f"{host} did not start")
             (self.folder / host / "pid").write_text(str(_child(process.pid)))
         for host in self.hosts:
-            _until(lambda host=host: self.on(host, "ssh", host, "true").returncode == 0, f"no ssh to {host}")
+            until(lambda host=host: self.on(host, "ssh", host, "true").returncode == 0, f"no ssh to {host}")
 
     def _start_slurm(self) -> None:
         munge = self.folder / "munge"
@@ -225,7 +226,7 @@ class Cluster:
             self.said(host, "slurmd", "-f", self.environment["SLURM_CONF"], "-N", host)
         idle = ("sinfo", "--noheader", "--partition", "main", "--states", "idle", "--format", "%D")
         first = next(iter(self.hosts))
-        _until(lambda: self.on(first, *idle).stdout.strip() == str(len(self.hosts)), "Slurm did not start")
+        until(lambda: self.on(first, *idle).stdout.strip() == str(len(self.hosts)), "Slurm did not start")
 
     def close(self) -> None:
         """Ends everything, also what an earlier test run left."""
@@ -266,8 +267,8 @@ def _kill(pid: int) -> None:
         return
 
 
-def _until(is_so, complaint: str) -> None:
-    end = time.monotonic() + SECONDS_TO_START
+def until(is_so: Callable[[], bool], complaint: str, seconds: float = SECONDS_TO_START) -> None:
+    end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end, complaint
         time.sleep(0.1)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cluster.machines import Cluster
-from tests.launched import ROOT, SETTINGS, copied, masters, one_error
+from sorted_ds.checkpoint.finding import complete_ones
+from tests.cluster.machines import Cluster, until
+from tests.launched import ROOT, SETTINGS, copied, masters, one_error, run_dir
 
 PYTHON = sys.executable
 SCRIPT = str(ROOT / "launch" / "train.py")
@@ -81,6 +82,26 @@ def start(cluster: Cluster, run: Path, name: str) -> None:
 def test_a_launcher_gives_the_same_weights(cluster, whole, run, name):
     start(cluster, run, name)
     assert_same_weights(whole, run)
+
+
+def test_ranks_end_when_pdsh_is_gone(cluster, whole, run):
+    """Its hosts know by their connection. The launcher itself may be killed: pdsh stays, and so does the run."""
+    command = filled(FROM_ONE_HOST["deepspeed over pdsh"], cluster, run)
+    command += ["train.steps=2000", "checkpoint.every_steps=0", "eval.every_steps=0"]
+    environment = with_deepspeed_env(cluster, run)
+    with ThreadPoolExecutor() as pool:
+        ending = pool.submit(cluster.on, "h1", *command, **environment)
+        curves = run_dir(run) / "metrics.jsonl"
+        until(lambda: curves.exists() and '"step": 5,' in curves.read_text(), "step 5", 120)
+        cluster.on("h1", "pkill", "-9", "-x", "pdsh")
+        until(lambda: not ranks_on(cluster), "the end", 40)
+        ending.result()
+    (saved,) = complete_ones(run_dir(run) / "checkpoints")
+    assert int(saved.name.removeprefix("step_")) >= 5
+
+
+def ranks_on(cluster: Cluster) -> str:
+    return "".join(cluster.on(host, "pgrep", "-f", "launch/train.py").stdout for host in cluster.hosts)
 
 
 FAILING = """

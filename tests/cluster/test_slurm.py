@@ -154,6 +154,19 @@ def test_a_job_that_is_preempted_while_it_starts_is_started_again(cluster, longe
     assert_same(longer, run)
 
 
+def test_a_rank_that_fails_at_once_ends_the_job_which_is_not_started_again(cluster, run):
+    """Slurm signals rank 0, which waits for it: as in a preemption, and for ever where it were taken for one."""
+    script = (ROOT / "launch" / "slurm.sbatch").read_text()
+    failing = "bash -c '[ $SLURM_PROCID = 0 ] || { sleep 10; exit 7; }; exec python -m sorted_ds.rank \"$@\"' rank"
+    assert "python -m sorted_ds.rank" in script
+    (run.parent / "failing.sbatch").write_text(script.replace("python -m sorted_ds.rank", failing))
+    job = Job(cluster, run, str(run.parent / "failing.sbatch"))
+    assert job.end() == "FAILED", job.log
+    assert job.state("Restarts") == "0"
+    time.sleep(8)  # a requeued job would start by now
+    assert job.state() == "FAILED", job.log
+
+
 def test_an_array_is_a_run_for_each_seed_and_another_job_comes_after_it(cluster, run):
     one_node = ["--nodes=1", "--ntasks-per-node=1"]
     array = Job(cluster, run, "slurm.sbatch", SHORT, options=[*one_node, "--array=0-1"])
