@@ -63,8 +63,9 @@ COLUMNS: dict[str, Callable[[Sequence[Fault]], object]] = {
     "to resume": lambda some: spread([f.seconds_to_resume for f in some if f.seconds_to_resume]),
 }
 LEGEND = f"""\
-Steps otherwise: trained twice, or with another loss or gradient norm than the uninterrupted run's; unreported: missing
-in the curves. Failed starts: ended with an error, or without a model, though no fault had struck them. Submitted again:
+Steps otherwise: trained twice, or with another loss or gradient norm than the
+uninterrupted run's; unreported: missing in the curves.
+Failed starts: ended with an error, or without a model, though no fault had struck them. Submitted again:
 jobs that failed, so that Slurm did not start them again by itself. Left: runs that had not ended after {SECONDS_TO_END}
 s, or trained on to the end, and jobs that Slurm held until they were released by hand. To end: from the fault until no
 process of the run was left; to resume: from the next start to its first step. In Slurm, to end: until the job was
@@ -78,11 +79,8 @@ def table(faults: Sequence[Fault]) -> str:
         if some := [fault for fault in faults if fault.kind == kind]:
             lines.append(f"| {kind} | {' | '.join(str(tell(some)) for tell in COLUMNS.values())} |")
     equal, halves = sum(f.equal for f in faults), sum(f.half_saved for f in faults)
-    lines += [
-        "",
-        f"{len(faults)} faults, {equal} continued to bit-equal weights; {halves} struck while a checkpoint was",
-    ]
-    lines += [f"half written. {LEGEND}", "", "Those that cost something:", ""]
+    lines += ["", f"{len(faults)} faults, {equal} continued to bit-equal weights; {halves} struck while a checkpoint"]
+    lines += [f"was half written. {LEGEND}", "", "Those that cost something:", ""]
     lines += [f"- {fault}" for fault in faults if not fault.cost_nothing] or ["- none"]
     return "\n".join(lines)
 

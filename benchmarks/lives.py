@@ -259,7 +259,8 @@ def live_in_slurm(
         seconds, state = time.monotonic() - began, start.job.state()
         what = f"{what}; then the job was {state}"
         faults.append(Fault(kind, moment, what, seconds, half_saved=half_saved, left_over=left_over))
-        if state == "COMPLETED":
+        if state == "COMPLETED":  # it did not notice
+            start.struck = 0.0
             break
         faults[-1].submitted_again = start.job.has_ended()
         start = _next_start(cluster, run, start.job)

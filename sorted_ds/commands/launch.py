@@ -96,10 +96,10 @@ def _option(text: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    """For an #SBATCH line, which knows double quotes alone. Raises: UserError for what it cannot hold."""
-    if '"' in value or "\n" in value or "\\" in value:
-        raise UserError(f"{value!r} cannot be written into a job script. Name it without quotes.")
-    return f'"{value}"' if re.search(r"[^\w@%+=:,./-]", value) else value
+    """For an #SBATCH line. Raises: UserError for what it cannot hold. Source: Slurm 22.05, src/sbatch/opt.c."""
+    if "\n" in value or "\\" in value:
+        raise UserError(f"{value!r} cannot be written into a job script. Name it without backslashes and line breaks.")
+    return '"' + value.replace('"', '\\"') + '"' if re.search(r"[^\w@%+=:,./-]", value) else value
 
 
 def submit(command: list[str]) -> str:

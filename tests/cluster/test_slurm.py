@@ -29,7 +29,7 @@ def longer(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(longer, place) -> Path:
-    return copied(longer, place / "it's $(touch pwned)", keep_steps=0)
+    return copied(longer, place / 'it\'s "$(touch pwned)"', keep_steps=0)
 
 
 class Job:
@@ -160,7 +160,7 @@ def test_a_rank_that_fails_at_once_ends_the_job_which_is_not_started_again(clust
     failing = "bash -c '[ $SLURM_PROCID = 0 ] || { sleep 10; exit 7; }; exec python -m sorted_ds.rank \"$@\"' rank"
     assert "python -m sorted_ds.rank" in script
     (run.parent / "failing.sbatch").write_text(script.replace("python -m sorted_ds.rank", failing))
-    job = Job(cluster, run, str(run.parent / "failing.sbatch"))
+    job = Job(cluster, run, str(run.parent / "failing.sbatch"), options=["--ntasks-per-node=1"])
     assert job.end() == "FAILED", job.log
     assert job.state("Restarts") == "0"
     time.sleep(8)  # a requeued job would start by now
