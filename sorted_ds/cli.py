@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sorted_ds.errors import UserError
@@ -54,8 +55,9 @@ def train_main() -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody may be there to read it
+            stream.flush()
     if not code and "mpi4py.MPI" in sys.modules:
         sys.modules["mpi4py.MPI"].Finalize()  # or mpirun takes the rank for one that failed
     os._exit(code)

@@ -140,7 +140,7 @@ class Monitor:
         self._console.print(f"step {step}: validation loss {full:.4f} (full){spread}; took {seconds:.1f} s")
 
     def has_evaluated(self, step: int) -> bool:
-        """Whether this start or an earlier one did, and said so in the curves. Known on rank 0."""
+        """Whether an earlier start did, and said so in the curves. Known on rank 0."""
         if not self._is_on:
             return True
         rows = map(json.loads, (self._run_dir / METRICS).read_text().splitlines())

@@ -81,15 +81,37 @@ def test_the_scripts_shell_sees_the_arguments_as_they_are(run, sbatch, tmp_path)
     """Spaces, quotes and `$(...)` in a path are no code."""
     main(["launch", "slurm", str(run), "optim.name=sgd", "--extend-space", "--dry-run"])
     settings = ["optim.name=sgd", "checkpoint.extend_space=true"]
-    for name in ("sorted-ds", "srun"):
-        program = sbatch.parent / "bin" / name
-        program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{tmp_path}/{name}.told"\n')
-        program.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{sbatch.parent / 'bin'}:{os.environ['PATH']}"}
-    subprocess.run(["bash", str(run_dir(run) / "slurm.sbatch")], check=True, cwd=tmp_path, env=environment)
-    assert (tmp_path / "sorted-ds.told").read_text().splitlines() == ["prepare", str(run), *settings]
-    assert (tmp_path / "srun.told").read_text().splitlines()[-3:] == [str(run), *settings]
+    prepare, srun = told_by(run_dir(run) / "slurm.sbatch", tmp_path)
+    assert prepare == ["prepare", str(run), *settings]
+    assert srun[-3:] == [str(run), *settings]
     assert not (tmp_path / "oops").exists()
+
+
+def told_by(script: Path, folder: Path, *arguments: str, **environment: str) -> tuple[list[str], list[str]]:
+    """What a job script calls `sorted-ds` and `srun` with."""
+    programs = folder / "programs"
+    programs.mkdir()
+    for name in ("sorted-ds", "srun"):
+        (programs / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{programs}/{name}.told"\n')
+        (programs / name).chmod(0o755)
+    env = {**os.environ, **environment, "PATH": f"{programs}:{os.environ['PATH']}"}
+    subprocess.run(["bash", str(script), *arguments], check=True, cwd=folder, env=env)
+    prepare, srun = ((programs / f"{name}.told").read_text().splitlines() for name in ("sorted-ds", "srun"))
+    return prepare, srun
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ([], ["seed=3", "run_dir=runs/{name}-{seed}"]),
+        (["run_dir=/my/place-{seed}"], ["seed=3"]),
+        (["seed=7"], ["run_dir=runs/{name}-{seed}"]),
+    ],
+)
+def test_an_array_says_what_the_user_does_not(tmp_path, given, added):
+    script = ROOT / "launch" / "slurm.sbatch"
+    prepare, _ = told_by(script, tmp_path, "my.toml", *given, SLURM_ARRAY_TASK_ID="3")
+    assert prepare == ["prepare", "my.toml", *given, *added]
 
 
 def test_prepare_takes_what_the_scripts_hand_on_to_it(run):
@@ -102,6 +124,7 @@ def test_prepare_takes_what_the_scripts_hand_on_to_it(run):
         (["--time", "soon"], r"error: --time = 'soon' should be like"),
         (["--sbatch=--array=0-3"], r"error: an array is several runs"),
         (["--sbatch=-p a100"], r"error: --sbatch '-p a100' should be a long option of sbatch"),
+        ([r"run_dir=a\b"], r"error: '.*' cannot be written into a job script"),
         (["optim.name=adam"], r"error: .*optim.name = 'adam' should be"),
     ],
 )
