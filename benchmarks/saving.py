@@ -2,16 +2,19 @@
 
 `python -m benchmarks.saving`: one engine a stage, 30 M parameters on two gloo ranks. Training takes steps in turns:
 with nothing to write, after a synchronous save, and while an asynchronous one is written. The first asynchronous save
-also makes its copy's memory. A rank's bytes are what it writes: its share of fp32 weights and both moments.
+also makes its copy's memory. A rank's bytes are what it writes: its share of fp32 weights and both moments. Its memory
+more is the highest that the kernel saw while an asynchronous save was written, over that of a step before the first one
+(Linux; proc(5), clear_refs).
 """
 
 import argparse
+import re
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 
 from benchmarks.common import SIZES, Setting, circumstances, engine_of, interval, nested_llama
@@ -41,29 +44,33 @@ def measure(ranks, stage: int, size_name: str, rounds: int, bf16: bool, folder: 
         return time.perf_counter() - began
 
     kinds = {kind: Checkpoints(Path(folder) / kind, 1, Identity({}), ranks, kind == "asynchronous") for kind in KINDS}
-    process, number = psutil.Process(), 0
-    found: dict = {"quiet": [], "while": [], "synchronous": [], "asynchronous": [], "written": []}
+    number = 0
+    found: dict = {"quiet": [], "while": [], "synchronous": [], "asynchronous": [], "written": [], "grown": 0}
     step()
+    without = highest_memory(step)
     for turn in range(rounds + 1):
-        before = process.memory_info().rss
         quiet = step()
         for kind in KINDS if turn % 2 else KINDS[::-1]:
             number += 1
             ranks.sum([0])
-            ended = kinds[kind].start(engine, number)
-            if kind == "asynchronous":
-                taken = []
+            taken, ended = [], []
+
+            def save(kind: str = kind, number: int = number, taken: list = taken, ended: list = ended) -> None:
+                ended += kinds[kind].start(engine, number)
                 while not ended:  # as the trainer does
                     if ranks.sum([kinds[kind].is_ready()])[0] == ranks.size:
-                        ended = kinds[kind].advance()
+                        ended += kinds[kind].advance()
                     taken.append(step())
+
+            memory = highest_memory(save)
+            if kind == "asynchronous":
                 found["while"].append(statistics.mean(taken) / quiet)
                 found["written"].append(ended[0].seconds)
+                found["grown"] = max(found["grown"], memory - without)
             found[kind].append(ended[0].pause_seconds)
         found["quiet"].append(quiet)
         if turn == 0:
             found["first_pause"] = found["asynchronous"][0]
-            found["grown"] = max(0, process.memory_info().rss - before)
             for key in ("quiet", "while", *KINDS, "written"):
                 found[key].clear()
     found["bytes"] = sum(path.stat().st_size for path in (Path(folder) / KINDS[0]).rglob("rank_0000*"))
@@ -71,6 +78,14 @@ def measure(ranks, stage: int, size_name: str, rounds: int, bf16: bool, folder: 
 
 
 KINDS = ("synchronous", "asynchronous")
+
+
+def highest_memory(work: Callable[[], object]) -> int:
+    """Bytes of this process, while it worked."""
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    told = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", told)[1])
 
 
 def row(stage: int, found: dict) -> str:
