@@ -213,7 +213,7 @@ def test_a_rank_that_hangs_ends_the_run_and_all_say_where_they_stand(whole, tmp_
     stacks = [(run_dir(run) / "stacks" / f"rank_{rank:04d}.txt").read_text() for rank in (0, 1)]
     assert "in stay_here" in stacks[1]
     assert "in stay_here" not in stacks[0]
-    assert "in sum_agreed" in stacks[0]
+    assert "in all_reduce" in stacks[0]
 
 
 def test_a_space_grows_on_purpose_and_is_refused_otherwise(whole, tmp_path):
