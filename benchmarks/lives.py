@@ -8,6 +8,7 @@ import re
 import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,20 +71,23 @@ def settings(steps: int) -> list[str]:
     return [*launched.SETTINGS, f"train.steps={steps}", *more]
 
 
-class Start:
+class Start(ABC):
     """One start of a run, followed line by line."""
 
     def __init__(self, run: Path, steps: int):
         self.run, self.steps, self.began = run, steps, time.monotonic()
 
+    @abstractmethod
     def said(self) -> str:
-        raise NotImplementedError
+        """What it has printed so far."""
 
+    @abstractmethod
     def has_ranks(self) -> bool:
-        raise NotImplementedError
+        """Whether its ranks were started."""
 
+    @abstractmethod
     def is_over(self) -> bool:
-        raise NotImplementedError
+        """Whether it has ended."""
 
     @property
     def step(self) -> int:
