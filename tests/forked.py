@@ -33,6 +33,7 @@ def start_ranks(script: Path, arguments: Sequence[str], num_ranks: int) -> tuple
     environment, context = {**os.environ, **_meeting_point()}, context_of("cpu")
     ranks = []
     for rank, log in enumerate(logs):
+        log.touch()  # one may look before the rank has opened it
         places = {**environment, **_place(rank, num_ranks)}
         ranks.append(context.Process(target=_script, args=(script, list(arguments), places, log)))
         ranks[-1].start()
