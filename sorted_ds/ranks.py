@@ -147,6 +147,8 @@ def _join(place: Place, device: torch.device) -> dist.Store:
     if place.size > 1:
         os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if place.rank == 0 and is_preempted(os.environ):  # while the script made ready, and there was no task to signal
+        _start_again()
     try:
         with nothing_to_save(partial(_leave_start, place.rank == 0)):
             store = next(dist.rendezvous("env://", timeout=TO_MEET))[0] if place.size > 1 else dist.HashStore()
@@ -169,13 +171,19 @@ def _leave_start(is_first: bool, number: int) -> NoReturn:
     if number in LATER and not is_first and job_of(os.environ):
         time.sleep(SECONDS_TO_ASK)
     elif number in LATER and is_first and is_preempted(os.environ):
-        try:
-            then = requeue(os.environ)
-        except UserError as refused:
-            then = str(refused)
-        with suppress(OSError):
-            print(f"{signal.Signals(number).name} before the first step; {then}", file=sys.stderr, flush=True)
+        _start_again()
     os._exit(SIGNALLED + number)
+
+
+def _start_again() -> NoReturn:
+    """Rank 0 of a preempted job that has done no step."""
+    try:
+        then = requeue(os.environ)
+    except UserError as refused:
+        then = str(refused)
+    with suppress(OSError):
+        print(f"preempted before the first step; {then}", file=sys.stderr, flush=True)
+    os._exit(SIGNALLED + signal.SIGTERM)
 
 
 def _is_rank_0s_store() -> bool:

@@ -207,22 +207,27 @@ listen()
 if sys.argv[1] == "before":
     os.kill(os.getpid(), signal.SIGTERM)
 from sorted_ds.ranks import joined_ranks
-threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+if sys.argv[1] != "never":
+    threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
 with joined_ranks():
     print("lived")
 """
 SCONTROL = """\
-case "$1" in
-  show) echo "   PreemptEligibleTime=2026-11-27T10:00:00 PreemptTime={time}" ;;
-  *) echo "$@" >> "$(dirname "$0")/asked" ;;
-esac"""
+folder=$(dirname "$0")
+if [ "$1" != show ]; then echo "$@" >> "$folder/asked"; exit; fi
+echo >> "$folder/looks"
+set -- {times}
+[ "$(wc -l < "$folder/looks")" = 1 ] || shift $(($# - 1))
+echo "   PreemptEligibleTime=2026-11-27T10:00:00 PreemptTime=$1"
+"""
+PREEMPTED, LATER = "2026-11-27T11:00:00", "None 2026-11-27T11:00:00"
 JOB = {"SLURM_JOB_ID": "7", slurm.ASKED_FOR: "1"}
 
 
-@pytest.fixture(params=["2026-11-27T11:00:00"])
+@pytest.fixture(params=[LATER])
 def answers(tmp_path, request) -> Path:
-    """Programs that answer as Slurm does of a job that is preempted, or not."""
-    programs = {"squeue": "echo RUNNING", "scontrol": SCONTROL.format(time=request.param)}
+    """Programs that answer as Slurm does of a job that is preempted, at the first look or later, or not."""
+    programs = {"squeue": "echo RUNNING", "scontrol": SCONTROL.format(times=request.param)}
     for name, does in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
@@ -230,7 +235,7 @@ def answers(tmp_path, request) -> Path:
 
 
 def waiting_rank(moment: str, **environment: str) -> subprocess.CompletedProcess:
-    """A rank that waits for another, which never comes, and gets a SIGTERM."""
+    """A rank that waits for another, which never comes, and gets a SIGTERM, or never."""
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     env = {**os.environ, **place, "MASTER_PORT": str(free_port()), **environment}
     command = [sys.executable, "-c", WAITING, moment]
@@ -243,18 +248,18 @@ def test_sigterm_ends_at_once_while_ranks_wait_for_each_other(moment):
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
 
 
-@pytest.mark.parametrize("moment", ["before", "meanwhile"])
-def test_a_job_that_is_preempted_while_ranks_wait_for_each_other_is_started_again(moment, answers):
+@pytest.mark.parametrize(
+    ("moment", "answers"), [("before", LATER), ("meanwhile", LATER), ("never", PREEMPTED)], indirect=["answers"]
+)
+def test_a_job_that_is_preempted_while_ranks_wait_for_each_other_or_before_is_started_again(moment, answers):
     path = f"{answers}:{os.environ['PATH']}"
     done = waiting_rank(moment, **JOB, PATH=path)
     assert done.returncode == 128 + signal.SIGTERM
-    assert done.stderr == "SIGTERM before the first step; Slurm starts job 7 again\n"
+    assert done.stderr == "preempted before the first step; Slurm starts job 7 again\n"
     assert (answers / "asked").read_text() == "requeue 7\n"
 
 
-@pytest.mark.parametrize(
-    ("answers", "job"), [("None", JOB), ("2026-11-27T11:00:00", {"SLURM_JOB_ID": "7"})], indirect=["answers"]
-)
+@pytest.mark.parametrize(("answers", "job"), [("None", JOB), (PREEMPTED, {"SLURM_JOB_ID": "7"})], indirect=["answers"])
 def test_a_job_that_another_rank_failed_or_that_is_not_the_runs_own_is_not_started_again(answers, job):
     """A launcher signals rank 0 when another rank fails: it would fail again, for ever."""
     done = waiting_rank("meanwhile", **job, PATH=f"{answers}:{os.environ['PATH']}")

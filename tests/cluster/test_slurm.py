@@ -150,7 +150,20 @@ def test_a_job_that_is_preempted_while_it_starts_is_started_again(cluster, longe
     preempt(cluster)
     assert job.end() == "COMPLETED", job.log
     assert job.state("Restarts") == "1"
-    assert f"SIGTERM before the first step; Slurm starts job {job.number} again" in job.log
+    assert f"preempted before the first step; Slurm starts job {job.number} again" in job.log
+    assert_same(longer, run)
+
+
+def test_a_job_that_is_preempted_before_it_has_ranks_is_started_again(cluster, longer, run):
+    """While its script prepares the text: Slurm signals tasks, and there are none."""
+    job = Job(cluster, run)
+    job.wait(lambda: job.state() == "RUNNING", "the job")
+    preempt(cluster)
+    job.wait(lambda: job.state("PreemptTime") not in ("", "None"), "the preemption")
+    assert not any(cluster.on(host, "pgrep", "-f", "sorted_ds.rank").stdout for host in cluster.hosts)
+    assert job.end() == "COMPLETED", job.log
+    assert job.state("Restarts") == "1"
+    assert f"preempted before the first step; Slurm starts job {job.number} again" in job.log
     assert_same(longer, run)
 
 
