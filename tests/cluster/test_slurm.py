@@ -154,14 +154,21 @@ def test_a_job_that_is_preempted_while_it_starts_is_started_again(cluster, longe
     assert_same(longer, run)
 
 
+def changed_script(run: Path, old: str, new: str) -> str:
+    """`launch/slurm.sbatch` with its one `old` replaced, beside the run file."""
+    script = (ROOT / "launch" / "slurm.sbatch").read_text()
+    assert script.count(old) == 1
+    path = run.parent / "changed.sbatch"
+    path.write_text(script.replace(old, new))
+    return str(path)
+
+
 def test_a_job_that_is_preempted_before_it_has_ranks_is_started_again(cluster, longer, run):
     """While its script makes ready: Slurm signals tasks, and there are none."""
-    script = (ROOT / "launch" / "slurm.sbatch").read_text()
-    before = "scontrol show job $SLURM_JOB_ID | grep -q 'PreemptTime=2'"
-    waiting = f'until [ "${{SLURM_RESTART_COUNT:-0}}" != 0 ] || {before}; do sleep 0.2; done\nsrun '
-    assert script.count("\nsrun ") == 1
-    (run.parent / "waiting.sbatch").write_text(script.replace("\nsrun ", f"\n{waiting}"))
-    job = Job(cluster, run, str(run.parent / "waiting.sbatch"), options=["--ntasks-per-node=1"])
+    preempted = "scontrol show job $SLURM_JOB_ID | grep -q 'PreemptTime=2'"
+    waiting = f'until [ "${{SLURM_RESTART_COUNT:-0}}" != 0 ] || {preempted}; do sleep 0.2; done'
+    script = changed_script(run, "\nsrun ", f"\n{waiting}\nsrun ")
+    job = Job(cluster, run, script, options=["--ntasks-per-node=1"])
     job.wait(lambda: job.state() == "RUNNING", "the job")
     preempt(cluster)
     assert job.end() == "COMPLETED", job.log
@@ -172,11 +179,9 @@ def test_a_job_that_is_preempted_before_it_has_ranks_is_started_again(cluster, l
 
 def test_a_rank_that_fails_at_once_ends_the_job_which_is_not_started_again(cluster, run):
     """Slurm signals rank 0, which waits for it: as in a preemption, and for ever where it were taken for one."""
-    script = (ROOT / "launch" / "slurm.sbatch").read_text()
     failing = "bash -c '[ $SLURM_PROCID = 0 ] || { sleep 10; exit 7; }; exec python -m sorted_ds.rank \"$@\"' rank"
-    assert "python -m sorted_ds.rank" in script
-    (run.parent / "failing.sbatch").write_text(script.replace("python -m sorted_ds.rank", failing))
-    job = Job(cluster, run, str(run.parent / "failing.sbatch"), options=["--ntasks-per-node=1"])
+    script = changed_script(run, "python -m sorted_ds.rank", failing)
+    job = Job(cluster, run, script, options=["--ntasks-per-node=1"])
     assert job.end() == "FAILED", job.log
     assert job.state("Restarts") == "0"
     time.sleep(8)  # a requeued job would start by now
