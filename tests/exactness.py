@@ -17,6 +17,7 @@ from sorted_ds.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.nested import nest
+from sorted_ds.nested.bundles import bundles_in
 from sorted_ds.nested.layout import is_laid_out
 from sorted_ds.nested.weights import hf_tensors
 from sorted_ds.space import SubNetSpace
@@ -250,7 +251,8 @@ def _one_micro_batch(engine: Engine, micro_batch: reference.MicroBatch, num_targ
     with counted() as traffic:
         loss = engine.forward(ids, labels, subnet)
         seen["gathers"] += traffic.calls["gather"]
-        seen["released"] |= engine.model.model.layers[0].mlp.up_proj.blocks[0].weight.numel() == 0
+        mlp = engine.model.model.layers[0].mlp
+        seen["released"] |= engine.stage == 3 and mlp.bundles[0].weight.numel() == 0
         engine.backward(loss / num_targets)
         num_reduces = traffic.calls["reduce"] + traffic.calls["scatter"]
         seen["reduces_in_backward"] = max(seen["reduces_in_backward"], num_reduces)
@@ -266,7 +268,15 @@ def gather_state(engine, ranks, value_of) -> dict[str, torch.Tensor]:
     pieces = [(s.name, s.start, value_of(s).cpu().clone()) for s in engine.shards()]
     everyone: list = [None] * ranks.size
     dist.all_gather_object(everyone, pieces)
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.model.named_parameters()}
+    bundles, shapes = bundles_in(engine.model), {}
+    for name, parameter in engine.model.named_parameters():
+        shapes[name] = getattr(parameter, "ds_shape", parameter.shape)
+        if name in bundles:
+            own, names = bundles[name]
+            shapes |= {
+                block: (stop - start, own.hidden) for block, (start, stop) in zip(names, own.places, strict=True)
+            }
+            del shapes[name]
     whole = {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
     for name, start, values in (piece for pieces in everyone for piece in pieces):
         whole[name].view(-1)[start : start + len(values)] = values

@@ -1,4 +1,4 @@
-"""Three ways to run one sub-network, and how far they are apart. `python -m benchmarks.parity` prints the table.
+"""Three models that run one sub-network, and how far they are apart. `python -m benchmarks.parity` prints the table.
 
 Nested: the nested model. Extracted: the plain model cut out of it. Reference: the plain full model, which knows nothing
 of `sorted_ds.nested`: run to the drawn depth, the undrawn heads and channels zeroed before the output projections.
@@ -13,9 +13,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sorted_ds.nested import NestedModel, extract, nest
+from sorted_ds.nested.bundles import bundle, bundles_in
+from sorted_ds.nested.decoder_layer import run_by_blocks
+from sorted_ds.nested.layout import lay_out
 from sorted_ds.nested.weights import hf_tensors
 from sorted_ds.space import SubNet
 from tests.families import SPACE, SUBNETS, VARIANTS, tiny_model, tokens
+
+WAYS = ("joined", "blocks", "bundles")
+"""Of a layer with its weights: as one matrix each (stages 0 to 2), each block by itself, and as under ZeRO-3."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,26 @@ def logits_and_backward(model: nn.Module, input_ids: Tensor) -> Tensor:
     return logits.detach()
 
 
-def run_nested(model: NestedModel, subnet: SubNet, input_ids: Tensor, join: bool) -> Outcome:
-    model.group_width.join = model.ffn_width.join = join
+def in_way(model: NestedModel, way: str) -> NestedModel:
+    """A copy whose blocks are used in one of `WAYS`."""
+    model = copy.deepcopy(model)
+    lay_out(model)
+    if way == "bundles":
+        bundle(model)
+    for layer in model.model.layers if way == "blocks" else ():
+        layer.run = run_by_blocks
+    return model
+
+
+def run_nested(model: NestedModel, subnet: SubNet, input_ids: Tensor) -> Outcome:
     model.set_subnet(subnet)
     logits = logits_and_backward(model, input_ids)
-    grads = {name: p.grad for name, p in model.named_parameters()}
+    bundles, grads = bundles_in(model), {}
+    for name, parameter in model.named_parameters():
+        grads[name] = parameter.grad
+        if name in bundles and parameter.grad is not None:
+            own, names = bundles[name]
+            grads.update(zip(names, (parameter.grad[start:stop] for start, stop in own.places), strict=True))
     return Outcome(logits, hf_tensors(model, subnet, grads.__getitem__))
 
 
@@ -112,17 +133,17 @@ def grads_difference(drawn: Outcome, reference: Outcome) -> tuple[float, float]:
 
 
 def four_outcomes(variant: str, attention: str, names: list[str], length: int = 12):
-    """For each sub-network: the reference, and by label the nested model both ways and the extracted one."""
+    """For each sub-network: the reference, and by label the nested model in each way and the extracted one."""
     full = tiny_model(variant, attention)
     model = nest(copy.deepcopy(full), SPACE)
+    models = {way: in_way(model, way) for way in WAYS}
     input_ids = tokens(length=length)
     for subnet in map(SubNet.parse, names):
         yield (
             subnet,
             run_reference(full, subnet, input_ids),
             {
-                "joined": run_nested(model, subnet, input_ids, join=True),
-                "blocks": run_nested(model, subnet, input_ids, join=False),
+                **{way: run_nested(own, subnet, input_ids) for way, own in models.items()},
                 "extracted": run_plain(extract(model, subnet), input_ids),
             },
         )
@@ -134,7 +155,7 @@ def cases() -> list[tuple[str, str]]:
 
 
 def print_table() -> None:
-    """Largest relative differences against the reference, fp32, of the nested model (both ways) and the extracted."""
+    """Largest relative differences against the reference, fp32, of the nested model (each way) and the extracted."""
     print(f"{'family':24}{'attention':11}{'sub-network':13}{'logits':>9}{'grads':>9}{'by tensor':>11}")
     for variant, attention in cases():
         for subnet, reference, outcomes in four_outcomes(variant, attention, SUBNETS):

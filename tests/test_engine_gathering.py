@@ -7,13 +7,16 @@ import pytest
 
 from sorted_ds.engine import Engine
 from sorted_ds.nested import layers, nest
-from tests.exactness import LARGE, ROW_TOKENS, SMALL, SPACE, Case, plain_model
+from sorted_ds.nested.bundles import bundles_in
+from sorted_ds.space import SubNetSpace
+from tests.exactness import LARGE, ROW_TOKENS, SMALL, Case, plain_model
 from tests.spawn import on_ranks
 from tests.test_engine_traces import one_pass
 from tests.traffic import counted
 
-THRESHOLD = 600
-"""Elements. Some blocks are smaller that end a prefix which is not."""
+SPACE = SubNetSpace.grid(depths=[1, 3], groups=[1, 2, 4], ffn=[8, 16, 24, 32, 64])
+THRESHOLD = 800
+"""Elements. The smallest bundles have 768, and end prefixes of weights that are larger."""
 
 
 def gathering(ranks, threshold: int) -> dict:
@@ -43,6 +46,9 @@ def gathering(ranks, threshold: int) -> dict:
         "bytes": stepped.gathered,
         "persistent": {names[id(parameter)]: parameter.nbytes for parameter in persistent},
         "sizes": {name: parameter.ds_numel for name, parameter in engine.model.named_parameters()},
+        "blocks": {
+            name: dict(zip(names, own.sizes, strict=True)) for name, (own, names) in bundles_in(engine.model).items()
+        },
         "left": [n for n, p in engine.model.named_parameters() if p.numel() and id(p) not in set(map(id, persistent))],
     }
 
@@ -62,11 +68,13 @@ def test_a_block_stays_gathered_where_the_extracted_weight_that_ends_with_it_wou
     before = defaultdict(int)
     expected, small = set(), set()
     for name, size in found["sizes"].items():
-        before[_weight_of(name)] += size
         small |= {name} if size <= THRESHOLD else set()
-        expected |= {name} if before[_weight_of(name)] <= THRESHOLD else set()
-    assert len(expected) < len(small), "or this would prove nothing"
-    assert any(".blocks.0.weight" in name for name in expected)
+        blocks = found["blocks"].get(name, {name: size})
+        for block, elements in blocks.items():
+            before[_weight_of(block)] += elements
+        expected |= {name} if max(before[_weight_of(block)] for block in blocks) <= THRESHOLD else set()
+    assert expected < small, "or this would prove nothing"
+    assert any(".bundles." in name for name in expected)
     assert set(found["persistent"]) == expected
     assert found["left"] == []
 

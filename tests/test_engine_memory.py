@@ -48,7 +48,7 @@ def engine_of(ranks, case: Case, source: Path | None, whole_first: bool) -> Engi
 
 
 def saved_by_a_first_engine(ranks) -> tuple[int, int, str]:
-    """Tensors that the full network saves (test_engine_traces), and whose F.linear runs."""
+    """Tensors that the full network saves, those that keep a weight, and whose F.linear runs."""
     engine = engine_of(ranks, Case(3), None, whole_first=False)
     engine.warm_up(ROWS_PER_RANK, exactness.ROW_TOKENS)
     return *held_by(engine), torch.nn.functional.linear.__module__
@@ -170,8 +170,8 @@ def test_training_is_bit_equal_to_that_of_a_model_that_was_whole_first(found, ca
 
 
 def test_saved_tensors_hold_no_gathered_weight_and_plain_linears_are_deepspeeds(found):
-    released, kept, linear = found["saved"]
-    assert released > 60
+    saved, kept, linear = found["saved"]
+    assert saved > 60
     assert kept == 0
     assert linear.startswith("deepspeed."), "torch's own saves views of gathered weights"
 

@@ -10,13 +10,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sorted_ds.errors import UserError
 from sorted_ds.nested import NestedModel, extract, nest
+from sorted_ds.nested.bundles import bundles_in
 from sorted_ds.nested.decoder_layer import joined
 from sorted_ds.nested.layers import NestedLayer, OutputNestedLinear, Width, are_adjacent
 from sorted_ds.nested.layout import is_laid_out, lay_out
 from sorted_ds.nested.weights import is_drawn, slices_of
 from sorted_ds.space import SubNet, SubNetSpace
 from tests.families import SPACE, SUBNETS, VARIANTS, tiny_config, tiny_model, tokens
-from tests.parity import logits_and_backward, logits_difference, run_nested, run_plain
+from tests.parity import WAYS, in_way, logits_and_backward, logits_difference, run_nested, run_plain
 
 
 def tiny_nested(variant: str = "llama") -> NestedModel:
@@ -83,17 +84,18 @@ def named_nested(model: nn.Module) -> list[tuple[str, NestedLayer]]:
     return [(path, module) for path, module in model.named_modules() if isinstance(module, NestedLayer)]
 
 
-@pytest.mark.parametrize("join", [True, False])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_undrawn_blocks_get_no_gradient_and_no_gradient_holds_more_than_the_drawn_bytes(variant, join):
-    model = tiny_nested(variant)
+def test_undrawn_blocks_get_no_gradient_and_no_gradient_holds_more_than_the_drawn_bytes(variant, way):
+    model = in_way(tiny_nested(variant), way)
     for name in SUBNETS:
         subnet = SPACE[name]
-        run_nested(model, subnet, tokens(), join)
-        parts = slices_of(model)
+        run_nested(model, subnet, tokens())
+        parts, bundles = slices_of(model), bundles_in(model)
         drawn_rows = {path: sum(layer.drawn_rows()) for path, layer in named_nested(model)}
         for key, parameter in model.named_parameters():
-            if not is_drawn(key, parts[key], subnet, model):
+            name = bundles[key][1][0] if key in bundles else key
+            if not is_drawn(name, parts[name], subnet, model):
                 assert parameter.grad is None, key
                 continue
             assert parameter.grad.shape == parameter.shape
@@ -142,7 +144,7 @@ def test_a_layer_holds_joined_weights_only_while_it_runs():
 
 def equal_to_extracted(model: NestedModel, tolerance: float) -> None:
     for name in SUBNETS:
-        outcome = run_nested(model, SPACE[name], tokens(), join=True)
+        outcome = run_nested(model, SPACE[name], tokens())
         assert logits_difference(outcome, run_plain(extract(model, name), tokens())) <= tolerance, name
 
 
@@ -188,7 +190,7 @@ def test_weights_updated_in_place_are_the_ones_that_run():
     model = tiny_nested("olmo2")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for name in SUBNETS:
-        run_nested(model, SPACE[name], tokens(), join=True)
+        run_nested(model, SPACE[name], tokens())
         optimizer.step()
         assert is_laid_out(model)
         equal_to_extracted(model, 1e-5)

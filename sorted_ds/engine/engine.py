@@ -7,8 +7,8 @@ What plain DeepSpeed 0.19.8 gets silently wrong here, and what is done about it 
 - accumulation is our own: `managed_gradient_accumulation` is off and `step()` is called once per optimizer step;
 - each step starts with clean accumulators, or a parameter that is first used later, or not at all, would get the
   previous step's gradient at stage 3 and with offload (accumulators.py);
-- under ZeRO-3 a layer gathers the drawn blocks (gathering.py), and each sub-network has a trace of its own, or layers
-  that it skips would be gathered (traces.py);
+- under ZeRO-3 a layer half gathers what is drawn of it (gathering.py), and each sub-network has a trace of its own, or
+  layers that it skips would be gathered (traces.py);
 - losses are sums: DeepSpeed averages over ranks, so a loss is multiplied by their number, and the only division is by
   the step's targets over all ranks and draws.
 
@@ -19,7 +19,7 @@ applies; plain PyTorch would skip it. Ranks and stages would differ otherwise.
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
 from io import StringIO
 
 import deepspeed
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sorted_ds.config import Optim
 from sorted_ds.engine import accumulators
-from sorted_ds.engine.gathering import gather_drawn_blocks, gather_side_by_side, persist_as_extracted
+from sorted_ds.engine.gathering import gather_drawn, gather_side_by_side, persist_as_extracted
 from sorted_ds.engine.modes import check_modes, complete, is_bf16, is_offloaded, stage_of
 from sorted_ds.engine.optimizers import (
     build_optimizer,
@@ -42,8 +42,9 @@ from sorted_ds.engine.shards import Shard, publish_masters, shards_of
 from sorted_ds.engine.traces import Traces
 from sorted_ds.loss import SummedLoss
 from sorted_ds.nested import NestedModel, compiled
+from sorted_ds.nested.bundles import bundle, bundles_in
 from sorted_ds.nested.layout import lay_out
-from sorted_ds.nested.weights import slices_of
+from sorted_ds.nested.weights import named_values, slices_of
 from sorted_ds.ranks import Ranks
 from sorted_ds.space import SubNet
 
@@ -73,10 +74,10 @@ class Engine:
         check_implementation(optim, is_offloaded(config))
         self.model, self.ranks, self.stage, self.clip_norm = model, ranks, stage_of(config), optim.clip_norm
         self.steps_taken = 0
-        model.group_width.join = model.ffn_width.join = self.stage < 3
         self.is_compiled = compile_layers
         if self.stage == 3:
-            gather_drawn_blocks(model)
+            bundle(model)
+            gather_drawn(model)
         if compile_layers:
             compiled.compile_layers(model)
         loss = SummedLoss(model)
@@ -192,13 +193,15 @@ class Engine:
         return self.deepspeed(input_ids.to(device), labels.to(device), count_correct=True)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of every parameter, in the training precision, one gathered at a time. A collective.
+        """Name and value of every block and other parameter, in the training precision. A collective.
 
-        Not between a forward pass and its backward pass.
+        One parameter is gathered at a time. Not between a forward pass and its backward pass.
         """
-        for name, parameter in self.model.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
-                yield name, parameter.detach().cpu().clone()
+        for name, value in named_values(self.model, self._gathered):
+            yield name, value.cpu().clone()
+
+    def _gathered(self, parameter: nn.Parameter) -> AbstractContextManager:
+        return deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3)
 
     # Checkpoints
 
@@ -218,17 +221,28 @@ class Engine:
         return (share for share in shares if share.num)
 
     def places(self) -> dict[str, tuple[str, int]]:
-        """Of every parameter the whole weight that it is a block of, and the number of its first element in it.
+        """Of every block the whole weight that it is of, and the number of its first element in it.
 
         Weights have Hugging Face's names, and are numbered rows first (`o_proj` and `down_proj` transposed): a space
         cuts them into other blocks, never into other rows.
         """
-        found = {}
-        slices = slices_of(self.model)
+        sizes = self._sizes()
+        return {
+            name: (part.name, part.start * sizes[name] // (part.stop - part.start) if part.stop else 0)
+            for name, part in slices_of(self.model).items()
+        }
+
+    def _sizes(self) -> dict[str, int]:
+        """Elements of every block and other parameter."""
+        sizes: dict[str, int] = {}
+        bundles = bundles_in(self.model)
         for name, parameter in self.model.named_parameters():
-            part, num = slices[name], getattr(parameter, "ds_numel", parameter.numel())
-            found[name] = (part.name, part.start * num // (part.stop - part.start) if part.stop else 0)
-        return found
+            if name in bundles:
+                own, names = bundles[name]
+                sizes.update(zip(names, own.sizes, strict=True))
+            else:
+                sizes[name] = getattr(parameter, "ds_numel", parameter.numel())
+        return sizes
 
     def state_of(self, shard: Shard) -> dict[str, Tensor]:
         """The optimizer's tensors of the shape of the weights (AdamW: both moments), this shard of them."""

@@ -6,11 +6,13 @@ stage nor number of ranks. Source of the layouts: DeepSpeed 0.19.8, runtime/zero
 runtime/zero/stage3.py, runtime/bf16_optimizer.py, runtime/fp16/unfused_optimizer.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from sorted_ds.nested.bundles import Bundle, bundles_in
 
 MASTER = "weight"
 """The key of the master weights beside the optimizer's own state keys."""
@@ -30,6 +32,15 @@ class Shard:
         """This shard's elements of `tensor`, which is `flat` or a state of the same shape."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.num)
 
+    def split(self, pieces: Iterable[tuple[str, int]]) -> "Iterator[Shard]":
+        """By the parts that the parameter consists of: the name of each, and its number of elements."""
+        first = 0
+        for name, size in pieces:
+            begin, end = max(self.start, first), min(self.start + self.num, first + size)
+            if begin < end:
+                yield Shard(name, begin - first, end - begin, self.flat, self.offset + begin - self.start)
+            first += size
+
     def share(self, rank: int, num_ranks: int) -> "Shard":
         """One of `num_ranks` equal shares of it, where every rank holds the same and each writes a part."""
         size = -(-self.num // num_ranks)
@@ -38,14 +49,23 @@ class Shard:
 
 
 def shards_of(engine) -> Iterator[Shard]:
-    """Every shard that this rank holds. At stage 0 all ranks hold everything."""
+    """Every shard that this rank holds, those of bundles by their blocks. At stage 0 all ranks hold everything."""
     names = {parameter: name for name, parameter in engine.module.model.named_parameters()}
     stage = engine.zero_optimization_stage()
     if stage == 3:
-        return _stage3(engine.optimizer, names)
+        return _by_blocks(_stage3(engine.optimizer, names), bundles_in(engine.module.model))
     if stage > 0:
         return _stage1_and_2(engine.optimizer, names)
     return _stage0(engine, names)
+
+
+def _by_blocks(shards: Iterator[Shard], bundles: dict[str, tuple[Bundle, list[str]]]) -> Iterator[Shard]:
+    for shard in shards:
+        if shard.name in bundles:
+            bundle, names = bundles[shard.name]
+            yield from shard.split(zip(names, bundle.sizes, strict=True))
+        else:
+            yield shard
 
 
 def _stage0(engine, names: dict) -> Iterator[Shard]:

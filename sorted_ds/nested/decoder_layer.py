@@ -2,8 +2,8 @@
 
 In: a Hugging Face decoder layer whose projections are nested. Out: the same object, which first takes the drawn prefix
 of each weight out of its blocks. One autograd function does so for all of a layer's weights: one each would cost more
-Python than the products of a small draw (docs/log.md, "time, again"). Where blocks are no neighbours, and under ZeRO-3
-(`Width.join` off), a nested layer is given nothing and uses its blocks.
+Python than the products of a small draw (docs/log.md, "time, again"). Where blocks are no neighbours, and where a half
+has them in bundles (bundles.py), a nested layer is given nothing and looks for them itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from itertools import accumulate, chain, pairwise
 import torch
 from torch import Tensor, nn
 
+from sorted_ds.nested.classes import extended
 from sorted_ds.nested.layers import NestedLayer, are_adjacent, as_one
 
 Given = list[dict[str, Tensor]]
@@ -27,7 +28,7 @@ class NestedDecoderLayer(nn.Module):
     nested: tuple[NestedLayer, ...]
     """The nested layers inside."""
     run: Callable
-    """`run`, or a compiled one (compiled.py)."""
+    """`run`, `run_by_blocks`, or a compiled one (compiled.py)."""
 
     def forward(self, hidden: Tensor, *args, **kwargs):
         return self.run(self, hidden, args, kwargs)
@@ -35,26 +36,22 @@ class NestedDecoderLayer(nn.Module):
 
 def nest_decoder_layer(layer: nn.Module) -> None:
     """Call when its projections are nested."""
-    layer.__class__ = _nested_class(type(layer))
+    hf_class = type(layer)
+    # Hugging Face wraps each class's forward, the new one's too; once is enough.
+    layer.__class__ = extended(hf_class, NestedDecoderLayer, plain_forward=unwrap(hf_class.forward))
     assert isinstance(layer, NestedDecoderLayer)
     layer.nested = tuple(module for module in layer.modules() if isinstance(module, NestedLayer))
     layer.run = run
 
 
-_nested_classes: dict[type[nn.Module], type[NestedDecoderLayer]] = {}
-
-
-def _nested_class(hf_class: type[nn.Module]) -> type[NestedDecoderLayer]:
-    """A subclass of the same name. Hugging Face wraps each class's forward, this one's too; `unwrap`: only once."""
-    if hf_class not in _nested_classes:
-        fields = {"plain_forward": unwrap(hf_class.forward)}
-        _nested_classes[hf_class] = type(hf_class.__name__, (NestedDecoderLayer, hf_class), fields)
-    return _nested_classes[hf_class]
-
-
 def run(layer: NestedDecoderLayer, hidden: Tensor, args: tuple, kwargs: dict):
     """Hugging Face's forward of the layer, on the drawn weights as they are now."""
     return run_on(joined(layer.nested), layer, hidden, args, kwargs)
+
+
+def run_by_blocks(layer: NestedDecoderLayer, hidden: Tensor, args: tuple, kwargs: dict):
+    """The same, with nothing given to the nested layers, which use their blocks for as long as a product takes."""
+    return layer.plain_forward(hidden, *args, **kwargs)
 
 
 def run_on(given: Given, layer: NestedDecoderLayer, hidden: Tensor, args: tuple, kwargs: dict):
@@ -76,7 +73,7 @@ def joined(layers: Sequence[NestedLayer], make: Callable[[Sequence[Tensor]], Ten
     given: Given = [{} for _ in layers]
     places, lists = [], []
     for own, layer in zip(given, layers, strict=True):
-        for name in layer.names if layer.width.join else ():
+        for name in layer.names:
             blocks = layer.values(name)
             if make is None and len(blocks) == 1:
                 own[name] = blocks[0]

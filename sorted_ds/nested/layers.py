@@ -3,14 +3,16 @@
 In: activations of the drawn width. Out: the same layer's output at that width. The weight of a layer is a list of
 *blocks*, each an `nn.Module` that owns the rows that one width step adds. Where the blocks lie side by side in memory,
 a prefix of them is one matrix, used without a copy; otherwise they are copied together for the time of a product.
-Under ZeRO-3 (`Width.join` off) that matrix is made anew in each pass, and never kept: blocks come and go.
+Under ZeRO-3 blocks are parts of bundles (bundles.py), and that matrix is made anew in each pass, and never kept.
 
 Legend: rows = the nested dimension (heads or feed-forward channels), always the first dimension of a block;
 a weight that is nested on its input side is therefore stored transposed, [in, out]. N = positions.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice, pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +28,6 @@ class Width:
     def __init__(self, sizes: Sequence[int]):
         self.sizes = tuple(sizes)
         self.num_steps = len(self.sizes)
-        self.join = True
-        """Let autograd keep a decoder layer's blocks as one matrix. Off under ZeRO-3, where blocks come and go."""
 
     @property
     def size(self) -> int:
@@ -62,52 +62,79 @@ def _storage(block: Tensor) -> int:
     return block.untyped_storage().data_ptr()
 
 
-class _BlockedOutput(torch.autograd.Function):
-    """`x @ weight.t() + bias` with the blocks of both put together for as long as the product takes.
-
-    Saves the blocks themselves: under ZeRO-3 they are released after the forward pass and gathered again for this one.
-    One product, not one a block, so that bf16 rounds a sum once. `biases` follow the weights, or are none.
-    Shapes: [N, in], [rows, in] each, [rows] each -> [N, all rows].
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, *blocks: Tensor) -> Tensor:
-        weights = [block for block in blocks if block.dim() == 2]
-        biases = blocks[len(weights) :]
-        ctx.rows, ctx.has_bias = [len(weight) for weight in weights], bool(biases)
-        ctx.save_for_backward(x, *weights)
-        return F.linear(x, _together(weights), _together(biases) if biases else None)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        grad_x = grad @ _together(weights) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.sum(0).split(ctx.rows) if ctx.has_bias else ()
-        return grad_x, *(grad.t() @ x).split(ctx.rows), *grad_bias
-
-
-class _BlockedInput(torch.autograd.Function):
-    """`x @ weight`, likewise.
-
-    Shapes: [N, all rows], [rows, out] each -> [N, out].
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.rows = [len(weight) for weight in weights]
-        ctx.save_for_backward(x, *weights)
-        return x @ _together(weights)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        grad_x = grad @ _together(weights).t() if ctx.needs_input_grad[0] else None
-        return grad_x, *(x.t() @ grad).split(ctx.rows)
-
-
-def _together(blocks: Sequence[Tensor]) -> Tensor:
+def together(blocks: Sequence[Tensor]) -> Tensor:
     """As one tensor: a copy, unless they are neighbours."""
     return as_one(blocks) if are_adjacent(blocks) else torch.cat(list(blocks))
+
+
+class Source(Protocol):
+    """Where a product finds its weight, in the forward pass and again in the backward one."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What autograd sees of the weight."""
+        ...
+
+    def matrix(self) -> Tensor:
+        """The drawn rows: [rows, other side]. For as long as a product takes."""
+        ...
+
+    def gradients(self, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        """Of `tensors()`; that of the matrix is `left @ right`."""
+        ...
+
+
+@dataclass(slots=True)
+class _Blocks:
+    """Blocks that are put together as long as a product takes."""
+
+    weights: list[Tensor]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self.weights)
+
+    def matrix(self) -> Tensor:
+        return together(self.weights)
+
+    def gradients(self, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        return (left @ right).split([len(weight) for weight in self.weights])
+
+
+class _OutputProduct(torch.autograd.Function):
+    """`x @ weight.t() + bias`. One product, not one a block, so that bf16 rounds a sum once.
+
+    Shapes: [N, in], [rows], `source.tensors()` -> [N, rows].
+    """
+
+    @staticmethod
+    def forward(ctx, source: Source, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+        ctx.source, ctx.has_bias = source, bias is not None
+        ctx.save_for_backward(x)
+        return F.linear(x, source.matrix(), bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        grad_x = grad @ ctx.source.matrix() if ctx.needs_input_grad[1] else None
+        return None, grad_x, grad.sum(0) if ctx.has_bias else None, *ctx.source.gradients(grad.t(), x)
+
+
+class _InputProduct(torch.autograd.Function):
+    """`x @ weight`, likewise.
+
+    Shapes: [N, rows], `source.tensors()` -> [N, out].
+    """
+
+    @staticmethod
+    def forward(ctx, source: Source, x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.source = source
+        ctx.save_for_backward(x)
+        return x @ source.matrix()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        grad_x = grad @ ctx.source.matrix().t() if ctx.needs_input_grad[1] else None
+        return None, grad_x, *ctx.source.gradients(x.t(), grad)
 
 
 class Block(nn.Module):
@@ -136,6 +163,8 @@ class NestedLayer(nn.Module):
         self.has_bias = bias is not None
         self.names = ("weight", "bias") if self.has_bias else ("weight",)
         """Of the parameters of a block."""
+        self.source: Source | None = None
+        """Of the weight, while a half that owns it runs (bundles.py)."""
         self.given: dict[str, Tensor] = {}
         """The drawn parameters as one tensor each, while a decoder layer runs; what is missing is used by blocks."""
         bounds = [0, *(size * rows_per_size for size in width.sizes)]
@@ -150,7 +179,12 @@ class NestedLayer(nn.Module):
         return [block._parameters[name] for block in drawn]  # type: ignore[union-attr, misc]
 
     def drawn_rows(self) -> list[int]:
+        """Of each drawn block."""
         return [stop - start for start, stop in self.bounds[: self.width.num_steps]]
+
+    def drawn_source(self) -> Source:
+        """Of a weight that is not given as one tensor."""
+        return self.source or _Blocks(self.values("weight"))
 
     def extra_repr(self) -> str:
         return f"rows={[stop for _, stop in self.bounds]}"
@@ -164,10 +198,12 @@ class OutputNestedLinear(NestedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.given.get("weight"), self.given.get("bias")
-        if weight is not None and (bias is not None or not self.has_bias):
+        if bias is None and self.has_bias:
+            bias = torch.cat(self.values("bias"))
+        if weight is not None:
             return F.linear(x, weight, bias)
-        biases = self.values("bias") if self.has_bias else []
-        return _BlockedOutput.apply(x.flatten(0, -2), *self.values("weight"), *biases).unflatten(0, x.shape[:-1])
+        source = self.drawn_source()
+        return _OutputProduct.apply(source, x.flatten(0, -2), bias, *source.tensors()).unflatten(0, x.shape[:-1])
 
 
 class InputNestedLinear(NestedLayer):
@@ -187,7 +223,8 @@ class InputNestedLinear(NestedLayer):
         if weight is not None:
             y = x @ weight
         else:
-            y = _BlockedInput.apply(x.flatten(0, -2), *self.values("weight")).unflatten(0, x.shape[:-1])
+            source = self.drawn_source()
+            y = _InputProduct.apply(source, x.flatten(0, -2), *source.tensors()).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
 

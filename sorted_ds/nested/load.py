@@ -3,8 +3,9 @@
 In: a Hugging Face config, a space, and a seed or a directory of safetensors. Out: a nested model whose blocks lie side
 by side in memory. The model is made on the meta device and nested there; then each parameter gets memory and is filled
 with its slice of a Hugging Face tensor, drawn from the family's own initialisation or read from the file. So memory
-holds the model once, and one whole tensor more; where the caller takes each parameter over as soon as it is filled,
-what the caller keeps of it instead of the model.
+holds the model once, and one whole tensor more. Where the caller takes each parameter over as soon as it is filled, the
+weights of a layer half are one parameter for each width step (bundles.py), and memory holds, instead of the model, what
+the caller keeps of it and one half.
 """
 
 import copy
@@ -12,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from sorted_ds.errors import UserError
+from sorted_ds.nested.bundles import Bundle, bundle, bundles_in
 from sorted_ds.nested.layers import NestedLayer
 from sorted_ds.nested.nest import NestedModel, nest
 from sorted_ds.nested.weights import Slice, slices_of
@@ -61,9 +64,9 @@ def build(
     """A nested model from scratch (`source` None), or with the weights of a Hugging Face directory.
 
     From scratch, the full network's weights depend on the seed, the tensor's name and its shape alone: not on the
-    space's width steps, the dtype (they are rounded from fp32) or the device. With `take`, one parameter at a time gets
-    memory, in the order of `named_parameters`, and is handed over; blocks then lie side by side no more.
-    `beat` is called after each.
+    space's width steps, the dtype (they are rounded from fp32) or the device. With `take` weights are in bundles, and
+    parameters get memory and are handed over in the order of `named_parameters`: those of a layer half, or one.
+    `beat` is called after each block.
 
     Raises: UserError for an unknown family, a space that does not fit, or weights that are missing or misshapen, before
     the first parameter is filled.
@@ -73,6 +76,8 @@ def build(
         plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
     modules = dict(copy.deepcopy(plain).named_modules())  # these stay on the meta device
     model = nest(plain, space)
+    if take is not None:
+        bundle(model)
     weights = _Scratch(model, modules, seed) if source is None else _Checkpoint(source, _hf_shapes(model, modules))
     if take is None:
         materialize(model, torch.device(device))
@@ -129,14 +134,39 @@ def _fill(model: NestedModel, weights: WeightSource, beat: Callable[[], None]) -
 def _fill_one_by_one(
     model: NestedModel, weights: WeightSource, device: torch.device, take: Take, beat: Callable[[], None]
 ) -> None:
-    for name, part in slices_of(model).items():
-        path, _, kind = name.rpartition(".")
-        _fill_and_hand_over(model.get_submodule(path), kind, weights.read(part), device, take)
-        beat()
+    slices, bundles = slices_of(model), bundles_in(model)
+    parameters = [name for name, _ in model.named_parameters()]
+    for _, own in groupby(parameters, key=lambda name: name.partition(".bundles.")[0]):
+        names = list(own)  # a parameter, or all bundles of a half
+        if names[0] in bundles:
+            values = _filled_bundles([bundles[name] for name in names], slices, weights, device, beat)
+        else:
+            values = [weights.read(slices[names[0]])]
+            beat()
+        for name in names:
+            path, _, kind = name.rpartition(".")
+            _hand_over(model.get_submodule(path), kind, values.pop(0), device, take)
     model.tie_weights()
 
 
-def _fill_and_hand_over(module: nn.Module, kind: str, values: Tensor, device: torch.device, take: Take) -> None:
+def _filled_bundles(
+    bundles: list[tuple[Bundle, list[str]]],
+    slices: Mapping[str, Slice],
+    weights: WeightSource,
+    device: torch.device,
+    beat: Callable[[], None],
+) -> list[Tensor]:
+    """All of a half together, one linear layer after the other, so that each is drawn once."""
+    values = [torch.empty_like(own.weight, device=device).detach() for own, _ in bundles]
+    for number in range(len(bundles[0][1])):
+        for value, (own, names) in zip(values, bundles, strict=True):
+            start, stop = own.places[number]
+            value[start:stop].copy_(weights.read(slices[names[number]]))
+            beat()
+    return values
+
+
+def _hand_over(module: nn.Module, kind: str, values: Tensor, device: torch.device, take: Take) -> None:
     """Copies nothing where the values have the parameter's dtype, device and layout already."""
     parameter = nn.Parameter(values.to(device, getattr(module, kind).dtype).contiguous())
     setattr(module, kind, parameter)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from sorted_ds.errors import UserError
+from sorted_ds.nested.classes import extended
 from sorted_ds.nested.costs import sorted_by_cost
 from sorted_ds.nested.decoder_layer import nest_decoder_layer
 from sorted_ds.nested.families import (
@@ -25,7 +26,7 @@ from sorted_ds.nested.families import (
     subnet_config,
 )
 from sorted_ds.nested.layers import InputNestedLinear, NestedRMSNorm, OutputNestedLinear, Width
-from sorted_ds.nested.weights import hf_tensors
+from sorted_ds.nested.weights import hf_tensors, named_values
 from sorted_ds.space import SubNet, SubNetSpace
 
 
@@ -68,7 +69,8 @@ def nest(model: PreTrainedModel, space: SubNetSpace) -> NestedModel:
         raise UserError("the model is nested already. Nest a plain Hugging Face model.")
     family = family_of(model.config.model_type)
     check_space(space, model.config)
-    model.__class__ = nested_class(type(model))
+    hf_class = type(model)
+    model.__class__ = extended(hf_class, NestedModel, hf_class=hf_class, config_class=hf_class.config_class)
     assert isinstance(model, NestedModel)
     model.space = sorted_by_cost(space, model.config)
     model.full_layer_lists = per_layer_fields(model.config, model.config.num_hidden_layers)
@@ -79,17 +81,6 @@ def nest(model: PreTrainedModel, space: SubNetSpace) -> NestedModel:
         nest_decoder_layer(layer)
     model.set_subnet(model.space.full)
     return model
-
-
-_nested_classes: dict[type[PreTrainedModel], type[NestedModel]] = {}
-
-
-def nested_class(hf_class: type[PreTrainedModel]) -> type[NestedModel]:
-    """The Hugging Face class with `NestedModel` in front; it keeps the name, which `save_pretrained` writes down."""
-    if hf_class not in _nested_classes:
-        fields = {"hf_class": hf_class, "config_class": hf_class.config_class}
-        _nested_classes[hf_class] = type(hf_class.__name__, (NestedModel, hf_class), fields)
-    return _nested_classes[hf_class]
 
 
 def _nest_attention(attention: nn.Module, model: NestedModel, norms: tuple[str, ...]) -> None:
@@ -133,8 +124,7 @@ def extract(
     Raises: UserError when the sub-network is not in the model's space.
     """
     drawn = model.space[str(subnet)]
-    parameters = dict(model.named_parameters())
-    tensors = hf_tensors(model, drawn, weight_of or parameters.__getitem__)
+    tensors = hf_tensors(model, drawn, weight_of or dict(named_values(model)).__getitem__)
     whole = full_config(model)
     plain = empty_model(model.hf_class, subnet_config(whole, drawn), next(iter(tensors.values())))
     missing, unexpected = plain.load_state_dict(tensors, strict=False)

@@ -1,16 +1,19 @@
 """Between blocks and Hugging Face tensors: one pure table, read in both directions.
 
-In: a nested model. Out: for each of its parameters, which rows (or columns) of which Hugging Face tensor it is.
+In: a nested model. Out: for each of its blocks, and other parameters, which rows (or columns) of which Hugging Face
+tensor it is.
 Saving, exporting, extracting and loading all go through `slices_of`.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from sorted_ds.nested.bundles import bundles_in
 from sorted_ds.nested.layers import NestedLayer
 from sorted_ds.space import SubNet
 
@@ -34,18 +37,36 @@ class Slice:
 
 
 def slices_of(model: nn.Module) -> dict[str, Slice]:
-    """Parameter name -> the part of a Hugging Face tensor that it is; tied parameters once, blocks in order."""
+    """Block, or other parameter -> the part of a Hugging Face tensor that it is.
+
+    Tied parameters once, blocks of a weight in order, and blocks of a bundle (bundles.py) as if there was none.
+    """
     nested = {path: layer for path, layer in model.named_modules() if isinstance(layer, NestedLayer)}
-    slices = {}
-    for name, _ in model.named_parameters():
-        path, _, rest = name.partition(".blocks.")
-        if not rest:
-            slices[name] = Slice(name)
-            continue
-        number, kind = rest.split(".")
-        start, stop = nested[path].bounds[int(number)]
-        slices[name] = Slice(f"{path}.{kind}", start, stop, nested[path].transposed)
+    bundles, slices = bundles_in(model), {}
+    for parameter, _ in model.named_parameters():
+        for name in bundles[parameter][1] if parameter in bundles else [parameter]:
+            path, _, rest = name.partition(".blocks.")
+            if not rest:
+                slices[name] = Slice(name)
+                continue
+            number, kind = rest.split(".")
+            start, stop = nested[path].bounds[int(number)]
+            slices[name] = Slice(f"{path}.{kind}", start, stop, nested[path].transposed)
     return slices
+
+
+def named_values(
+    model: nn.Module, gathered: Callable[[nn.Parameter], AbstractContextManager] = nullcontext
+) -> Iterator[tuple[str, Tensor]]:
+    """Names as in `slices_of`, and values. `gathered(parameter)`: a context in which a parameter is there."""
+    bundles = bundles_in(model)
+    for name, parameter in model.named_parameters():
+        with gathered(parameter):
+            if name in bundles:
+                bundle, names = bundles[name]
+                yield from zip(names, bundle.blocks(), strict=True)
+            else:
+                yield name, parameter.detach()
 
 
 def is_drawn(name: str, part: Slice, subnet: SubNet, model: nn.Module) -> bool:
