@@ -4,14 +4,15 @@ import re
 from collections import defaultdict
 
 import pytest
+import torch
 
 from sorted_ds.engine import Engine
 from sorted_ds.nested import layers, nest
 from sorted_ds.nested.bundles import bundles_in
 from sorted_ds.space import SubNetSpace
-from tests.exactness import LARGE, ROW_TOKENS, SMALL, Case, plain_model
+from tests.exactness import LARGE, ROW_TOKENS, SMALL, Case, gather_masters, largest_difference, plain_model
 from tests.spawn import on_ranks
-from tests.test_engine_traces import one_pass
+from tests.test_engine_traces import ids, one_pass
 from tests.traffic import counted
 
 SPACE = SubNetSpace.grid(depths=[1, 3], groups=[1, 2, 4], ffn=[8, 16, 24, 32, 64])
@@ -51,6 +52,32 @@ def gathering(ranks, threshold: int) -> dict:
         },
         "left": [n for n, p in engine.model.named_parameters() if p.numel() and id(p) not in set(map(id, persistent))],
     }
+
+
+def read_while_gathered(ranks) -> tuple[int, int, float]:
+    """Between forward and backward pass: bundles that are there, those whose own values are others, and how far their
+    blocks are from the master weights.
+    """
+    case = Case(3)
+    config = case.deepspeed()
+    config["zero_optimization"] |= {"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9}
+    engine = Engine(nest(plain_model(case), SPACE), config, "test.json", case.optim, 2, ranks)
+    engine.warm_up(2, ROW_TOKENS)
+    masters = gather_masters(engine, ranks)
+    loss = engine.forward(ids(), ids(), LARGE)
+    there = [(own, names) for own, names in bundles_in(engine.model).values() if own.weight.numel()]
+    others = sum(not torch.equal(own.weight, torch.cat(own.blocks())) for own, _ in there)
+    read = {name: block for own, names in there for name, block in zip(names, own.blocks(), strict=True)}
+    difference = largest_difference(read, masters)
+    engine.backward(loss)
+    return len(there), others, difference
+
+
+def test_blocks_are_read_right_while_they_lie_apart(tmp_path):
+    there, others, difference = on_ranks(2, read_while_gathered, folder=tmp_path)
+    assert there == 3 * (3 + 5)
+    assert others > 10, "or this would prove nothing"
+    assert difference == 0
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,80 @@
+"""Bundles by themselves: where their blocks lie, and the gradient of what a loss does not depend on."""
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from sorted_ds.nested import nest
+from sorted_ds.nested.bundles import Bundle, BundledHalf, bundle, bundles_in
+from sorted_ds.nested.weights import named_values
+from tests.families import SPACE, VARIANTS, tiny_model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_names_and_values_are_those_without_bundles(variant):
+    model = nest(tiny_model(variant), SPACE)
+    before = {name: value.clone() for name, value in named_values(model)}
+    bundle(model)
+    bundle(model)  # once is enough
+    after = dict(named_values(model))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    num_halves = sum(isinstance(module, BundledHalf) for module in model.modules())
+    assert num_halves == 2 * 4
+    assert len(bundles_in(model)) == 4 * (len(SPACE.groups) + len(SPACE.ffn))
+
+
+@pytest.fixture
+def _fresh_memory_is_nan(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_fresh_memory_is_nan")
+@pytest.mark.parametrize("name", ["d4-g4-f112", "d2-g1-f32"])
+def test_a_weight_that_the_loss_does_not_depend_on_has_a_gradient_of_zeros(name):
+    model = nest(tiny_model("llama"), SPACE)
+    bundle(model)
+    model.set_subnet(name)
+    mlp = model.model.layers[0].mlp
+    mlp.plain_forward = lambda hidden: mlp.up_proj(hidden)
+    x = torch.randn(2, 3, mlp.bundles[0].hidden)
+    mlp(x).sum().backward()
+    drawn = mlp.drawn()
+    assert len(drawn) == mlp.width.num_steps
+    for own in drawn:
+        gate, up, down = (own.weight.grad[start:stop] for start, stop in own.places)
+        torch.testing.assert_close(up, x.sum((0, 1)).expand_as(up))
+        assert not gate.any()
+        assert not down.any()
+    assert all(own.weight.grad is None for own in list(mlp.bundles)[len(drawn) :])
+
+
+def test_blocks_lie_apart_until_the_parameter_gets_other_memory():
+    own = Bundle(torch.zeros(5, 2), [2, 3])
+    memory = torch.arange(20.0)
+    own.lay_apart(memory, memory[:10].view(5, 2), [4, 12])
+    assert torch.equal(own.block(0), torch.arange(4.0, 8.0).view(2, 2))
+    assert torch.equal(own.block(1), torch.arange(12.0, 18.0).view(3, 2))
+    kept = StorageWeakRef(memory.untyped_storage())
+    del memory
+    assert not kept.expired()
+    own.weight.data = torch.arange(100.0, 110.0).view(5, 2)
+    assert kept.expired()
+    assert torch.equal(torch.cat(own.blocks()), own.weight)
+
+
+def test_a_half_is_called_with_hidden_states_by_name_or_without():
+    """DeepSpeed's hooks see what has no name: they must see the hidden states either way."""
+    model = nest(tiny_model("llama"), SPACE)
+    bundle(model)
+    seen = []
+    for half in (model.model.layers[0].self_attn, model.model.layers[0].mlp):
+        assert isinstance(half, nn.Module)
+        half.register_forward_pre_hook(lambda _module, args: seen.append(len(args)))
+    model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+    assert seen == [1, 1]
