@@ -1,7 +1,8 @@
 """Compares every mode of the engine with plain PyTorch, and sums up in docs/matrix.md. Hours; stop it at will.
 
-`python -m benchmarks.matrix --minutes 60` goes on where it stopped; what is known is kept in .cache/matrix.jsonl, and
-thrown away when the code or a version changes. Modes come in random order, so that a part of them is a fair sample.
+`python -m benchmarks.matrix --minutes 60` goes on where it stopped, on any machine: what is known is kept in
+docs/matrix.jsonl, and thrown away when the code or a version changes. Modes come in random order, so that a part of
+them is a fair sample. Several go side by side with different `--ranks`.
 `--device cuda` is a matrix of its own, docs/matrix_cuda.md, over NCCL; ranks share a GPU where there are too few.
 `--cover` takes the modes that the tests take.
 """
@@ -42,7 +43,7 @@ class Matrix:
 
     @property
     def file(self) -> Path:
-        return ROOT / ".cache" / f"matrix{self.suffix}.jsonl"
+        return ROOT / "docs" / f"matrix{self.suffix}.jsonl"
 
     @property
     def summary(self) -> Path:
@@ -77,7 +78,7 @@ def measure(modes: Sequence[Mode], device: str) -> dict[str, Error]:
     return {mode.name: cover.error(trained[mode.case.name], mode) for mode in modes}
 
 
-def run(matrix: Matrix, modes: Iterable[Mode], minutes: float) -> dict[str, Error]:
+def run(matrix: Matrix, modes: Iterable[Mode], minutes: float) -> None:
     """Measures what is not known yet, until the time is over; twins of bf16 modes too."""
     found, end = known(matrix), time.monotonic() + 60 * minutes
     waiting: dict[int, dict[str, Mode]] = defaultdict(dict)
@@ -91,16 +92,19 @@ def run(matrix: Matrix, modes: Iterable[Mode], minutes: float) -> dict[str, Erro
             found |= kept(matrix, list(waiting.pop(mode.num_ranks).values()))
     for rest in waiting.values():
         if rest and time.monotonic() < end:
-            found |= kept(matrix, list(rest.values()))
-    return found
+            kept(matrix, list(rest.values()))
 
 
 def kept(matrix: Matrix, modes: Sequence[Mode]) -> dict[str, Error]:
     """Measured, and written down."""
     measured = measure(modes, matrix.device)
-    keep(matrix.file, ({"name": name, **asdict(error)} for name, error in measured.items()))
+    keep(matrix.file, ({"name": name, **_rounded(error)} for name, error in measured.items()))
     print(f"{len(modes)} more, largest {max(error.weights for error in measured.values()):.1e}", flush=True)
     return measured
+
+
+def _rounded(error: Error) -> dict[str, float]:
+    return {key: float(f"{value:.4g}") for key, value in asdict(error).items()}
 
 
 def page(matrix: Matrix, modes: Sequence[Mode], found: dict[str, Error]) -> str:
@@ -159,8 +163,8 @@ def main() -> None:
     modes = [cover.mode_of(setting) for setting in settings]
     random.Random(0).shuffle(modes)
     wanted = [cover.mode_of(setting) for setting in cover.cover(settings)] if args.cover else modes
-    found = run(matrix, [mode for mode in wanted if mode.num_ranks in args.ranks], args.minutes)
-    matrix.summary.write_text(page(matrix, modes, found))
+    run(matrix, [mode for mode in wanted if mode.num_ranks in args.ranks], args.minutes)
+    matrix.summary.write_text(page(matrix, modes, known(matrix)))
     print(matrix.summary)
 
 

@@ -1,6 +1,6 @@
 """24, 160 and 1,000 sub-networks in the space of one model: does a step, the start or the memory grow with them?
 
-What may grow is the number of blocks, one for each width step of each matrix, not that of sub-networks: the space of
+What may grow is the number of parameters, one or a few for each width step, not that of sub-networks: the space of
 1,000 has 25 feed-forward widths where that of 24 has 3. Engines of the three live in one process, and each round times
 the full network and one sub-network that all three hold, in each of them and extracted under plain DeepSpeed.
 """
@@ -65,7 +65,7 @@ def common(size: Size) -> SubNet:
 class Found:
     """Of one space."""
 
-    num_blocks: int
+    num_parameters: int
     build_seconds: float
     warm_up_seconds: float
     rss_mib: float
@@ -95,8 +95,8 @@ def start(ranks, setting: Setting, space: SubNetSpace) -> tuple[Engine, Found]:
     engine.warm_up(setting.size.rows, setting.size.row_tokens)
     warm = time.perf_counter()
     after = used()
-    num_blocks = len(list(nested.parameters()))
-    return engine, Found(num_blocks, built - began, warm - built, after[0] - before[0], after[1] - before[1])
+    num_parameters = len(list(nested.parameters()))
+    return engine, Found(num_parameters, built - began, warm - built, after[0] - before[0], after[1] - before[1])
 
 
 def visit(engine: Engine, found: Found) -> None:
@@ -146,10 +146,10 @@ def print_table(args: Namespace, setting: Setting) -> None:
         measured = on_ranks(*call, folder=Path(folder), device=args.device, hang_seconds=args.hang_seconds)
     print(f"\n(c) ZeRO stage {setting.stage}: spaces; a micro-batch of the full network, and of {common(setting.size)}")
     print(f"as multiples of the extracted models; +{VISITED}: what as many other sub-networks added\n")
-    print(f"{'sub-networks':>12}{'blocks':>8}{'build s':>9}{'warm-up s':>11}{'RSS MiB':>9}{'objects':>9}", end="")
+    print(f"{'sub-networks':>12}{'params':>8}{'build s':>9}{'warm-up s':>11}{'RSS MiB':>9}{'objects':>9}", end="")
     print(f"{'+MiB':>7}{'+objects':>9}  full (95 %)            one of half (95 %)")
     for number, found in measured.items():
-        row = f"{number:>12}{found.num_blocks:>8}{found.build_seconds:>9.2f}{found.warm_up_seconds:>11.2f}"
+        row = f"{number:>12}{found.num_parameters:>8}{found.build_seconds:>9.2f}{found.warm_up_seconds:>11.2f}"
         row += f"{found.rss_mib:>9.0f}{found.num_objects:>9}{found.visited_rss_mib:>7.1f}{found.visited_objects:>9}"
         print(f"{row}  {interval(found.ratios['full'])!s:21}  {interval(found.ratios['common'])}", flush=True)
 

@@ -17,7 +17,7 @@ from sorted_ds.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.nested import nest
-from sorted_ds.nested.bundles import bundles_in
+from sorted_ds.nested.bundles import parts_of
 from sorted_ds.nested.layout import is_laid_out
 from sorted_ds.nested.weights import hf_tensors
 from sorted_ds.space import SubNetSpace
@@ -268,15 +268,11 @@ def gather_state(engine, ranks, value_of) -> dict[str, torch.Tensor]:
     pieces = [(s.name, s.start, value_of(s).cpu().clone()) for s in engine.shards()]
     everyone: list = [None] * ranks.size
     dist.all_gather_object(everyone, pieces)
-    bundles, shapes = bundles_in(engine.model), {}
-    for name, parameter in engine.model.named_parameters():
-        shapes[name] = getattr(parameter, "ds_shape", parameter.shape)
-        if name in bundles:
-            own, names = bundles[name]
-            shapes |= {
-                block: (stop - start, own.hidden) for block, (start, stop) in zip(names, own.places, strict=True)
-            }
-            del shapes[name]
+    parameters, shapes = dict(engine.model.named_parameters()), {}
+    for name, parts in parts_of(engine.model).items():
+        shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
+        for part, size in zip(parts.names, parts.sizes, strict=True):
+            shapes[part] = shape if parts.bundle is None else (size // shape[1], shape[1])
     whole = {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
     for name, start, values in (piece for pieces in everyone for piece in pieces):
         whole[name].view(-1)[start : start + len(values)] = values

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sorted_ds.nested import NestedModel, extract, nest
-from sorted_ds.nested.bundles import bundle, bundles_in
+from sorted_ds.nested.bundles import bundle, parts_of
 from sorted_ds.nested.decoder_layer import run_by_blocks
 from sorted_ds.nested.layout import lay_out
 from sorted_ds.nested.weights import hf_tensors
@@ -53,12 +53,13 @@ def in_way(model: NestedModel, way: str) -> NestedModel:
 def run_nested(model: NestedModel, subnet: SubNet, input_ids: Tensor) -> Outcome:
     model.set_subnet(subnet)
     logits = logits_and_backward(model, input_ids)
-    bundles, grads = bundles_in(model), {}
+    parts, grads = parts_of(model), {}
     for name, parameter in model.named_parameters():
         grads[name] = parameter.grad
-        if name in bundles and parameter.grad is not None:
-            own, names = bundles[name]
-            grads.update(zip(names, (parameter.grad[start:stop] for start, stop in own.places), strict=True))
+        bundle = parts[name].bundle
+        if bundle is not None and parameter.grad is not None:
+            blocks = (parameter.grad[start:stop] for start, stop in bundle.places)
+            grads.update(zip(parts[name].names, blocks, strict=True))
     return Outcome(logits, hf_tensors(model, subnet, grads.__getitem__))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from sorted_ds.engine import Engine
 from sorted_ds.nested import extract, nest
-from sorted_ds.nested.bundles import BundledHalf, bundles_in
+from sorted_ds.nested.bundles import Bundle, BundledHalf
 from tests.exactness import DEEP, LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, VOCAB, WIDE, Case, plain_model
 from tests.spawn import on_ranks
 from tests.traffic import counted
@@ -162,6 +162,10 @@ def whole_weights(engine: Engine) -> set[tuple[int, int]]:
     return shapes | {shape[::-1] for shape in shapes}
 
 
+def bundles(engine: Engine) -> list[Bundle]:
+    return [module for module in engine.model.modules() if isinstance(module, Bundle)]
+
+
 def held_by(engine: Engine) -> tuple[int, int]:
     """Tensors saved for backward; and those that keep a weight, and memory that outlives the release of its bundle.
 
@@ -182,7 +186,7 @@ def held_by(engine: Engine) -> tuple[int, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = engine.forward(ids(), ids(), LARGE)
-    gone = [own._memory for own, _ in bundles_in(engine.model).values() if not own.weight.numel()]
+    gone = [own._memory for own in bundles(engine) if not own.weight.numel()]
     assert len(gone) > 10
     kept += sum(not memory.expired() for memory in gone)
     engine.backward(loss)

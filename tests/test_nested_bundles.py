@@ -1,12 +1,15 @@
 """Bundles by themselves: where their blocks lie, and the gradient of what a loss does not depend on."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sorted_ds.nested import nest
-from sorted_ds.nested.bundles import Bundle, BundledHalf, bundle, bundles_in
+from sorted_ds.nested.bundles import Bundle, BundledHalf, bundle, parts_of
+from sorted_ds.nested.layers import are_adjacent
 from sorted_ds.nested.weights import named_values
 from tests.families import SPACE, VARIANTS, tiny_model
 
@@ -22,7 +25,9 @@ def test_names_and_values_are_those_without_bundles(variant):
     assert all(torch.equal(after[name], value) for name, value in before.items())
     num_halves = sum(isinstance(module, BundledHalf) for module in model.modules())
     assert num_halves == 2 * 4
-    assert len(bundles_in(model)) == 4 * (len(SPACE.groups) + len(SPACE.ffn))
+    assert sum(parts.bundle is not None for parts in parts_of(model).values()) == 4 * (
+        len(SPACE.groups) + len(SPACE.ffn)
+    )
 
 
 @pytest.fixture
@@ -54,10 +59,44 @@ def test_a_weight_that_the_loss_does_not_depend_on_has_a_gradient_of_zeros(name)
     assert all(own.weight.grad is None for own in list(mlp.bundles)[len(drawn) :])
 
 
+def test_a_linear_layer_that_runs_twice_has_the_gradient_of_both_times():
+    model = nest(tiny_model("llama"), SPACE)
+    bundled = copy.deepcopy(model)
+    bundle(bundled)
+    x = torch.randn(2, 3, model.config.hidden_size)
+    plain, mlp = model.model.layers[0].mlp.up_proj, bundled.model.layers[0].mlp
+    (plain(x) + plain(2 * x)).sum().backward()
+    mlp.plain_forward = lambda hidden: mlp.up_proj(hidden) + mlp.up_proj(2 * hidden)
+    mlp(x).sum().backward()
+    grad = torch.cat([own.weight.grad[slice(*own.places[1])] for own in mlp.bundles])
+    torch.testing.assert_close(grad, torch.cat([block.weight.grad for block in plain.blocks]))
+
+
+def test_a_bundle_gets_room_beside_those_that_came_before():
+    model = nest(tiny_model("llama"), SPACE)
+    bundle(model)
+    half = model.model.layers[0].mlp
+    values = [own.blocks() for own in half.bundles]
+    like = torch.empty(0)
+    for step in (2, 0, 1):  # as a prefetch may bring them
+        memory = half.room(step, like)
+        own = half.bundles[step]
+        for start, block in zip(own.starts, values[step], strict=True):
+            memory[start : start + block.numel()] = block.flatten()
+    for number in range(3):
+        weight = [own.block(number) for own in half.bundles]
+        assert are_adjacent(weight)
+        assert all(torch.equal(block, own[number]) for block, own in zip(weight, values, strict=True))
+    model.set_subnet("d2-g3-f80")  # narrower: still there
+    half.bundles[0].weight.data = torch.empty(0)
+    first = half.room(0, like)
+    assert first.data_ptr() == half.bundles[1].weight.data_ptr()
+
+
 def test_blocks_lie_apart_until_the_parameter_gets_other_memory():
     own = Bundle(torch.zeros(5, 2), [2, 3])
     memory = torch.arange(20.0)
-    own.lay_apart(memory, memory[:10].view(5, 2), [4, 12])
+    own.lay_apart(memory, (4, 12), num_steps=2)
     assert torch.equal(own.block(0), torch.arange(4.0, 8.0).view(2, 2))
     assert torch.equal(own.block(1), torch.arange(12.0, 18.0).view(3, 2))
     kept = StorageWeakRef(memory.untyped_storage())

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sorted_ds.errors import UserError
 from sorted_ds.nested import NestedModel, extract, nest
-from sorted_ds.nested.bundles import bundles_in
+from sorted_ds.nested.bundles import parts_of
 from sorted_ds.nested.decoder_layer import joined
 from sorted_ds.nested.layers import NestedLayer, OutputNestedLinear, Width, are_adjacent
 from sorted_ds.nested.layout import is_laid_out, lay_out
@@ -91,11 +91,11 @@ def test_undrawn_blocks_get_no_gradient_and_no_gradient_holds_more_than_the_draw
     for name in SUBNETS:
         subnet = SPACE[name]
         run_nested(model, subnet, tokens())
-        parts, bundles = slices_of(model), bundles_in(model)
+        slices, parts = slices_of(model), parts_of(model)
         drawn_rows = {path: sum(layer.drawn_rows()) for path, layer in named_nested(model)}
         for key, parameter in model.named_parameters():
-            name = bundles[key][1][0] if key in bundles else key
-            if not is_drawn(name, parts[name], subnet, model):
+            name = parts[key].names[0]
+            if not is_drawn(name, slices[name], subnet, model):
                 assert parameter.grad is None, key
                 continue
             assert parameter.grad.shape == parameter.shape

@@ -42,7 +42,7 @@ from sorted_ds.engine.shards import Shard, publish_masters, shards_of
 from sorted_ds.engine.traces import Traces
 from sorted_ds.loss import SummedLoss
 from sorted_ds.nested import NestedModel, compiled
-from sorted_ds.nested.bundles import bundle, bundles_in
+from sorted_ds.nested.bundles import bundle, parts_of
 from sorted_ds.nested.layout import lay_out
 from sorted_ds.nested.weights import named_values, slices_of
 from sorted_ds.ranks import Ranks
@@ -226,23 +226,13 @@ class Engine:
         Weights have Hugging Face's names, and are numbered rows first (`o_proj` and `down_proj` transposed): a space
         cuts them into other blocks, never into other rows.
         """
-        sizes = self._sizes()
+        sizes = {
+            name: size for own in parts_of(self.model).values() for name, size in zip(own.names, own.sizes, strict=True)
+        }
         return {
             name: (part.name, part.start * sizes[name] // (part.stop - part.start) if part.stop else 0)
             for name, part in slices_of(self.model).items()
         }
-
-    def _sizes(self) -> dict[str, int]:
-        """Elements of every block and other parameter."""
-        sizes: dict[str, int] = {}
-        bundles = bundles_in(self.model)
-        for name, parameter in self.model.named_parameters():
-            if name in bundles:
-                own, names = bundles[name]
-                sizes.update(zip(names, own.sizes, strict=True))
-            else:
-                sizes[name] = getattr(parameter, "ds_numel", parameter.numel())
-        return sizes
 
     def state_of(self, shard: Shard) -> dict[str, Tensor]:
         """The optimizer's tensors of the shape of the weights (AdamW: both moments), this shard of them."""

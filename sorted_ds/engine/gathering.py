@@ -4,19 +4,18 @@ DeepSpeed gathers the parameters that a called module owns and those that it lis
 here. Bundles and blocks are modules of their own that are never called; the list of a half is what is drawn of it. So a
 half costs one fetch and one release, with a parameter for each width step.
 What was gathered is copied once out of the buffer that all ranks' shares arrive in. DeepSpeed gives each parameter
-memory of its own there; here the drawn bundles of a half lie apart, the blocks of each weight one after the other, so
-that each weight is one matrix without a further copy. (Not where the first bundles stay gathered or a prefetch has cut
-the half, nor on one rank, which gathers nothing.)
+memory of its own there; here the drawn bundles of a half share theirs, the blocks of each weight one after the other,
+so that each weight is one matrix without a further copy, also where DeepSpeed's prefetch cuts the half. (Not where its
+first bundles stay gathered, nor on one rank, where nothing is gathered.)
 Source: DeepSpeed 0.19.8, runtime/zero/partition_parameters.py (`_init_external_params`, which keeps a list that is
 there; `AllGatherCoalescedHandle.wait`), runtime/zero/partitioned_param_coordinator.py (`iter_params`).
 """
 
-from collections import defaultdict
 from collections.abc import Callable, ItemsView, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
+import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
@@ -29,8 +28,10 @@ from sorted_ds.nested.layers import NestedLayer, Width
 BUNDLE = "sorted_ds_bundle"
 """Attribute of a bundle's parameter: the half, and the number of the width step."""
 
-PLANS = 1024
-"""Plans that are kept: a few for each width that is drawn."""
+KNOWN_VERSION = "0.19.8"
+
+KEPT = 4096
+"""Answers of `pieces_of` that are kept: one for each number of width steps of each bundle, while they fit."""
 
 
 def gather_drawn(model: NestedModel) -> None:
@@ -58,7 +59,7 @@ def _of_half(half: BundledHalf) -> list[dict[str, nn.Parameter]]:
     """The bundle and the biases of each width step, and with the first the biases that are not nested."""
     by_steps: list[dict[str, nn.Parameter]] = [dict(bundle.named_parameters()) for bundle in half.all_bundles()]
     for name, layer in zip(half.names, half.linears, strict=True):
-        for added, block in zip(by_steps, layer.blocks, strict=True):
+        for added, block in zip(by_steps, layer.blocks, strict=False):  # none where there is no bias
             added |= {f"{name}.{kind}": parameter for kind, parameter in block.named_parameters()}
         by_steps[0] |= {f"{name}.{kind}": p for kind, p in layer.named_parameters(recurse=False)}
     return by_steps
@@ -67,22 +68,18 @@ def _of_half(half: BundledHalf) -> list[dict[str, nn.Parameter]]:
 def persist_as_extracted(model: NestedModel, optimizer) -> None:
     """Keeps a parameter gathered between passes where the extracted model that ends with it would keep its weights.
 
-    That is, where all blocks up to it, of each weight, are together not above `stage3_param_persistence_threshold`.
-    DeepSpeed looks at each alone, so a space with many widths would keep whole layers on every rank. Call after
-    `deepspeed.initialize`, before the first pass. Source: DeepSpeed 0.19.8, runtime/zero/parameter_offload.py
-    (`mark_persistent_parameters`).
+    That is, where all blocks up to it, of each weight, are together not above `stage3_param_persistence_threshold`; of
+    a bundle, all its weights. (Where the extracted model keeps its small key and value weights alone, here they come
+    and go with the rest of the attention.) DeepSpeed looks at each parameter alone, so a space with many widths would
+    keep whole layers on every rank. Call after `deepspeed.initialize`, before the first pass.
+    Source: DeepSpeed 0.19.8, runtime/zero/parameter_offload.py (`mark_persistent_parameters`).
     """
-    offload, persistent = optimizer.parameter_offload, optimizer.persistent_parameters
+    threshold = optimizer.parameter_offload.param_numel_persistence_threshold
     largest = dict(_largest_weights(model))
-    num_elements = 0
-    persistent.clear()
     for parameter in model.parameters():
-        size = parameter.ds_numel  # type: ignore[attr-defined]
-        is_small = largest.get(id(parameter), size) <= offload.param_numel_persistence_threshold
-        parameter.ds_persist = is_small and num_elements + size <= offload.model_persistence_threshold  # type: ignore
-        if parameter.ds_persist:  # type: ignore[attr-defined]
-            num_elements += size
-            persistent.append(parameter)
+        size = largest.get(id(parameter), parameter.ds_numel)  # type: ignore[attr-defined]
+        parameter.ds_persist = size <= threshold  # type: ignore[attr-defined]
+    optimizer.persistent_parameters[:] = [p for p in model.parameters() if p.ds_persist]  # type: ignore[attr-defined]
 
 
 def _largest_weights(model: NestedModel) -> Iterator[tuple[int, int]]:
@@ -92,7 +89,7 @@ def _largest_weights(model: NestedModel) -> Iterator[tuple[int, int]]:
             for step, bundle in enumerate(module.all_bundles()):
                 yield id(bundle.weight), bundle.hidden * max(layer.bounds[step][1] for layer in module.linears)
         elif isinstance(module, NestedLayer):
-            for block, (_, stop) in zip(module.blocks, module.bounds, strict=True):
+            for block, (_, stop) in zip(module.blocks, module.bounds, strict=False):  # none where all is in bundles
                 yield from ((id(parameter), stop) for parameter in block.parameters())  # vectors
 
 
@@ -100,7 +97,10 @@ def gather_side_by_side(model: NestedModel, optimizer) -> None:
     """Call after `deepspeed.initialize`, before the first pass.
 
     The parameters that stay, which DeepSpeed gathers after each step with a call for each, take one call.
+    Another DeepSpeed than the one whose memory is known here does both in its own way, which costs copies alone.
     """
+    if deepspeed.__version__.partition("+")[0] != KNOWN_VERSION:
+        return
     for half in model.modules():
         if isinstance(half, BundledHalf):
             for step, bundle in enumerate(half.all_bundles()):
@@ -108,13 +108,18 @@ def gather_side_by_side(model: NestedModel, optimizer) -> None:
     for parameter in model.parameters():
         parameter.all_gather_coalesced = _adopting(parameter.all_gather_coalesced)  # type: ignore[attr-defined]
     for parameter in optimizer.persistent_parameters[:1]:
-        parameter.all_gather = _gather_in_one_call
+        parameter.all_gather = _in_one_call(parameter.all_gather)
 
 
-def _gather_in_one_call(param_list: list) -> None:
-    absent = [parameter for parameter in param_list if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-    if absent:
-        absent[0].all_gather_coalesced(absent).wait()
+def _in_one_call(gather: Callable) -> Callable:
+    def all_gather(param_list: list | None = None, *args, **kwargs):
+        if param_list is None or args or kwargs:
+            return gather(param_list, *args, **kwargs)
+        absent = [parameter for parameter in param_list if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        if absent:
+            absent[0].all_gather_coalesced(absent).wait()
+
+    return all_gather
 
 
 def _adopting(gather: Callable) -> Callable:
@@ -138,77 +143,46 @@ class _SideBySide(AllGatherCoalescedHandle):
         if self.complete:
             return
         self.allgather_handle.wait()
-        shares = [parameter.ds_tensor.ds_numel for parameter in self.params]  # the last ranks' may be padded
-        offsets = list(accumulate(shares, initial=0))
-        rooms: list[Tensor] = []
-        pieces: list[Tensor] = []
-        for group in self._groups():
-            plan = _plan(*zip(*((_block_sizes(self.params[n]), offsets[n], shares[n]) for n in group), strict=True))
-            memory = self.partitions[0].new_empty(sum(plan.sizes))
-            rooms += memory.split(plan.sizes)
-            pieces += [self.partitions[rank].narrow(0, first, size) for rank, first, size in plan.pieces]
-            _give([self.params[n] for n in group], memory, plan)
-        torch._foreach_copy_(rooms, pieces)
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        offset = 0
+        for parameter in self.params:
+            share = parameter.ds_tensor.ds_numel  # the last ranks' shares may be padded
+            memory, pieces = self._room(parameter, share)
+            targets += [memory.narrow(0, target, num) for _, _, target, num in pieces]
+            sources += [self.partitions[rank].narrow(0, offset + first, num) for rank, first, _, num in pieces]
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+            offset += share
+        torch._foreach_copy_(targets, sources)
         if not get_accelerator().is_synchronized_device():  # all shares are parts of one tensor
             self.partitions[0].record_stream(get_accelerator().current_stream())
         self.complete = True
 
-    def _groups(self) -> Iterator[list[int]]:
-        """Numbers of the parameters that share memory: the bundles of a half that come and go, in order."""
-        halves: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for number, parameter in enumerate(self.params):
-            half, _ = getattr(parameter, BUNDLE, (None, None))
-            halves[(id(half), -1) if half is not None and not parameter.ds_persist else (0, number)].append(number)
-        for group in halves.values():
-            yield sorted(group, key=lambda number: getattr(self.params[number], BUNDLE, (None, 0))[1])
+    def _room(self, parameter: nn.Parameter, share: int) -> tuple[Tensor, "Pieces"]:
+        """Memory that the parameter is given, and what to copy there."""
+        half, step = getattr(parameter, BUNDLE, (None, 0))
+        size = parameter.ds_numel  # type: ignore[attr-defined]
+        if half is None or parameter.ds_persist:  # type: ignore[attr-defined]
+            memory = self.partitions[0].new_empty(size)
+            parameter.data = memory.view(parameter.ds_shape)  # type: ignore[attr-defined]
+            return memory, pieces_of((size,), (0,), share)
+        memory = half.room(step, like=self.partitions[0])
+        bundle = half.bundles[step]
+        return memory, pieces_of(bundle.sizes, bundle.starts, share)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Where the blocks of parameters lie in their common memory, and what they are put together from."""
-
-    pieces: list[tuple[int, int, int]]
-    """In the order of the memory: of whose rank's shares, from which element on, how many."""
-    sizes: list[int]
-    """Elements of the pieces."""
-    starts: list[list[int]]
-    """Of each parameter: the first element of each block."""
+Pieces = tuple[tuple[int, int, int, int], ...]
+"""Of what is gathered: the rank whose share it is in, its first element there and where it goes, number of elements."""
 
 
-@lru_cache(PLANS)
-def _plan(blocks: tuple[tuple[int, ...], ...], offsets: tuple[int, ...], shares: tuple[int, ...]) -> _Plan:
-    """`blocks`: elements of each block of each parameter. A rank's share of a parameter has an offset and a size."""
-    pieces: list[tuple[int, int, int]] = []
-    starts: list[list[int]] = [[] for _ in blocks]
-    end = 0
-    for number in range(len(blocks[0])):
-        for sizes, offset, share, own in zip(blocks, offsets, shares, starts, strict=True):
-            own.append(end)
-            pieces += _pieces_of(sum(sizes[:number]), sizes[number], offset, share)
-            end += sizes[number]
-    return _Plan(pieces, [size for _, _, size in pieces], starts)
-
-
-def _pieces_of(first: int, num: int, offset: int, share: int) -> Iterator[tuple[int, int, int]]:
-    """Elements of a parameter by the ranks that hold them."""
-    for rank in range(first // share, (first + num - 1) // share + 1):
-        begin, end = max(first, rank * share), min(first + num, (rank + 1) * share)
-        yield rank, offset + begin - rank * share, end - begin
-
-
-def _block_sizes(parameter: nn.Parameter) -> tuple[int, ...]:
-    half, step = getattr(parameter, BUNDLE, (None, 0))
-    return (parameter.ds_numel,) if half is None else half.bundles[step].sizes  # type: ignore[attr-defined]
-
-
-def _give(parameters: Sequence[nn.Parameter], memory: Tensor, plan: _Plan) -> None:
-    """Memory that is shared by the bundles of a half, or one parameter's own."""
-    rooms = memory.split([parameter.ds_numel for parameter in parameters])  # type: ignore[attr-defined]
-    for parameter, room, starts in zip(parameters, rooms, plan.starts, strict=True):
-        room = room.view(parameter.ds_shape)  # type: ignore[attr-defined]
-        if len(parameters) > 1:
-            half, step = getattr(parameter, BUNDLE)
-            half.bundles[step].lay_apart(memory, room, starts)
-        else:
-            parameter.data = room
-        parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+@lru_cache(KEPT)
+def pieces_of(sizes: tuple[int, ...], starts: tuple[int, ...], share: int) -> Pieces:
+    """A parameter of blocks with `sizes` elements, which go to `starts`; each rank has `share` of its elements."""
+    pieces, begin = [], 0
+    for size, start in zip(sizes, starts, strict=True):
+        end = begin + size
+        for rank in range(begin // share, -(-end // share)):
+            first, last = max(begin, rank * share), min(end, (rank + 1) * share)
+            pieces.append((rank, first - rank * share, start + first - begin, last - first))
+        begin = end
+    return tuple(pieces)

@@ -6,13 +6,13 @@ stage nor number of ranks. Source of the layouts: DeepSpeed 0.19.8, runtime/zero
 runtime/zero/stage3.py, runtime/bf16_optimizer.py, runtime/fp16/unfused_optimizer.py.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from sorted_ds.nested.bundles import Bundle, bundles_in
+from sorted_ds.nested.bundles import Parts, parts_of
 
 MASTER = "weight"
 """The key of the master weights beside the optimizer's own state keys."""
@@ -32,10 +32,10 @@ class Shard:
         """This shard's elements of `tensor`, which is `flat` or a state of the same shape."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.num)
 
-    def split(self, pieces: Iterable[tuple[str, int]]) -> "Iterator[Shard]":
-        """By the parts that the parameter consists of: the name of each, and its number of elements."""
+    def split(self, parts: Parts) -> "Iterator[Shard]":
+        """By what the parameter consists of."""
         first = 0
-        for name, size in pieces:
+        for name, size in zip(parts.names, parts.sizes, strict=True):
             begin, end = max(self.start, first), min(self.start + self.num, first + size)
             if begin < end:
                 yield Shard(name, begin - first, end - begin, self.flat, self.offset + begin - self.start)
@@ -53,19 +53,11 @@ def shards_of(engine) -> Iterator[Shard]:
     names = {parameter: name for name, parameter in engine.module.model.named_parameters()}
     stage = engine.zero_optimization_stage()
     if stage == 3:
-        return _by_blocks(_stage3(engine.optimizer, names), bundles_in(engine.module.model))
+        parts = parts_of(engine.module.model)
+        return (piece for shard in _stage3(engine.optimizer, names) for piece in shard.split(parts[shard.name]))
     if stage > 0:
         return _stage1_and_2(engine.optimizer, names)
     return _stage0(engine, names)
-
-
-def _by_blocks(shards: Iterator[Shard], bundles: dict[str, tuple[Bundle, list[str]]]) -> Iterator[Shard]:
-    for shard in shards:
-        if shard.name in bundles:
-            bundle, names = bundles[shard.name]
-            yield from shard.split(zip(names, bundle.sizes, strict=True))
-        else:
-            yield shard
 
 
 def _stage0(engine, names: dict) -> Iterator[Shard]:

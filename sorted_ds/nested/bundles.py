@@ -5,13 +5,14 @@ step: the rows that the step adds to the half's linear layers, one layer's below
 channels on their other side (input-side weights are stored transposed), so a bundle is a matrix [rows, hidden]. Biases
 and norms stay blocks.
 
-A half, not its linear layers, is what ZeRO-3 gathers for and releases after. Autograd sees the drawn bundles once a
-half: each linear layer gets a *token* for its weight and writes the weight's gradient where those of the half lie side
-by side; when all tokens' gradients have come, each bundle gets its own. A weight is looked up anew in each pass, never
-kept for the backward one, since bundles come and go.
+A half, not its linear layers, is what ZeRO-3 gathers for and releases after; they are called without hooks, so those
+that somebody registers on them do not run. Autograd sees the drawn bundles once a half: each linear layer gets a
+*placeholder* for its weight and writes the weight's gradient into those of the bundles, which are handed on when all
+placeholders' gradients have come. A weight is looked up anew in each pass, never kept for the backward one, since
+bundles come and go.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
 
@@ -39,24 +40,42 @@ class Bundle(nn.Module):
         self.hidden = weight.shape[1]
         self.sizes = tuple(rows * self.hidden for rows in num_rows)
         """Elements of the blocks."""
+        self.starts: tuple[int, ...] = ()
+        """Of the blocks, in memory that they share with other bundles."""
+        self.num_steps = 0
+        """Width steps that have room there."""
         self._memory: StorageWeakRef | None = None
-        self._starts: Sequence[int] = ()
 
-    def lay_apart(self, memory: Tensor, stand_in: Tensor, starts: Sequence[int]) -> None:
-        """The blocks lie apart in flat `memory`, each from its start on. `stand_in`: a part of it of the right size.
+    def lay_apart(self, memory: Tensor, starts: tuple[int, ...], num_steps: int) -> None:
+        """The blocks lie apart in flat memory, each from its start on; the parameter keeps all of it.
 
-        The parameter keeps the memory; its own values mean nothing until it is given another.
+        The parameter's own values mean nothing until it is given other memory: read `block`.
         """
-        self._memory, self._starts = StorageWeakRef(memory.untyped_storage()), starts
-        self.weight.data = stand_in
+        self.starts, self.num_steps, self._memory = starts, num_steps, StorageWeakRef(memory.untyped_storage())
+        self.parameter.data = memory[: sum(self.sizes)].view(-1, self.hidden)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Looked up with `get`: what is looked up otherwise DeepSpeed gathers, for whatever module runs.
+
+        Source: DeepSpeed 0.19.8, runtime/zero/parameter_offload.py (`ZeROOrderedDict`).
+        """
+        return self._parameters.get("weight")  # type: ignore[return-value]
+
+    @property
+    def shared(self) -> Tensor | None:
+        """The parameter's values now, if they are memory that `lay_apart` gave it."""
+        values = self.parameter.data
+        is_apart = self._memory is not None and values.untyped_storage()._cdata == self._memory.cdata
+        return values if is_apart else None
 
     def block(self, number: int) -> Tensor:
         """The rows of one linear layer, a view, wherever they lie."""
-        weight = self._parameters["weight"].data  # type: ignore[union-attr]
         start, stop = self.places[number]
-        if self._memory is not None and weight.untyped_storage()._cdata == self._memory.cdata:
-            return weight.as_strided((stop - start, self.hidden), (self.hidden, 1), self._starts[number])
-        return weight[start:stop]
+        shared = self.shared
+        if shared is not None:
+            return shared.as_strided((stop - start, self.hidden), (self.hidden, 1), self.starts[number])
+        return self.parameter.data[start:stop]
 
     def blocks(self) -> list[Tensor]:
         """Of all linear layers."""
@@ -77,16 +96,19 @@ class BundledHalf(nn.Module):
     """Of the linear layers."""
     linears: tuple[NestedLayer, ...]
     width: Width
+    starts: list[list[tuple[int, ...]]]
+    """By the number of width steps: of each bundle, where its blocks start in memory that they all share."""
 
     def __call__(self, hidden: Tensor | None = None, *args, hidden_states: Tensor | None = None, **kwargs):
         """Hugging Face names the attention's input, and DeepSpeed's hooks see what has no name."""
         return super().__call__(hidden_states if hidden is None else hidden, *args, **kwargs)
 
     def forward(self, hidden: Tensor, *args, **kwargs):
-        drawn, grads = self.drawn(), _Grads(self.linears)
-        tokens = _Tokens.apply(grads, *(bundle._parameters["weight"] for bundle in drawn))
-        for number, (layer, token) in enumerate(zip(self.linears, tokens, strict=True)):
-            layer.source = _Bundled(drawn, number, token, grads)
+        drawn = self.drawn()
+        grads = _Grads(drawn)
+        placeholders = _Placeholders.apply(grads, *(bundle.parameter for bundle in drawn))
+        for number, (layer, placeholder) in enumerate(zip(self.linears, placeholders, strict=True)):
+            layer.source = _Bundled(drawn, number, placeholder, grads)
         try:
             return self.plain_forward(hidden, *args, **kwargs)
         finally:
@@ -100,48 +122,70 @@ class BundledHalf(nn.Module):
         """Asked for at every use, so not by way of slow attributes."""
         return self._modules["bundles"]._modules.values()  # type: ignore[union-attr, return-value]
 
+    def room(self, step: int, like: Tensor) -> Tensor:
+        """Flat memory, which a drawn bundle is given. All drawn ones share it, so blocks of a weight are neighbours.
+
+        It is that of a drawn bundle which came before, or new, of the dtype and device of `like`.
+        """
+        drawn = self.drawn()
+        memory, num_steps = None, len(drawn)
+        for other in drawn:
+            if other.num_steps >= num_steps and (shared := other.shared) is not None:
+                memory, num_steps = shared, other.num_steps
+                break
+        num_elements = sum(sum(bundle.sizes) for bundle in islice(self.all_bundles(), num_steps))
+        memory = like.new_empty(num_elements) if memory is None else memory.as_strided((num_elements,), (1,), 0)
+        drawn[step].lay_apart(memory, self.starts[num_steps][step], num_steps)
+        return memory
+
 
 class _Grads:
-    """Of one pass: the gradients of a half's weights, side by side."""
+    """Of one pass: the gradients of the drawn bundles."""
 
-    def __init__(self, layers: Sequence[NestedLayer]):
-        self.num_rows = [layer.drawn_rows() for layer in layers]
-        """Of each block of each weight."""
-        self.memory: Tensor | None = None
+    def __init__(self, drawn: list[Bundle]):
+        self.drawn = drawn
+        self.grads: list[Tensor] = []
+        self.written: set[int] = set()
+        """Linear layers whose rows are there."""
 
-    def of(self, number: int, token: Tensor, hidden: int) -> Tensor:
-        """Where the gradient of one weight goes."""
-        sizes = [sum(rows) for rows in self.num_rows]
-        if self.memory is None:
-            self.memory = token.new_empty(sum(sizes), hidden)
-        return self.memory.narrow(0, sum(sizes[:number]), sizes[number])
+    def add(self, number: int, left: Tensor, right: Tensor) -> None:
+        """`left @ right` to the gradient of a linear layer's weight: [rows, N], [N, hidden]."""
+        if not self.grads:
+            self.grads = [right.new_empty(bundle.places[-1][1], bundle.hidden) for bundle in self.drawn]
+        row = 0
+        for bundle, grad in zip(self.drawn, self.grads, strict=True):
+            start, stop = bundle.places[number]
+            part = left[row : row + stop - start]
+            if number in self.written:
+                grad[start:stop].addmm_(part, right)
+            else:
+                torch.mm(part, right, out=grad[start:stop])
+            row += stop - start
+        self.written.add(number)
 
-    def by_steps(self, has_grad: Sequence[bool]) -> Iterator[Tensor]:
-        """Of each bundle; weights that the loss does not depend on have zeros. The memory is given away."""
-        memory, self.memory = self.memory, None
-        assert memory is not None
-        weights = memory.split([sum(rows) for rows in self.num_rows])
-        for weight, is_there in zip(weights, has_grad, strict=True):
-            if not is_there:
-                weight.zero_()
-        if len(self.num_rows[0]) == 1:  # of one step they lie like the bundle
-            return iter((memory,))
-        blocks = [weight.split(rows) for weight, rows in zip(weights, self.num_rows, strict=True)]
-        return map(torch.cat, zip(*blocks, strict=True))
+    def taken(self) -> list[Tensor]:
+        """Gives them away; of a weight that the loss does not depend on, they are zeros."""
+        for bundle, grad in zip(self.drawn, self.grads, strict=True):
+            for number, (start, stop) in enumerate(bundle.places):
+                if number not in self.written:
+                    grad[start:stop].zero_()
+        self.written.clear()
+        grads, self.grads = self.grads, []
+        return grads
 
 
-class _Tokens(torch.autograd.Function):
+class _Placeholders(torch.autograd.Function):
     """The drawn bundles as one empty tensor for each of the half's weights."""
 
     @staticmethod
-    def forward(ctx, grads: _Grads, *bundles: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, grads: _Grads, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.grads = grads
         ctx.set_materialize_grads(False)
-        return tuple(bundles[0].new_empty(0) for _ in grads.num_rows)
+        return tuple(weights[0].new_empty(0) for _ in grads.drawn[0].places)
 
     @staticmethod
-    def backward(ctx, *tokens: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.grads.by_steps([token is not None for token in tokens])
+    def backward(ctx, *nothing: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.grads.taken()
 
 
 @dataclass(slots=True)
@@ -150,18 +194,18 @@ class _Bundled:
 
     drawn: list[Bundle]
     number: int
-    token: Tensor
+    placeholder: Tensor
     grads: _Grads
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.token,)
+        return (self.placeholder,)
 
     def matrix(self) -> Tensor:
         return together([bundle.block(self.number) for bundle in self.drawn])
 
     def gradients(self, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
-        torch.mm(left, right, out=self.grads.of(self.number, self.token, right.shape[1]))
-        return (self.token.detach(),)
+        self.grads.add(self.number, left, right)
+        return (self.placeholder.detach(),)
 
 
 class _BareOutput(OutputNestedLinear):
@@ -204,13 +248,37 @@ def _bundle_half(half: nn.Module, names: tuple[str, ...]) -> None:
     for layer in linears:
         layer.names = tuple(name for name in layer.names if name != "weight")
         layer.__class__ = _BARE[type(layer)]
+        if not layer.names:
+            layer.blocks = nn.ModuleList()  # DeepSpeed walks over all modules in every pass
+    sizes = [bundle.sizes for bundle in half.all_bundles()]
+    half.starts = [_starts(sizes[:num_steps]) for num_steps in range(len(sizes) + 1)]
 
 
-def bundles_in(model: nn.Module) -> dict[str, tuple[Bundle, list[str]]]:
-    """By parameter name: the bundle, and the names that its blocks have in a model without bundles."""
-    halves = ((path, module) for path, module in model.named_modules() if isinstance(module, BundledHalf))
-    return {
-        f"{path}.bundles.{step}.weight": (own, [f"{path}.{name}.blocks.{step}.weight" for name in half.names])
-        for path, half in halves
-        for step, own in enumerate(half.all_bundles())
+def _starts(sizes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Of the blocks of each bundle, `sizes` of theirs, where those of a linear layer follow each other."""
+    ends = list(accumulate((size for blocks in zip(*sizes, strict=True) for size in blocks), initial=0))
+    return [tuple(ends[step :: len(sizes)][: len(own)]) for step, own in enumerate(sizes)]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a parameter consists of: its blocks, if it is a bundle, and otherwise itself."""
+
+    names: tuple[str, ...]
+    """As they are in a model without bundles."""
+    sizes: tuple[int, ...]
+    """Elements."""
+    bundle: Bundle | None = None
+
+
+def parts_of(model: nn.Module) -> dict[str, Parts]:
+    """Of each parameter, by its name; tied parameters once."""
+    parts = {
+        name: Parts((name,), (getattr(parameter, "ds_numel", parameter.numel()),))
+        for name, parameter in model.named_parameters()
     }
+    for path, half in model.named_modules():
+        for step, bundle in enumerate(half.all_bundles() if isinstance(half, BundledHalf) else ()):
+            names = tuple(f"{path}.{name}.blocks.{step}.weight" for name in half.names)
+            parts[f"{path}.bundles.{step}.weight"] = Parts(names, bundle.sizes, bundle)
+    return parts

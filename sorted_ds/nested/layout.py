@@ -29,4 +29,4 @@ def _block_lists(model: nn.Module) -> list[list[nn.Parameter]]:
     """The weights, and the biases, of the blocks of each nested layer."""
     layers = [layer for layer in model.modules() if isinstance(layer, NestedLayer)]
     lists = [[getattr(block, kind) for block in layer.blocks] for layer in layers for kind in ("weight", "bias")]
-    return [parameters for parameters in lists if parameters[0] is not None]
+    return [parameters for parameters in lists if parameters and parameters[0] is not None]

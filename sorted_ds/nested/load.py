@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from sorted_ds.errors import UserError
-from sorted_ds.nested.bundles import Bundle, bundle, bundles_in
+from sorted_ds.nested.bundles import bundle, parts_of
 from sorted_ds.nested.layers import NestedLayer
 from sorted_ds.nested.nest import NestedModel, nest
 from sorted_ds.nested.weights import Slice, slices_of
@@ -134,36 +134,24 @@ def _fill(model: NestedModel, weights: WeightSource, beat: Callable[[], None]) -
 def _fill_one_by_one(
     model: NestedModel, weights: WeightSource, device: torch.device, take: Take, beat: Callable[[], None]
 ) -> None:
-    slices, bundles = slices_of(model), bundles_in(model)
-    parameters = [name for name, _ in model.named_parameters()]
-    for _, own in groupby(parameters, key=lambda name: name.partition(".bundles.")[0]):
+    slices, parts = slices_of(model), parts_of(model)
+    for _, own in groupby(parts, key=lambda name: name.partition(".bundles.")[0]):
         names = list(own)  # a parameter, or all bundles of a half
-        if names[0] in bundles:
-            values = _filled_bundles([bundles[name] for name in names], slices, weights, device, beat)
-        else:
+        if parts[names[0]].bundle is None:
             values = [weights.read(slices[names[0]])]
             beat()
+        else:
+            values = [torch.empty_like(model.get_parameter(name), device=device).detach() for name in names]
+            blocks = [value.view(-1).split(parts[name].sizes) for value, name in zip(values, names, strict=True)]
+            for number in range(len(blocks[0])):  # one linear layer after the other, so that each is drawn once
+                for own_blocks, name in zip(blocks, names, strict=True):
+                    read = weights.read(slices[parts[name].names[number]])
+                    own_blocks[number].view(read.shape).copy_(read)
+                    beat()
         for name in names:
             path, _, kind = name.rpartition(".")
             _hand_over(model.get_submodule(path), kind, values.pop(0), device, take)
     model.tie_weights()
-
-
-def _filled_bundles(
-    bundles: list[tuple[Bundle, list[str]]],
-    slices: Mapping[str, Slice],
-    weights: WeightSource,
-    device: torch.device,
-    beat: Callable[[], None],
-) -> list[Tensor]:
-    """All of a half together, one linear layer after the other, so that each is drawn once."""
-    values = [torch.empty_like(own.weight, device=device).detach() for own, _ in bundles]
-    for number in range(len(bundles[0][1])):
-        for value, (own, names) in zip(values, bundles, strict=True):
-            start, stop = own.places[number]
-            value[start:stop].copy_(weights.read(slices[names[number]]))
-            beat()
-    return values
 
 
 def _hand_over(module: nn.Module, kind: str, values: Tensor, device: torch.device, take: Take) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sorted_ds.nested.bundles import bundles_in
+from sorted_ds.nested.bundles import parts_of
 from sorted_ds.nested.layers import NestedLayer
 from sorted_ds.space import SubNet
 
@@ -42,16 +42,15 @@ def slices_of(model: nn.Module) -> dict[str, Slice]:
     Tied parameters once, blocks of a weight in order, and blocks of a bundle (bundles.py) as if there was none.
     """
     nested = {path: layer for path, layer in model.named_modules() if isinstance(layer, NestedLayer)}
-    bundles, slices = bundles_in(model), {}
-    for parameter, _ in model.named_parameters():
-        for name in bundles[parameter][1] if parameter in bundles else [parameter]:
-            path, _, rest = name.partition(".blocks.")
-            if not rest:
-                slices[name] = Slice(name)
-                continue
-            number, kind = rest.split(".")
-            start, stop = nested[path].bounds[int(number)]
-            slices[name] = Slice(f"{path}.{kind}", start, stop, nested[path].transposed)
+    slices = {}
+    for name in (name for parts in parts_of(model).values() for name in parts.names):
+        path, _, rest = name.partition(".blocks.")
+        if not rest:
+            slices[name] = Slice(name)
+            continue
+        number, kind = rest.split(".")
+        start, stop = nested[path].bounds[int(number)]
+        slices[name] = Slice(f"{path}.{kind}", start, stop, nested[path].transposed)
     return slices
 
 
@@ -59,14 +58,11 @@ def named_values(
     model: nn.Module, gathered: Callable[[nn.Parameter], AbstractContextManager] = nullcontext
 ) -> Iterator[tuple[str, Tensor]]:
     """Names as in `slices_of`, and values. `gathered(parameter)`: a context in which a parameter is there."""
-    bundles = bundles_in(model)
-    for name, parameter in model.named_parameters():
-        with gathered(parameter):
-            if name in bundles:
-                bundle, names = bundles[name]
-                yield from zip(names, bundle.blocks(), strict=True)
-            else:
-                yield name, parameter.detach()
+    parameters = dict(model.named_parameters())
+    for name, parts in parts_of(model).items():
+        with gathered(parameters[name]):
+            values = [parameters[name].detach()] if parts.bundle is None else parts.bundle.blocks()
+            yield from zip(parts.names, values, strict=True)
 
 
 def is_drawn(name: str, part: Slice, subnet: SubNet, model: nn.Module) -> bool:
