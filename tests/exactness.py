@@ -68,6 +68,8 @@ class Case:
     """The weights too."""
     prefetch: int = 0
     """Elements that stage 3 gathers ahead."""
+    roomy: bool = False
+    """Stage 3 may keep what it has gathered, as it does by default."""
     default_thresholds: bool = False
     """DeepSpeed's own: at stage 3 nothing so small is partitioned, all of it is persistent."""
     reports: bool = False
@@ -103,6 +105,7 @@ class Case:
     def deepspeed(self) -> dict:
         zero = {"stage": self.stage, "overlap_comm": self.overlap, "sub_group_size": self.sub_group_size}
         zero |= {} if self.default_thresholds else {**SMALL_ZERO, "stage3_prefetch_bucket_size": self.prefetch}
+        zero |= {"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9} if self.roomy else {}
         zero |= {"offload_optimizer": {"device": "cpu"}} if self.offload else {}
         zero |= {"offload_param": {"device": "cpu"}} if self.offload_param else {}
         config = {"zero_optimization": zero, **({"bf16": {"enabled": True}} if self.precision == "bf16" else {})}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from sorted_ds.errors import UserError
-from sorted_ds.nested.bundles import bundle, parts_of
+from sorted_ds.nested.bundles import Parts, bundle, parts_of
 from sorted_ds.nested.layers import NestedLayer
 from sorted_ds.nested.nest import NestedModel, nest
 from sorted_ds.nested.weights import Slice, slices_of
@@ -142,16 +142,27 @@ def _fill_one_by_one(
             beat()
         else:
             values = [torch.empty_like(model.get_parameter(name), device=device).detach() for name in names]
-            blocks = [value.view(-1).split(parts[name].sizes) for value, name in zip(values, names, strict=True)]
-            for number in range(len(blocks[0])):  # one linear layer after the other, so that each is drawn once
-                for own_blocks, name in zip(blocks, names, strict=True):
-                    read = weights.read(slices[parts[name].names[number]])
-                    own_blocks[number].view(read.shape).copy_(read)
-                    beat()
+            _fill_half(values, [parts[name] for name in names], slices, weights, beat)
         for name in names:
             path, _, kind = name.rpartition(".")
             _hand_over(model.get_submodule(path), kind, values.pop(0), device, take)
     model.tie_weights()
+
+
+def _fill_half(
+    values: list[Tensor],
+    parts: list[Parts],
+    slices: Mapping[str, Slice],
+    weights: WeightSource,
+    beat: Callable[[], None],
+) -> None:
+    """All bundles together, one linear layer after the other, so that each of these is made once."""
+    blocks = [value.view(-1).split(own.sizes) for value, own in zip(values, parts, strict=True)]
+    for number in range(len(blocks[0])):
+        for of_bundle, own in zip(blocks, parts, strict=True):
+            read = weights.read(slices[own.names[number]])
+            of_bundle[number].view(read.shape).copy_(read)
+            beat()
 
 
 def _hand_over(module: nn.Module, kind: str, values: Tensor, device: torch.device, take: Take) -> None:
