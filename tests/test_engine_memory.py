@@ -1,7 +1,7 @@
 """Memory on real ranks: building at stage 3 without the whole model, and training against plain DeepSpeed.
 
 Building: the same run bit for bit, no rank ever holds the model, and no rank waits for another that failed. One launch
-of three ranks, by which hardly a parameter's size can be divided.
+of three ranks.
 """
 
 import copy

@@ -65,6 +65,7 @@ def test_bf16_accumulates_in_fp32_where_it_can_and_warns_where_not():
     assert mode_warnings({**bf16, "zero_optimization": {"stage": 2}}, is_cuda=False) == []
     assert "accumulates gradients in bf16" in mode_warnings(bf16, is_cuda=False)[0]
     assert "one GPU that ranks shared" in mode_warnings({}, is_cuda=True)[0]
+    assert "is not proven there" in mode_warnings({"zero_optimization": {"stage": 3}}, is_cuda=True)[0]
 
 
 def test_batch_sizes_follow_from_the_run_and_accumulation_is_our_own():

@@ -125,7 +125,11 @@ def mode_warnings(config: dict, is_cuda: bool) -> list[str]:
     warnings = []
     if stage_of(config) == 0 and is_bf16(config):
         warnings.append("stage 0 in bf16 accumulates gradients in bf16; stages 1 to 3 accumulate them in fp32")
-    if is_cuda:
+    if is_cuda and stage_of(config) == 3:
+        warnings.append(
+            "proven exact on CPU; how stage 3 gathers has changed since it ran on a GPU, and is not proven there"
+        )
+    elif is_cuda:
         warnings.append(
             "proven exact on CPU, and on one GPU that ranks shared (docs/matrix_cuda.md); not on several yet"
         )
