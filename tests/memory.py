@@ -67,12 +67,12 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Live bytes of one optimizer step with one draw."""
+    """Live bytes of one optimizer step."""
 
     between: int
     """Before it: weights and optimizer state."""
     passes: int
-    """At most, in the forward and backward pass."""
+    """At most, in the forward and backward passes."""
     update: int
     """At most, in the optimizer's update after them."""
     shapes: frozenset[torch.Size]
@@ -92,19 +92,26 @@ NAMED = {"full": lambda space: space.full, "smallest": lambda space: space.small
 
 
 def of_draws(ranks, config: LlamaConfig, space: SubNetSpace, zero: dict, ids: torch.Tensor) -> dict[str, StepBytes]:
-    """Of each named draw in the engine. A collective."""
+    """Of a step with each named draw in the engine. A collective."""
+    return of_steps(ranks, config, space, zero, ids, {name: [named(space)] for name, named in NAMED.items()})
+
+
+def of_steps(
+    ranks, config: LlamaConfig, space: SubNetSpace, zero: dict, ids: torch.Tensor, steps: dict[str, list[SubNet]]
+) -> dict[str, StepBytes]:
+    """Of each step, named, with its draws, in the engine. A collective."""
     with LiveBytes() as live:
         model = nest(LlamaForCausalLM(copy.deepcopy(config)), space).to(ranks.device)
         engine = Engine(model, {"zero_optimization": zero}, "test.json", Optim(), len(ids), ranks)
         del model
         engine.warm_up(*ids.shape)
 
-        def passes(subnet: SubNet) -> None:
-            engine.backward(engine.forward(ids, ids, subnet) / ids.numel())
+        def passes(draws: list[SubNet]) -> None:
+            for subnet in draws:
+                engine.backward(engine.forward(ids, ids, subnet) / ids.numel())
 
         return {
-            name: _measured(live, partial(passes, named(space)), lambda: engine.step(0.0))
-            for name, named in NAMED.items()
+            name: _measured(live, partial(passes, draws), lambda: engine.step(0.0)) for name, draws in steps.items()
         }
 
 

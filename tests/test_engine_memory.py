@@ -13,14 +13,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sorted_ds import assemble
+from sorted_ds.config import Optim
 from sorted_ds.engine import Engine, partitioner
 from sorted_ds.errors import UserError
+from sorted_ds.nested import nest
 from sorted_ds.nested.load import build
+from sorted_ds.nested.weights import LAYERS_PREFIX
 from sorted_ds.run_file import load_run
-from sorted_ds.space import SubNetSpace
+from sorted_ds.space import SubNet, SubNetSpace
 from tests import exactness
 from tests.exactness import ROWS_PER_RANK, SPACE, Case, plain_model
-from tests.memory import NAMED, LiveBytes, StepBytes, of_draws, of_plain
+from tests.memory import NAMED, LiveBytes, StepBytes, of_draws, of_plain, of_steps
 from tests.runs import run_file
 from tests.spawn import on_ranks
 from tests.test_engine_traces import held_by
@@ -104,6 +107,30 @@ def step_bytes(ranks, stage: int) -> dict[str, tuple[StepBytes, StepBytes]]:
         return {name: (ours[name], of_plain(*model, name, zero, ids)) for name in NAMED}
 
 
+def accumulated_bytes(ranks, stage: int) -> dict[str, StepBytes]:
+    """Of a step with draws of which each uses more than the one before, and of one with the full network as often."""
+    space = sized_space(DEPTHS[0])
+    growing = [space.smallest, SubNet(DEPTHS[0], 1, 32), SubNet(DEPTHS[0], 1, 128), space.full]
+    steps = {"growing": growing, "full": [space.full] * len(growing)}
+    zero = {"stage": stage, "overlap_comm": False, **exactness.SMALL_ZERO, "reduce_bucket_size": 20_000}
+    ids = torch.zeros(1, 16, dtype=torch.int64)
+    return of_steps(ranks, sized(DEPTHS[0]), space, zero, ids, steps)
+
+
+def owned_layers(ranks) -> list[list[float]]:
+    """At stage 2, of each rank: how much of each of eight layers, without a head, its part of the masters is."""
+    config = sized(DEPTHS[1])
+    config.tie_word_embeddings = True
+    model = nest(LlamaForCausalLM(config), sized_space(DEPTHS[1]))
+    layer_elements = sum(p.numel() for p in model.model.layers[0].parameters())
+    engine = Engine(model, {"zero_optimization": {"stage": 2}}, "test.json", Optim(), ROWS, ranks)
+    owned = [0.0] * DEPTHS[1]
+    for shard in engine.shards(owned=True):
+        if shard.name.startswith(LAYERS_PREFIX):
+            owned[int(shard.name.removeprefix(LAYERS_PREFIX).split(".")[0])] += shard.num / layer_elements
+    return [[float(share) for share in text.split()] for text in ranks.gather(" ".join(map(str, owned)))]
+
+
 def wide_step_bytes(ranks) -> dict[str, tuple[StepBytes, StepBytes]]:
     """At stage 3 with DeepSpeed's own limit of live parameters, of a network whose largest part is a layer's MLP."""
     config = LlamaConfig(
@@ -145,6 +172,8 @@ def on_each_rank(ranks, folder: Path) -> dict:
             for precision in DTYPES:
                 found[depth, init, precision] = live_bytes(ranks, depth, source, precision)
     found |= {f"stage {stage}": step_bytes(ranks, stage) for stage in STAGES}
+    found |= {f"accumulated, stage {stage}": accumulated_bytes(ranks, stage) for stage in STAGES}
+    found["owned"] = owned_layers(ranks)
     found["wide"] = wide_step_bytes(ranks)
     whole, run_path = folder / "False", folder / "run" / "tiny.toml"
     found["alike"] = refused(ranks, run_path, [whole] * 3)
@@ -246,6 +275,20 @@ def test_a_layer_half_at_once_holds_no_more_than_its_weights_one_by_one(found, d
 def test_the_passes_of_a_small_draw_add_what_its_extracted_model_would(found, stage):
     ours, plain = found[f"stage {stage}"]["smallest"]
     assert ours.added <= 1.02 * plain.added
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_of_draws_that_grow_take_no_more_than_the_full_networks(found, stage):
+    """DeepSpeed would keep a buffer of a rank's part for each draw that is the first to use something."""
+    steps = found[f"accumulated, stage {stage}"]
+    assert steps["growing"].passes <= steps["full"].passes
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_the_first_layers_are_owned_by_all_ranks_about_alike(found, depth):
+    """In their own order the first ranks would add up a shallow draw's gradients alone, and offload them alone."""
+    assert sum(map(sum, found["owned"])) == pytest.approx(DEPTHS[1])
+    assert max(sum(layers[:depth]) for layers in found["owned"]) <= depth / NUM_RANKS + 0.5
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,16 +6,16 @@ would get the gradient of the step before (measured: docs/log.md). With offload 
 parameter are stale in the same way. At stages 1 and 2 with offload, fp32 accumulates in `accumulated_grads_in_cpu`, and
 bf16 in the fp32 gradients of the master weights alone.
 
-At stage 2 in fp32 without offload, DeepSpeed keeps a list of gradients from micro-batch to micro-batch, filled up with
-zeros where a parameter was not used, so a small draw would cost a pass over a rank's part of the full network's
-gradients and their memory. Here the gaps stay open until the optimizer step.
+At stage 2 in fp32 without offload, DeepSpeed copies a micro-batch's gradients into a new buffer of a rank's part of the
+full network, and keeps it as long as any of them, with zeros for what was not used. Here a parameter's gradient is kept
+by itself from its first use to the optimizer step, so a draw costs its own memory and its own time.
 
 None of these attributes is a documented interface, so they are looked for when the engine is built. Source: DeepSpeed
 0.19.8, runtime/zero/stage3.py (`partition_grads`), runtime/zero/stage_1_and_2.py
-(`async_accumulate_grad_in_cpu_via_gpu`, `complete_grad_norm_calculation_for_cpu_offload`).
+(`copy_grads_in_partition`, `async_accumulate_grad_in_cpu_via_gpu`, `complete_grad_norm_calculation_for_cpu_offload`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import deepspeed
 import torch
@@ -30,7 +30,7 @@ NEEDED = {
 }
 NEEDED[1, True] = NEEDED[2, True]
 NEEDED[2, False] = (
-    *("all_grad_tensors", "get_all_grad_tensors", "get_param_gradient_attribute", "params_in_partition"),
+    *("all_grad_tensors", "get_all_grad_tensors", "copy_grads_in_partition", "params_in_partition"),
     "finalize_gradient_accumulation_boundary",
 )
 """What is used here, by ZeRO stage and offload. Elsewhere nothing is: DeepSpeed starts clean by itself."""
@@ -46,34 +46,29 @@ def check(optimizer, stage: int, offload: bool) -> None:
             )
 
 
-def leave_gaps_open(optimizer) -> None:
-    """At stage 2 without offload: keeps no gradient for what no micro-batch of the step has used yet.
+def keep_what_is_used(optimizer) -> None:
+    """At stage 2 in fp32 without offload: keeps gradients of what the step's micro-batches used, and of nothing else.
 
     Call once, after `deepspeed.initialize`. Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py
-    (`independent_gradient_partition_epilogue`, `finalize_gradient_accumulation_boundary`).
+    (`reduce_ipg_grads`, `independent_gradient_partition_epilogue`, `finalize_gradient_accumulation_boundary`).
     """
+    kept: dict[Tensor, Tensor] = {}
     finalize = optimizer.finalize_gradient_accumulation_boundary
 
-    def get_all_grad_tensors(parameters: Sequence[Tensor], dtype: torch.dtype) -> list:
-        """Of a group's parameters. DeepSpeed keeps the first answer of a step, and adds the later ones to it."""
-        (group,) = (n for n, own in enumerate(optimizer.params_in_partition) if own is parameters)
-        new = [optimizer.get_param_gradient_attribute(parameter) for parameter in parameters]
-        kept = optimizer.all_grad_tensors.get(group)
-        if kept is None:
-            return new
-        for number, grad in enumerate(new):
-            if grad is not None:
-                kept[number] = grad if kept[number] is None else kept[number].add_(grad)
-        return []  # nothing is left to add
+    def copy_grads_in_partition(parameter: Tensor, group: int) -> None:
+        """Called when the gradient of a micro-batch, of a parameter of this rank's, is reduced in a shared buffer."""
+        grad = parameter.grad
+        assert grad is not None
+        kept[parameter] = kept[parameter].add_(grad) if parameter in kept else grad.clone()
 
     def finalize_gradient_accumulation_boundary() -> None:
-        for group, kept in optimizer.all_grad_tensors.items():
-            for number, parameter in enumerate(optimizer.params_in_partition[group] if kept else ()):
-                if kept[number] is None:
-                    kept[number] = torch.zeros_like(parameter, dtype=optimizer.gradient_accumulation_dtype)
+        for group, parameters in enumerate(optimizer.params_in_partition):
+            optimizer.all_grad_tensors[group] = [kept[p] if p in kept else torch.zeros_like(p) for p in parameters]
+        kept.clear()
         finalize()
 
-    optimizer.get_all_grad_tensors = get_all_grad_tensors
+    optimizer.copy_grads_in_partition = copy_grads_in_partition
+    optimizer.get_all_grad_tensors = lambda parameters, dtype: []  # what DeepSpeed would add up after a micro-batch
     optimizer.finalize_gradient_accumulation_boundary = finalize_gradient_accumulation_boundary
 
 

@@ -88,7 +88,7 @@ class Engine:
         with redirect_stdout(StringIO()):  # on the CPU it tells that it built its ops
             self.deepspeed, *_ = deepspeed.initialize(
                 model=loss,
-                optimizer=build_optimizer(loss, optim, implementation),
+                optimizer=build_optimizer(model, optim, implementation),
                 config=copy.deepcopy(self.deepspeed_config),
                 dist_init_required=False,
             )
@@ -101,8 +101,8 @@ class Engine:
         self._traces: Traces | None = None
         self._offload = is_offloaded(config)
         accumulators.check(self.deepspeed.optimizer, self.stage, self._offload)
-        if self.stage == 2 and not self._offload:
-            accumulators.leave_gaps_open(self.deepspeed.optimizer)
+        if self.stage == 2 and not self._offload and not is_bf16(config):
+            accumulators.keep_what_is_used(self.deepspeed.optimizer)
         if self.stage == 3:
             persist_as_extracted(model, self.deepspeed.optimizer)
             gather_side_by_side(model, self.deepspeed.optimizer)

@@ -1,6 +1,6 @@
 """The optimizer that DeepSpeed runs on its flat fp32 master weights.
 
-In: a module and the run's `[optim]`. Out: one of torch's optimizers, or DeepSpeed's AdamW for what is offloaded.
+In: a nested model and the run's `[optim]`. Out: one of torch's optimizers, or DeepSpeed's AdamW for what is offloaded.
 All follow the same formula; tests/test_engine_cover.py compares each with plain PyTorch.
 """
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from sorted_ds.config import Optim
 from sorted_ds.errors import UserError
+from sorted_ds.nested import NestedModel
 
 
 def implementation_of(optim: Optim, is_offloaded: bool, is_cuda: bool) -> str:
@@ -36,16 +37,18 @@ def check_implementation(optim: Optim, is_offloaded: bool) -> None:
         )
 
 
-def build_optimizer(module: nn.Module, optim: Optim, implementation: str) -> torch.optim.Optimizer:
+def build_optimizer(model: NestedModel, optim: Optim, implementation: str) -> torch.optim.Optimizer:
     """AdamW or SGD. Norms, biases and embeddings are not decayed: only matrices that multiply activations are.
 
-    The order of parameters is that of the module, so that a layer's blocks lie side by side in ZeRO's flat buffers. The
-    smaller group comes first: stages 1 and 2 keep the gradients of both until the last group's turn, and AdamW's own
-    temporary tensors come on top (measured, the other way round: 1.04 x the bytes of one group).
+    A layer's parameters keep their order, so that its blocks lie side by side in ZeRO's flat buffers. Layers do not
+    (`_place`): at stages 1 and 2 a rank owns a stretch of a flat buffer, and the first ranks would own all gradients of
+    a shallow draw, and alone add them up, or move them to the CPU. The smaller group comes first: stages 1 and 2 keep
+    the gradients of both until the last group's turn, and AdamW's own temporary tensors come on top (measured, the
+    other way round: 1.04 x the bytes of one group).
 
     The rate is 0 until a step sets it: at stage 0 in bf16 DeepSpeed takes one while it initialises.
     """
-    groups = _groups(module, optim.weight_decay)
+    groups = _groups(model, optim.weight_decay)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0)
     betas = (optim.betas[0], optim.betas[1])
@@ -55,12 +58,22 @@ def build_optimizer(module: nn.Module, optim: Optim, implementation: str) -> tor
     return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=optim.eps, adamw_mode=True)
 
 
-def _groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    embeddings = {p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    parameters = list(module.parameters())
+def _groups(model: NestedModel, weight_decay: float) -> list[dict]:
+    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    places = {p: _place(n) for n, layer in enumerate(model.model.layers) for p in layer.parameters()}
+    parameters = sorted(model.parameters(), key=lambda p: places.get(p, 0.0 if p in embeddings else 1.0))
     decayed = [p for p in parameters if _num_dims(p) > 1 and p not in embeddings]
     others = [p for p in parameters if _num_dims(p) <= 1 or p in embeddings]
     return [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+
+
+def _place(layer: int) -> float:
+    """From 0 to below 1, about evenly spread for the first layers, however many: 0, 1/2, 1/4, 3/4, 1/8, 5/8, ...
+
+    The layer's number with its binary digits mirrored at the point (van der Corput's sequence).
+    """
+    digits = f"{layer:b}"
+    return int(digits[::-1], 2) / 2 ** len(digits)
 
 
 def _num_dims(parameter: nn.Parameter) -> int:
