@@ -48,17 +48,17 @@ def step_traffic(
 ) -> Traffic:
     """Of one optimizer step. Weights and gradients travel in the model's dtype, also where they accumulate in fp32.
 
-    Stage 0 reduces everything once; stage 1 what any draw used (in bf16: everything); stages 2 and 3 what a micro-batch
-    used, every time. Stages 1 and 2 gather all weights after the update; stage 3 gathers those of a micro-batch for its
-    forward pass, and again for its backward pass those that were not kept in between. `recomputed`: with activation
-    checkpointing, where each layer's weights are used a third time, right before its backward pass.
+    Stages 0 and 1 reduce once what any draw used; stages 2 and 3 what a micro-batch used, every time. Stages 1 and 2
+    gather all weights after the update; stage 3 gathers those of a micro-batch for its forward pass, and again for its
+    backward pass those that were not kept in between. `recomputed`: with activation checkpointing, where each layer's
+    weights are used a third time, right before its backward pass.
     """
     width = 2 if bf16 else 4
     used = draws.forwards * sum(draws.each)
     if stage == 0:
-        return Traffic(reduced=width * full)
+        return Traffic(reduced=width * draws.union)
     if stage == 1:
-        return Traffic(gathered=width * full, reduced=width * (full if bf16 else draws.union))
+        return Traffic(gathered=width * full, reduced=width * draws.union)
     if stage == 2:
         return Traffic(gathered=width * full, reduced=width * used)
     kept = reuse_distance // (3 if recomputed else 2)

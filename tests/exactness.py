@@ -66,6 +66,7 @@ class Case:
     """The optimizer's state on the CPU."""
     offload_param: bool = False
     """The weights too."""
+    pin_memory: bool = False
     prefetch: int = 0
     """Elements that stage 3 gathers ahead."""
     roomy: bool = False
@@ -106,8 +107,9 @@ class Case:
         zero = {"stage": self.stage, "overlap_comm": self.overlap, "sub_group_size": self.sub_group_size}
         zero |= {} if self.default_thresholds else {**SMALL_ZERO, "stage3_prefetch_bucket_size": self.prefetch}
         zero |= {"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9} if self.roomy else {}
-        zero |= {"offload_optimizer": {"device": "cpu"}} if self.offload else {}
-        zero |= {"offload_param": {"device": "cpu"}} if self.offload_param else {}
+        cpu = {"device": "cpu", "pin_memory": self.pin_memory}
+        zero |= {"offload_optimizer": cpu} if self.offload else {}
+        zero |= {"offload_param": cpu} if self.offload_param else {}
         config = {"zero_optimization": zero, **({"bf16": {"enabled": True}} if self.precision == "bf16" else {})}
         if self.reports:
             config |= {"wall_clock_breakdown": True, "comms_logger": {"enabled": True, "prof_all": True}}

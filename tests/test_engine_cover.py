@@ -25,7 +25,7 @@ def test_the_cover_has_every_pair_and_every_shipped_json():
         assert cover.wanted(setting) <= covered
     assert set(SHIPPED_SETTINGS) <= covered
     assert len(SHIPPED) >= 12
-    assert 30 <= len(COVER) <= 45
+    assert 60 <= len(COVER) <= 90
 
 
 def check(case: Case) -> None:
@@ -59,23 +59,15 @@ def trained(tmp_path_factory) -> dict[Mode, dict]:
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 def test_a_mode_trains_as_plain_pytorch_does(trained, mode):
+    assert "before" in trained[mode], "or the update would not be compared"
     error = cover.error(trained[mode], mode)
     assert not cover.exceeds(error, cover.bounds(mode)), error
-
-
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.case.optimizer != "sgd"], ids=lambda mode: mode.name)
-def test_adamw_moves_each_weight_by_its_formula(trained, mode):
-    """A weight of about 1 is held to 6e-8: over the rate, that is 6e-6 in fp32 and 6e-4 in bf16, where it is 1e-4."""
-    assert cover.update_error(trained[mode], mode) <= (1e-4 if mode.case.precision == "fp32" else 5e-3)
 
 
 @pytest.mark.parametrize("mode", BF16, ids=lambda mode: mode.name)
 def test_bf16_is_as_close_as_a_static_network_in_the_same_mode(trained, mode):
     drawn, static = cover.error(trained[mode], mode), cover.error(trained[mode.twin], mode.twin)
-    if mode.case.optimizer == "sgd":
-        assert drawn.weights <= 2 * static.weights
-    else:
-        assert drawn.moments <= 2 * static.moments
+    assert not cover.exceeds_static(drawn, static), (drawn, static)
 
 
 def test_what_is_not_a_number_exceeds_every_bound():

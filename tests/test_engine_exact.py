@@ -27,6 +27,8 @@ MORE = [
     Case(3, default_thresholds=True),
     *(Case(3, prefetch=size, overlap=overlap) for size in (2_000, 100_000) for overlap in (False, True)),
     Case(3, offload=True, overlap=True, prefetch=2_000, sub_group_size=1500, evaluate_between=True),
+    Case(1, offload=True, pin_memory=True),
+    Case(3, offload=True, offload_param=True, pin_memory=True),
 ]
 BF16 = [Case(stage, "bf16", "sgd") for stage in STAGES]
 BF16 += [Case(stage, "bf16", "sgd", offload=True) for stage in (1, 2, 3)]
@@ -81,7 +83,7 @@ def test_gradient_norms_equal_the_reference(trained, case):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_offload_changes_no_bit_of_bf16_gradients(trained, stage):
+def test_offload_leaves_bf16_where_it_was(trained, stage):
     here, there = (trained[Case(stage, "bf16", "sgd", offload=offload).name] for offload in (False, True))
     assert exactness.largest_difference(here["weights"], there["weights"]) <= 1e-6
 

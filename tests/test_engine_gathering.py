@@ -2,9 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from unittest import mock
 
-import deepspeed
 import pytest
 import torch
 
@@ -88,12 +86,11 @@ def gathering(ranks, threshold: int, prefetch: int) -> dict:
     }
 
 
-def read_while_gathered(ranks, threshold: int, prefetch: int, version: str = deepspeed.__version__) -> dict:
+def read_while_gathered(ranks, threshold: int, prefetch: int) -> dict:
     """After a step, between forward and backward pass: bundles that are there, those whose own values are others, and
     how far their blocks are from the master weights.
     """
-    with mock.patch("deepspeed.__version__", version):
-        engine = engine_of(ranks, threshold, prefetch)
+    engine = engine_of(ranks, threshold, prefetch)
     one_pass(engine, LARGE, training=True)
     before = gather_masters(engine, ranks)
     engine.step(1.0)
@@ -123,12 +120,6 @@ def test_blocks_are_read_right_wherever_they_lie(num_ranks, threshold, prefetch,
     assert found["others"] > 5, "or this would prove nothing"
     assert found["moved"] > 1e-3, "or this would prove nothing"
     assert found["difference"] == 0
-
-
-def test_with_another_deepspeed_blocks_lie_in_their_own_parameters(tmp_path):
-    found = on_ranks(2, read_while_gathered, THRESHOLD, 0, "0.19.9", folder=tmp_path)
-    assert found["there"] == 3 * (3 + 5)
-    assert (found["others"], found["difference"]) == (0, 0)
 
 
 @pytest.mark.parametrize("num_ranks", range(1, 8))

@@ -24,6 +24,7 @@ OTHER_FILES = {
     "docs/benchmarks.md": "times on a GPU, against plain DeepSpeed and the Hugging Face Trainer",
     "docs/log.md": "what was measured, and what did not work",
     "docs/matrix.md": "every mode of the engine against plain PyTorch",
+    "docs/matrix.jsonl": "what `python -m benchmarks.matrix` has measured so far",
     "docs/matrix_cuda.md": "the same on CUDA with NCCL, as far as it has run",
     "docs/scaling.md": "what a run costs on many GPUs: formulas, their errors, and what they say",
     "docs/pareto.png": "the demo's figure",

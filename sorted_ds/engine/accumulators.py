@@ -10,40 +10,14 @@ At stage 2 in fp32 without offload, DeepSpeed copies a micro-batch's gradients i
 full network, and keeps it as long as any of them, with zeros for what was not used. Here a parameter's gradient is kept
 by itself from its first use to the optimizer step, so a draw costs its own memory and its own time.
 
-None of these attributes is a documented interface, so they are looked for when the engine is built. Source: DeepSpeed
-0.19.8, runtime/zero/stage3.py (`partition_grads`), runtime/zero/stage_1_and_2.py
+Source: DeepSpeed 0.19.8, runtime/zero/stage3.py (`partition_grads`), runtime/zero/stage_1_and_2.py
 (`copy_grads_in_partition`, `async_accumulate_grad_in_cpu_via_gpu`, `complete_grad_norm_calculation_for_cpu_offload`).
 """
 
 from collections.abc import Iterator
 
-import deepspeed
 import torch
 from torch import Tensor
-
-from sorted_ds.errors import UserError
-
-NEEDED = {
-    (3, False): ("grad_partitions_flat_buffer",),
-    (3, True): ("grad_partitions_flat_buffer", "fp32_partitioned_groups_flat", "norm_for_param_grads"),
-    (2, True): ("accumulated_grads_in_cpu", "single_partition_of_fp32_groups", "norm_for_param_grads"),
-}
-NEEDED[1, True] = NEEDED[2, True]
-NEEDED[2, False] = (
-    *("all_grad_tensors", "get_all_grad_tensors", "copy_grads_in_partition", "params_in_partition"),
-    "finalize_gradient_accumulation_boundary",
-)
-"""What is used here, by ZeRO stage and offload. Elsewhere nothing is: DeepSpeed starts clean by itself."""
-
-
-def check(optimizer, stage: int, offload: bool) -> None:
-    """Raises: UserError when this DeepSpeed keeps its accumulators elsewhere: a run would be silently wrong."""
-    for name in NEEDED.get((stage, offload), ()):
-        if not hasattr(optimizer, name):
-            raise UserError(
-                f"DeepSpeed {deepspeed.__version__} has no {name}, where 0.19.8 accumulates at stage {stage}. "
-                "Install deepspeed==0.19.8, or use stage 1 without offload."
-            )
 
 
 def keep_what_is_used(optimizer) -> None:
@@ -60,6 +34,7 @@ def keep_what_is_used(optimizer) -> None:
         grad = parameter.grad
         assert grad is not None
         kept[parameter] = kept[parameter].add_(grad) if parameter in kept else grad.clone()
+        parameter.grad = None  # or one that is too large for the shared buffer would stay until the pass ends
 
     def finalize_gradient_accumulation_boundary() -> None:
         for group, parameters in enumerate(optimizer.params_in_partition):

@@ -12,6 +12,9 @@ What plain DeepSpeed 0.19.8 gets silently wrong here, and what is done about it 
 - losses are sums: DeepSpeed averages over ranks, so a loss is multiplied by their number, and the only division is by
   the step's targets over all ranks and draws.
 
+What else a small draw would pay for is not done: zeros that ranks reduce (reduction.py), and buffers for gradients that
+do not come (accumulators.py).
+
 A parameter that no draw of a step used gets a zero gradient at every stage, so its moments decay and weight decay
 applies; plain PyTorch would skip it. Ranks and stages would differ otherwise.
 """
@@ -38,6 +41,7 @@ from sorted_ds.engine.optimizers import (
     repeat_powers,
     set_steps_taken,
 )
+from sorted_ds.engine.reduction import reduce_what_is_used
 from sorted_ds.engine.shards import Shard, publish_masters, shards_of
 from sorted_ds.engine.traces import Traces
 from sorted_ds.loss import SummedLoss
@@ -100,7 +104,7 @@ class Engine:
         self._awaits_backward = False
         self._traces: Traces | None = None
         self._offload = is_offloaded(config)
-        accumulators.check(self.deepspeed.optimizer, self.stage, self._offload)
+        reduce_what_is_used(self.deepspeed)
         if self.stage == 2 and not self._offload and not is_bf16(config):
             accumulators.keep_what_is_used(self.deepspeed.optimizer)
         if self.stage == 3:

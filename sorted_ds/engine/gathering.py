@@ -15,7 +15,6 @@ from collections.abc import Callable, ItemsView, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
-import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
@@ -27,8 +26,6 @@ from sorted_ds.nested.layers import NestedLayer, Width
 
 BUNDLE = "sorted_ds_bundle"
 """Attribute of a bundle's parameter: the half, and the number of the width step."""
-
-KNOWN_VERSION = "0.19.8"
 
 KEPT = 4096
 """Answers of `pieces_of` that are kept: one for each number of width steps of each bundle, while they fit."""
@@ -97,10 +94,7 @@ def gather_side_by_side(model: NestedModel, optimizer) -> None:
     """Call after `deepspeed.initialize`, before the first pass.
 
     The parameters that stay, which DeepSpeed gathers after each step with a call for each, take one call.
-    Another DeepSpeed than the one whose memory is known here does both in its own way, which costs copies alone.
     """
-    if deepspeed.__version__.partition("+")[0] != KNOWN_VERSION:
-        return
     for half in model.modules():
         if isinstance(half, BundledHalf):
             for step, bundle in enumerate(half.all_bundles()):

@@ -5,13 +5,24 @@ error that names what is not proven and what to use instead. Proven means: compa
 by tests/test_engine_cover.py.
 """
 
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from sorted_ds.errors import UserError
 
 STAGES = (0, 1, 2, 3)
 
-ANY, NUMBER = object(), object()
+ANY = object()
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Any number from here on."""
+
+    smallest: int
+
+
 TOP_KEYS = {
     "zero_optimization": ANY,
     "bf16": ANY,
@@ -26,15 +37,15 @@ ZERO_KEYS = {
     "reduce_scatter": (True,),
     "allgather_partitions": (True,),
     "round_robin_gradients": (False,),
-    "reduce_bucket_size": NUMBER,
-    "allgather_bucket_size": NUMBER,
-    "sub_group_size": NUMBER,
+    "reduce_bucket_size": AtLeast(1),
+    "allgather_bucket_size": AtLeast(1),
+    "sub_group_size": AtLeast(1),
     "offload_optimizer": ANY,
     "offload_param": ANY,
-    "stage3_prefetch_bucket_size": NUMBER,
-    "stage3_max_live_parameters": NUMBER,
-    "stage3_max_reuse_distance": NUMBER,
-    "stage3_param_persistence_threshold": NUMBER,
+    "stage3_prefetch_bucket_size": AtLeast(0),
+    "stage3_max_live_parameters": AtLeast(0),
+    "stage3_max_reuse_distance": AtLeast(0),
+    "stage3_param_persistence_threshold": AtLeast(0),
 }
 SECTION_KEYS: dict[str, dict[str, Any]] = {
     "zero_optimization": ZERO_KEYS,
@@ -47,6 +58,8 @@ REASONS = {
     "round_robin_gradients": "it reorders the flat weights, and a joined view would read other ones; leave it out",
     "fp16": "loss scaling was not compared with the reference; use bf16",
 }
+DEEPSPEED = "0.19.8"
+"""How it accumulates, gathers and reduces is changed here, by what is no documented interface."""
 NEVER_PRINT_STEPS = 2**31
 
 
@@ -73,7 +86,10 @@ def _device(config: dict, kind: str) -> str:
 
 
 def check_modes(config: dict, where: str, compile_layers: bool = False) -> None:
-    """Raises: UserError for the first setting that is not proven exact, or does not go with compiled layers."""
+    """Raises: UserError for another DeepSpeed, for the first setting that is not proven exact, or one that does not go
+    with compiled layers.
+    """
+    _check_deepspeed()
     _check_keys(config, TOP_KEYS, "", where)
     for section, proven in SECTION_KEYS.items():
         given = _section(config, section)
@@ -104,6 +120,15 @@ def check_modes(config: dict, where: str, compile_layers: bool = False) -> None:
         )
 
 
+def _check_deepspeed() -> None:
+    installed = version("deepspeed")
+    if installed.partition("+")[0] != DEEPSPEED:
+        raise UserError(
+            f"DeepSpeed {installed} is installed. sorted_ds changes how {DEEPSPEED} accumulates, gathers and reduces, "
+            f"and is proven exact with no other. Run `pip install deepspeed=={DEEPSPEED}`."
+        )
+
+
 def _section(config: dict, path: str) -> Any:
     for name in path.split("."):
         config = config.get(name, {})
@@ -113,9 +138,12 @@ def _section(config: dict, path: str) -> Any:
 def _check_keys(given: dict, proven: dict[str, Any], prefix: str, where: str) -> None:
     for key, value in given.items():
         allowed = proven.get(key, ())
-        if allowed is NUMBER and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-            raise UserError(f"{where}: {prefix}{key} = {value!r} should be a number of at least 0.")
-        if allowed not in (ANY, NUMBER) and not any(value == good and type(value) is type(good) for good in allowed):
+        if isinstance(allowed, AtLeast):
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < allowed.smallest:
+                raise UserError(
+                    f"{where}: {prefix}{key} = {value!r} should be a number of at least {allowed.smallest}."
+                )
+        elif allowed is not ANY and not any(value == good and type(value) is type(good) for good in allowed):
             reason = REASONS.get(key, "it was not compared with the single-process reference; leave it out")
             raise UserError(f"{where}: {prefix}{key} = {value!r} is not proven exact: {reason}.")
 
@@ -125,13 +153,10 @@ def mode_warnings(config: dict, is_cuda: bool) -> list[str]:
     warnings = []
     if stage_of(config) == 0 and is_bf16(config):
         warnings.append("stage 0 in bf16 accumulates gradients in bf16; stages 1 to 3 accumulate them in fp32")
-    if is_cuda and stage_of(config) == 3:
+    if is_cuda:
         warnings.append(
-            "proven exact on CPU; how stage 3 gathers has changed since it ran on a GPU, and is not proven there"
-        )
-    elif is_cuda:
-        warnings.append(
-            "proven exact on CPU, and on one GPU that ranks shared (docs/matrix_cuda.md); not on several yet"
+            "proven exact on CPU. An earlier version was on one GPU that ranks shared (docs/matrix_cuda.md); how "
+            "gradients and weights are kept and sent has changed since, and has not been run on GPUs"
         )
     return warnings
 

@@ -16,22 +16,11 @@ import deepspeed
 from torch import nn
 
 from sorted_ds.engine.modes import complete
-from sorted_ds.errors import UserError
 from sorted_ds.ranks import Ranks
-
-PARTITIONS = "_convert_to_deepspeed_param"
 
 
 def partitioner(config: dict, micro_batch_rows: int, clip_norm: float, ranks: Ranks) -> Callable[[nn.Parameter], None]:
-    """Partitions a parameter for an `Engine` of the same arguments. A collective; calling the result is none.
-
-    Raises: UserError when this DeepSpeed partitions in another way.
-    """
-    if not hasattr(deepspeed.zero.Init, PARTITIONS):
-        raise UserError(
-            f"DeepSpeed {deepspeed.__version__} has no zero.Init.{PARTITIONS}, by which 0.19.8 partitions a parameter. "
-            "Install deepspeed==0.19.8, or use stage 2."
-        )
+    """Partitions a parameter for an `Engine` of the same arguments. A collective; calling the result is none."""
     with redirect_stdout(StringIO()):  # on the CPU it tells that it built its ops
         deepspeed.init_distributed(dist_init_required=False)
     # An empty module: with one, Init also replaces F.linear, whose plain form keeps gathered weights until backward.
@@ -39,7 +28,7 @@ def partitioner(config: dict, micro_batch_rows: int, clip_norm: float, ranks: Ra
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=copy.deepcopy(full))
 
     def partition(parameter: nn.Parameter) -> None:
-        getattr(init, PARTITIONS)(parameter)
+        init._convert_to_deepspeed_param(parameter)
         parameter.partition()  # type: ignore[attr-defined]
 
     return partition
