@@ -1,14 +1,15 @@
 """Prints what a draw gathers, reduces and broadcasts, against a static network of its size: `make bench`.
 
-fp32, nothing persistent. Of each sub-network: one micro-batch (forward and backward) and the optimizer step after it,
+Nothing persistent. Of each sub-network: one micro-batch (forward and backward) and the optimizer step after it,
 as multiples of the bytes of its active parameters, with the number of calls. Static: the extracted plain model under
-plain DeepSpeed with the same settings, in its third step. `--stages 0 1 2 3 --ranks 2`.
+plain DeepSpeed with the same settings, in its third step. `--stages 0 1 2 3 --ranks 2 --bf16`.
 """
 
 import argparse
 import copy
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -40,8 +41,19 @@ Visit = tuple[Traffic, Traffic]
 """Of a micro-batch, and of the step after it."""
 
 
-def settings(stage: int) -> dict:
-    return {"zero_optimization": {"stage": stage, "overlap_comm": stage > 1, **ZERO}}
+@dataclass(frozen=True)
+class Setting:
+    stage: int
+    bf16: bool
+
+    @property
+    def keys(self) -> dict:
+        zero = {"stage": self.stage, "overlap_comm": self.stage > 1, **ZERO}
+        return {"zero_optimization": zero, "bf16": {"enabled": self.bf16}}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
 
 
 def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], object]) -> Visit:
@@ -53,9 +65,10 @@ def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], obje
     return in_micro_batch, in_step
 
 
-def of_draws(ranks, stage: int) -> dict[str, list[Visit]]:
+def of_draws(ranks, setting: Setting) -> dict[str, list[Visit]]:
     """Of each sub-network: its first visit and a later one."""
-    engine = Engine(nested_llama(SIZE).to(ranks.device), settings(stage), "benchmark", Optim(), SIZE.rows, ranks)
+    model = nested_llama(SIZE, dtype=setting.dtype, device=ranks.device)
+    engine = Engine(model, setting.keys, "benchmark", Optim(), SIZE.rows, ranks)
     engine.warm_up(SIZE.rows, SIZE.row_tokens)
 
     def passes(subnet: SubNet, ids: torch.Tensor) -> None:
@@ -68,25 +81,25 @@ def of_draws(ranks, stage: int) -> dict[str, list[Visit]]:
     return visits
 
 
-def of_static(ranks, stage: int) -> dict[str, Visit]:
+def of_static(ranks, setting: Setting) -> dict[str, Visit]:
     """Of each sub-network: the extracted model in plain DeepSpeed."""
-    return {name: static(ranks, stage, name) for name in VISITED}
+    return {name: static(ranks, setting, name) for name in VISITED}
 
 
-def static(ranks, stage: int, name: str) -> Visit:
-    loss = SummedLoss(extract(nested_llama(SIZE), name)).to(ranks.device)
-    config = copy.deepcopy(complete(settings(stage), SIZE.rows, ranks.size, 1.0))
+def static(ranks, setting: Setting, name: str) -> Visit:
+    loss = SummedLoss(extract(nested_llama(SIZE, dtype=setting.dtype, device=ranks.device), name))
+    config = copy.deepcopy(complete(setting.keys, SIZE.rows, ranks.size, 1.0))
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config, dist_init_required=False)
     return [visit(lambda ids: engine.backward(engine(ids, ids)), engine.step) for _ in range(3)][-1]
 
 
-def active_bytes(name: str) -> int:
-    return sum(p.nbytes for p in extract(nested_llama(SIZE), name).parameters())
+def active_bytes(name: str, dtype: torch.dtype) -> int:
+    return sum(p.nbytes for p in extract(nested_llama(SIZE, dtype=dtype), name).parameters())
 
 
-def row(name: str, first: Visit, later: Visit, fixed: Visit) -> str:
-    size = active_bytes(name)
+def row(name: str, size: int, first: Visit, later: Visit, fixed: Visit) -> str:
+    """`size`: bytes of the active parameters."""
     cells = [f"{name:13}{size:>11,}"]
     cells += [f"{each[0].gathered / size:>9.3f}" for each in (later, first, fixed)]
     cells += [f"{each[0].reduced / size:>9.3f}" for each in (later, fixed)]
@@ -101,19 +114,24 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="ranks share a GPU if they must")
+    parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     for stage in args.stages:
+        setting = Setting(stage, args.bf16)
         with tempfile.TemporaryDirectory() as folder:
-            draws = on_ranks(args.ranks, of_draws, stage, folder=Path(folder) / "draws", device=args.device)
-            statics = on_ranks(args.ranks, of_static, stage, folder=Path(folder) / "static", device=args.device)
-        print(f"\nZeRO stage {stage}, {args.ranks} ranks: multiples of the bytes of the active parameters\n")
+            draws = on_ranks(args.ranks, of_draws, setting, folder=Path(folder) / "draws", device=args.device)
+            statics = on_ranks(args.ranks, of_static, setting, folder=Path(folder) / "static", device=args.device)
+        precision = "bf16" if args.bf16 else "fp32"
+        print(
+            f"\nZeRO stage {stage}, {precision}, {args.ranks} ranks: multiples of the bytes of the active parameters\n"
+        )
         print(f"{'':24}{'micro-batch:':>13}{'':59}{'step:':>7}")
         print(
             f"{'sub-network':13}{'active':>11}{'gathered':>9}{'first':>9}{'static':>9}{'reduced':>9}{'static':>9}"
             f"{'bcast':>6}{'calls':>7}{'static':>7}{'gathered':>9}{'static':>9}{'reduced':>9}{'static':>9}"
         )
         for name in VISITED:
-            print(row(name, *draws[name], statics[name]), flush=True)
+            print(row(name, active_bytes(name, setting.dtype), *draws[name], statics[name]), flush=True)
 
 
 if __name__ == "__main__":

@@ -93,23 +93,25 @@ def print_traffic(num_ranks: int, folder: Path) -> None:
 # Memory
 
 
-def held(ranks) -> dict[int, int]:
-    """Of each stage: live bytes of rank 0 between steps, fp32, AdamW."""
+def held(ranks) -> dict[tuple[int, bool], int]:
+    """Of each mode: live bytes of the rank with most, between steps, AdamW."""
     model, found = nested_llama(TINY), {}
-    for stage in STAGES:
+    for stage, bf16 in MODES:
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": BUCKET}
-        found[stage] = of_draws(ranks, model.config, model.space, zero, token_ids(TINY, ranks))["full"].between
+        call = (ranks, model.config, model.space, zero, token_ids(TINY, ranks), bf16)
+        found[stage, bf16] = of_draws(*call)["full"].between
     return found
 
 
 def print_memory(num_ranks: int, folder: Path) -> None:
     found = on_ranks(num_ranks, held, folder=folder)
     num = sum(p.numel() for p in nested_llama(TINY).parameters())
-    print(f"\nModel states between steps on {num_ranks} ranks, fp32, AdamW: bytes per parameter and rank\n")
-    for stage, nbytes in found.items():
-        formula = state_bytes(stage, False, "adamw").between_steps(stage, num, num_ranks)
+    print(f"\nModel states between steps on {num_ranks} ranks, AdamW: bytes per parameter and rank\n")
+    for (stage, bf16), nbytes in found.items():
+        formula = state_bytes(stage, bf16, "adamw").between_steps(stage, bf16, num, num_ranks)
+        mode = f"stage {stage} {'bf16' if bf16 else 'fp32'}"
         error = nbytes / formula - 1
-        print(f"stage {stage}  formula {formula / num:.2f}  live {nbytes / num:.2f}  error {error:+.1%}", flush=True)
+        print(f"{mode}  formula {formula / num:.2f}  live {nbytes / num:.2f}  error {error:+.1%}", flush=True)
 
 
 # Compute

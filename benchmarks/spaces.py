@@ -40,8 +40,6 @@ WARM_UP_ROUNDS = 2
 VISITED = 300
 """Other sub-networks that run once, in tiny passes: more than the traces that stage 3 keeps."""
 MIB = 2**20
-STAGES = (1, 3)
-"""Blocks are one joined matrix at stages 0 to 2, and are gathered and put together at stage 3."""
 
 
 def spaces(size: Size) -> dict[int, SubNetSpace]:

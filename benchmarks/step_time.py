@@ -46,7 +46,7 @@ def main() -> None:
                 whole_steps.print_table(args, setting, accumulation)
         if "b" in args.part:
             draws.print_table(args, setting)
-        if "c" in args.part and stage in spaces.STAGES:
+        if "c" in args.part:
             spaces.print_table(args, setting)
     if "c" in args.part:
         spaces.print_python_table(size)

@@ -25,7 +25,7 @@ FEWEST_VISITS = 100
 SAMPLED_STEPS = 100
 """Steps whose draws stand for all in the expected traffic."""
 FORWARD_AND_BACKWARD = 3
-"""Times the forward pass's FLOPs: the backward pass costs two."""
+"""Times the forward pass's FLOPs: the backward pass costs two, and with activation checkpointing one more."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,11 @@ class PlannedSubNet:
 class TrainingFlops:
     """Forward and backward passes of the whole run, without the optimizer; expected values."""
 
+    forwards: int
+    """What a micro-batch costs, in forward passes: 3, and with activation checkpointing 4."""
     run: float
-    """This run: 3 x forward FLOPs x tokens, summed over the expected draws. Training each sub-network by itself for as
-    many tokens as this run draws it costs exactly as much."""
+    """This run: `forwards` x forward FLOPs x tokens, summed over the expected draws. Training each sub-network alone
+    for as many tokens as this run draws it costs exactly as much."""
     full_alone: float
     """The full network by itself on all of the run's tokens."""
     each_alone: float
@@ -75,9 +77,9 @@ class StateBytes:
         shared, kept = sum(parts[:stage]), sum(parts[stage:])
         return num_parameters * (kept + shared / num_ranks)
 
-    def between_steps(self, stage: int, num_parameters: int, num_ranks: int) -> float:
-        """In fp32: without gradients, which only stage 3 keeps from step to step."""
-        held = self if stage == 3 else replace(self, gradients=0)
+    def between_steps(self, stage: int, bf16: bool, num_parameters: int, num_ranks: int) -> float:
+        """Without gradients, except where they have memory of their own from step to step."""
+        held = self if stage == 3 or (stage == 1 and bf16) else replace(self, gradients=0)
         return held.per_rank(stage, num_parameters, num_ranks)
 
 
@@ -150,7 +152,11 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
         forwards_per_draw=dealt.forwards,
         rows_per_forward=dealt.rows_per_forward,
         padded_fraction=dealt.padded_fraction,
-        flops=training_flops(planned, run.train.steps * run.batch.step_rows * run.batch.row_tokens),
+        flops=training_flops(
+            planned,
+            run.train.steps * run.batch.step_rows * run.batch.row_tokens,
+            FORWARD_AND_BACKWARD + run.model.activation_checkpointing,
+        ),
         memory=memory(engine, run.optim.name, planned[-1].parameters, num_ranks),
         sent_bytes=sent_bytes(run, engine, schedule, config, costs, dealt.forwards, num_ranks),
         checkpoint_bytes=planned[-1].parameters * (12 if run.optim.name == "adamw" else 4),
@@ -158,12 +164,13 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
     )
 
 
-def training_flops(subnets: Sequence[PlannedSubNet], num_tokens: int) -> TrainingFlops:
-    """`subnets` ascending, the full one last; `num_tokens` of the whole run."""
+def training_flops(subnets: Sequence[PlannedSubNet], num_tokens: int, forwards: int) -> TrainingFlops:
+    """`subnets` ascending, the full one last; `num_tokens` of the whole run; a micro-batch costs `forwards` of them."""
     return TrainingFlops(
-        run=FORWARD_AND_BACKWARD * sum(s.flops_per_token * s.tokens for s in subnets),
-        full_alone=FORWARD_AND_BACKWARD * float(subnets[-1].flops_per_token) * num_tokens,
-        each_alone=FORWARD_AND_BACKWARD * float(sum(s.flops_per_token for s in subnets)) * num_tokens,
+        forwards=forwards,
+        run=forwards * sum(s.flops_per_token * s.tokens for s in subnets),
+        full_alone=forwards * float(subnets[-1].flops_per_token) * num_tokens,
+        each_alone=forwards * float(sum(s.flops_per_token for s in subnets)) * num_tokens,
     )
 
 

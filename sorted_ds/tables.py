@@ -108,7 +108,7 @@ def step_lines(plan: "Plan") -> Iterator[str]:
 def compute_lines(plan: "Plan", tflops: float | None) -> Iterator[str]:
     """Training FLOPs against training each size by itself; hours at `tflops` TFLOP/s of each rank."""
     flops, total = plan.flops, plan.steps * plan.tokens_per_step
-    yield "Compute of forward and backward (3 x forward; without the optimizer), expected:"
+    yield f"Compute of forward and backward ({plan.flops.forwards} x forward; without the optimizer), expected:"
     num, tokens = len(plan.subnets), human(total)
     full, each = human(flops.full_alone), human(flops.each_alone)
     yield f"  this run, {num} sub-networks: {human(flops.run)} FLOPs; each by itself on the tokens it is drawn for"

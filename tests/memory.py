@@ -67,42 +67,47 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Live bytes of one optimizer step."""
+    """Live bytes of one optimizer step, each of the rank that has most."""
 
     between: int
     """Before it: weights and optimizer state."""
     passes: int
     """At most, in the forward and backward passes."""
+    added: int
+    """What the passes hold beside weights and optimizer state."""
     update: int
     """At most, in the optimizer's update after them."""
+    most: int
     shapes: frozenset[torch.Size]
-
-    @property
-    def most(self) -> int:
-        return max(self.passes, self.update)
-
-    @property
-    def added(self) -> int:
-        """What the passes hold beside weights and optimizer state."""
-        return self.passes - self.between
+    """Of all tensors that rank 0 made."""
 
 
 NAMED = {"full": lambda space: space.full, "smallest": lambda space: space.smallest}
 """The draws that are measured."""
 
 
-def of_draws(ranks, config: LlamaConfig, space: SubNetSpace, zero: dict, ids: torch.Tensor) -> dict[str, StepBytes]:
+def of_draws(
+    ranks, config: LlamaConfig, space: SubNetSpace, zero: dict, ids: torch.Tensor, bf16: bool = False
+) -> dict[str, StepBytes]:
     """Of a step with each named draw in the engine. A collective."""
-    return of_steps(ranks, config, space, zero, ids, {name: [named(space)] for name, named in NAMED.items()})
+    return of_steps(ranks, config, space, zero, ids, {name: [named(space)] for name, named in NAMED.items()}, bf16)
 
 
 def of_steps(
-    ranks, config: LlamaConfig, space: SubNetSpace, zero: dict, ids: torch.Tensor, steps: dict[str, list[SubNet]]
+    ranks,
+    config: LlamaConfig,
+    space: SubNetSpace,
+    zero: dict,
+    ids: torch.Tensor,
+    steps: dict[str, list[SubNet]],
+    bf16: bool = False,
 ) -> dict[str, StepBytes]:
     """Of each step, named, with its draws, in the engine. A collective."""
+    keys = {"zero_optimization": zero, "bf16": {"enabled": bf16}}
     with LiveBytes() as live:
         model = nest(LlamaForCausalLM(copy.deepcopy(config)), space).to(ranks.device)
-        engine = Engine(model, {"zero_optimization": zero}, "test.json", Optim(), len(ids), ranks)
+        model = model.to(torch.bfloat16) if bf16 else model
+        engine = Engine(model, keys, "test.json", Optim(), len(ids), ranks)
         del model
         engine.warm_up(*ids.shape)
 
@@ -111,7 +116,8 @@ def of_steps(
                 engine.backward(engine.forward(ids, ids, subnet) / ids.numel())
 
         return {
-            name: _measured(live, partial(passes, draws), lambda: engine.step(0.0)) for name, draws in steps.items()
+            name: _measured(ranks, live, partial(passes, draws), lambda: engine.step(0.0))
+            for name, draws in steps.items()
         }
 
 
@@ -133,10 +139,10 @@ def of_plain(
             else:
                 engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
 
-        return _measured(live, passes, engine.step)
+        return _measured(ranks, live, passes, engine.step)
 
 
-def _measured(live: LiveBytes, passes: Callable[[], object], step: Callable[[], object]) -> StepBytes:
+def _measured(ranks, live: LiveBytes, passes: Callable[[], object], step: Callable[[], object]) -> StepBytes:
     """The third step's: then DeepSpeed knows its order."""
     for _ in range(2):
         passes()
@@ -149,4 +155,6 @@ def _measured(live: LiveBytes, passes: Callable[[], object], step: Callable[[], 
     in_passes = live.peak
     live.restart()
     step()
-    return StepBytes(before, in_passes, live.peak, frozenset(live.shapes))
+    own = (before, in_passes, in_passes - before, live.peak, max(in_passes, live.peak))
+    told = [map(int, text.split()) for text in ranks.gather(" ".join(map(str, own)))]
+    return StepBytes(*(max(values) for values in zip(*told, strict=True)), shapes=frozenset(live.shapes))

@@ -46,6 +46,8 @@ def test_compute_is_three_forward_passes_of_what_is_drawn(tmp_path):
     assert plan.flops.full_alone == pytest.approx(3 * plan.subnets[-1].flops_per_token * total)
     assert plan.flops.each_alone == pytest.approx(3 * sum(s.flops_per_token for s in plan.subnets) * total)
     assert plan.flops.run < plan.flops.full_alone < plan.flops.each_alone
+    again = planned(tmp_path, "model.activation_checkpointing=true")
+    assert again.flops.run == pytest.approx(4 / 3 * by_hand)
 
 
 @pytest.mark.parametrize(
