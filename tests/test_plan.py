@@ -46,7 +46,7 @@ def test_compute_is_three_forward_passes_of_what_is_drawn(tmp_path):
     assert plan.flops.full_alone == pytest.approx(3 * plan.subnets[-1].flops_per_token * total)
     assert plan.flops.each_alone == pytest.approx(3 * sum(s.flops_per_token for s in plan.subnets) * total)
     assert plan.flops.run < plan.flops.full_alone < plan.flops.each_alone
-    again = planned(tmp_path, "model.activation_checkpointing=true")
+    again = planned(tmp_path / "again", "model.activation_checkpointing=true")
     assert again.flops.run == pytest.approx(4 / 3 * by_hand)
 
 
@@ -71,8 +71,8 @@ def test_what_is_sent_follows_from_the_draws(tmp_path):
     plan = planned(tmp_path, num_ranks=4)
     full, draws = plan.subnets[-1].parameters, sum(s.share_of_draws * s.parameters for s in plan.subnets)
     drawn = 4 * plan.draws * plan.forwards_per_draw * draws
-    assert plan.sent_bytes[0] == pytest.approx(2 * 4 * full * 3 / 4)
-    assert plan.sent_bytes[1] <= (4 + 2 * 4) * full * 3 / 4
+    assert 2 * 4 * draws * 3 / 4 < plan.sent_bytes[0] < 2 * 4 * full * 3 / 4
+    assert plan.sent_bytes[1] - plan.sent_bytes[0] == pytest.approx(4 * full * 3 / 4)
     assert plan.sent_bytes[2] == pytest.approx((4 * full + 2 * drawn) * 3 / 4, rel=0.01)
     assert plan.sent_bytes[3] == pytest.approx(2 * drawn * 3 / 4, rel=0.01)
     assert set(planned(tmp_path / "alone", num_ranks=1).sent_bytes.values()) == {0}
