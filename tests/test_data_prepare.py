@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -376,8 +377,9 @@ def test_a_worker_that_is_killed_is_an_error_and_not_a_wait_for_ever(tmp_path):
 
     def kill_workers(done: int, total: int) -> None:
         for child in psutil.Process().children():
-            if "spawn_main" in " ".join(child.cmdline()):
-                child.kill()
+            with suppress(psutil.NoSuchProcess):  # a worker that an earlier call has killed
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
 
     with pytest.raises(UserError, match=r"one of data\.workers = 2 processes was killed"):
         prepare(spec, tmp_path / "cache", 2, kill_workers)
