@@ -149,7 +149,7 @@ def trained(ranks, stage: int) -> dict[tuple[str, str], tuple[int, int, int]]:
 def print_training(folder: Path, num_ranks: int, device: str) -> None:
     """The ratios are to plain DeepSpeed with our loss, which is the harder to equal."""
     print(f"\nTraining {TRAINED} on {num_ranks} ranks ({device}), fp32, AdamW, {ROWS} x {ROW_TOKENS} tokens:")
-    print("live MiB of rank 0, ratios\n")
+    print("live MiB of the rank with most, ratios\n")
     head = f"{'stage':7}{'sub-network':14}{'way':18}{'between':>9}{'passes':>9}{'step':>9}{'ratio':>8}"
     print(head + f"{'passes - between':>18}{'ratio':>8}")
     for stage in range(4):
