@@ -9,7 +9,6 @@ import argparse
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +17,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from benchmarks.common import SIZES, nested_llama
+from benchmarks.common import SIZES, Setting, nested_llama
 from sorted_ds.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
@@ -41,19 +40,10 @@ Visit = tuple[Traffic, Traffic]
 """Of a micro-batch, and of the step after it."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    stage: int
-    bf16: bool
-
-    @property
-    def keys(self) -> dict:
-        zero = {"stage": self.stage, "overlap_comm": self.stage > 1, **ZERO}
-        return {"zero_optimization": zero, "bf16": {"enabled": self.bf16}}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.bf16 else torch.float32
+def keys(setting: Setting) -> dict:
+    own = setting.engine_keys()
+    zero = {**own["zero_optimization"], "overlap_comm": setting.stage > 1, **ZERO}
+    return {**own, "zero_optimization": zero}
 
 
 def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], object]) -> Visit:
@@ -68,7 +58,7 @@ def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], obje
 def of_draws(ranks, setting: Setting) -> dict[str, list[Visit]]:
     """Of each sub-network: its first visit and a later one."""
     model = nested_llama(SIZE, dtype=setting.dtype, device=ranks.device)
-    engine = Engine(model, setting.keys, "benchmark", Optim(), SIZE.rows, ranks)
+    engine = Engine(model, keys(setting), "benchmark", Optim(), SIZE.rows, ranks)
     engine.warm_up(SIZE.rows, SIZE.row_tokens)
 
     def passes(subnet: SubNet, ids: torch.Tensor) -> None:
@@ -88,7 +78,7 @@ def of_static(ranks, setting: Setting) -> dict[str, Visit]:
 
 def static(ranks, setting: Setting, name: str) -> Visit:
     loss = SummedLoss(extract(nested_llama(SIZE, dtype=setting.dtype, device=ranks.device), name))
-    config = copy.deepcopy(complete(setting.keys, SIZE.rows, ranks.size, 1.0))
+    config = copy.deepcopy(complete(keys(setting), SIZE.rows, ranks.size, 1.0))
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config, dist_init_required=False)
     return [visit(lambda ids: engine.backward(engine(ids, ids)), engine.step) for _ in range(3)][-1]
@@ -117,7 +107,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     for stage in args.stages:
-        setting = Setting(stage, args.bf16)
+        setting = Setting(SIZE, stage, args.bf16)
         with tempfile.TemporaryDirectory() as folder:
             draws = on_ranks(args.ranks, of_draws, setting, folder=Path(folder) / "draws", device=args.device)
             statics = on_ranks(args.ranks, of_static, setting, folder=Path(folder) / "static", device=args.device)

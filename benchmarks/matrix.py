@@ -156,20 +156,21 @@ def where(matrix: Matrix) -> str:
 
 def _row(members: Sequence[Mode], found: dict[str, Error]) -> list[str]:
     own = [found[m.name] for m in members if m.name in found]
-    twins = [found[m.twin.name] for m in members if m.name in found and m.twin.name in found]
+    pairs = [(found[m.name], found[m.twin.name]) for m in members if m.name in found and m.twin.name in found]
+    twins = [twin for _, twin in pairs]
     told = [f"{len(own)}/{len(members)}"]
-    for errors, kind in (
+    columns = (
         (own, "weights"),
         (twins, "weights"),
         (own, "moments"),
         (twins, "moments"),
         (own, "norms"),
         (own, "update"),
-    ):
+    )
+    for errors, kind in columns:
         largest = max((getattr(error, kind) for error in errors), default=0.0)
         told.append(f"{largest:.1e}" if largest else "-")
-    ratios = [found[m.name].rms / found[m.twin.name].rms for m in members if m.name in found and m.twin.name in found]
-    return [*told, f"{max(ratios):.2f}" if ratios else "-"]
+    return [*told, f"{max(error.rms / twin.rms for error, twin in pairs):.2f}" if pairs else "-"]
 
 
 def main() -> None:

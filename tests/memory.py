@@ -77,9 +77,12 @@ class StepBytes:
     """What the passes hold beside weights and optimizer state."""
     update: int
     """At most, in the optimizer's update after them."""
-    most: int
     shapes: frozenset[torch.Size]
     """Of all tensors that rank 0 made."""
+
+    @property
+    def most(self) -> int:
+        return max(self.passes, self.update)
 
 
 REPEATS = 5
@@ -152,7 +155,7 @@ def _measured(ranks, live: LiveBytes, passes: Callable[[], object], step: Callab
     gc.collect()
     live.shapes.clear()
     before, in_passes, in_step = map(min, zip(*(_once(live, passes, step) for _ in range(REPEATS)), strict=True))
-    own = (before, in_passes, in_passes - before, in_step, max(in_passes, in_step))
+    own = (before, in_passes, in_passes - before, in_step)
     told = [map(int, text.split()) for text in ranks.gather(" ".join(map(str, own)))]
     return StepBytes(*(max(values) for values in zip(*told, strict=True)), shapes=frozenset(live.shapes))
 
