@@ -1,12 +1,15 @@
 """Forward, backward and reduction of one micro-batch of each sub-network, against its extracted plain model.
 
 Both end in sorted_ds's loss (`SummedLoss`), so that a ratio tells what nesting costs and nothing else: the plain model
-runs under plain DeepSpeed with the same settings. Optimizer steps, full size at every draw, are taken but not timed.
+runs under plain DeepSpeed with the same settings. Timed is the reduction too with which a step begins at stages 0 and 1
+(later ones reduce in the backward pass), but not the update after it, which is of the full size at every draw, nor the
+zeros that it needs for what was not drawn.
 """
 
 import random
 import tempfile
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.common import (
@@ -15,9 +18,9 @@ from benchmarks.common import (
     engine_of,
     interval,
     nested_llama,
+    now,
     plain_deepspeed,
     speed,
-    timed,
     token_ids,
     training_tflops,
 )
@@ -34,6 +37,43 @@ WARM_UP_ROUNDS = 2
 Times = dict[SubNet, list[tuple[float, float]]]
 
 
+class Timed:
+    """A DeepSpeed engine whose micro-batches are timed, each with a step after it."""
+
+    def __init__(self, deepspeed_engine, ranks, setting: Setting):
+        self.now, self.began, self.in_step = lambda: now(ranks, setting), 0.0, 0.0
+        optimizer = deepspeed_engine.optimizer
+        if setting.stage == 1 and not setting.bf16:
+            self._around(optimizer, "reduce_gradients", self._begin)
+            self._around(optimizer, "reduce_ipg_grads", after=self._end)  # the last call is the last bucket's
+        elif setting.stage <= 1:
+            self._around(deepspeed_engine, "_reduce_non_expert_gradients", self._begin, self._end)
+
+    def _around(self, owner: object, name: str, before: Callable = bool, after: Callable = bool) -> None:
+        method = getattr(owner, name)
+
+        def watched(*args, **kwargs) -> None:
+            before()
+            method(*args, **kwargs)
+            after()
+
+        setattr(owner, name, watched)
+
+    def _begin(self) -> None:
+        self.began = self.now()
+
+    def _end(self) -> None:
+        self.in_step = self.now() - self.began
+
+    def micro_batch(self, passes: Callable[[], object], step: Callable[[], object]) -> float:
+        """Seconds of its passes, and of its reduction."""
+        start = self.now()
+        passes()
+        seconds = self.now() - start
+        step()
+        return seconds + self.in_step
+
+
 def times(ranks, setting: Setting, num_rounds: int) -> Times:
     """Of each sub-network and round: seconds of the draw, and of the extracted model."""
     size = setting.size
@@ -42,21 +82,24 @@ def times(ranks, setting: Setting, num_rounds: int) -> Times:
     plain = {s: plain_deepspeed(SummedLoss(extract(model, s)), setting, ranks) for s in subnets}
     engine = engine_of(model, setting, Optim(name="sgd"), ranks)
     ids = token_ids(size, ranks)
+    of_draws = Timed(engine.deepspeed, ranks, setting)
+    of_plain = {subnet: Timed(plain[subnet], ranks, setting) for subnet in subnets}
 
-    def draw(subnet: SubNet) -> None:
-        engine.backward(engine.forward(ids, ids, subnet) / ids.numel())
+    def draw(subnet: SubNet) -> float:
+        return of_draws.micro_batch(
+            lambda: engine.backward(engine.forward(ids, ids, subnet) / ids.numel()),
+            lambda: engine.step(0.0),
+        )
 
-    def extracted(subnet: SubNet) -> None:
-        plain[subnet].backward(plain[subnet](ids, ids) / ids.numel())
+    def extracted(subnet: SubNet) -> float:
+        its = plain[subnet]
+        return of_plain[subnet].micro_batch(lambda: its.backward(its(ids, ids) / ids.numel()), its.step)
 
     found: Times = {subnet: [] for subnet in subnets}
     order = random.Random(0)  # the same on every rank
     for number in range(WARM_UP_ROUNDS + num_rounds):
         for subnet in order.sample(subnets, len(subnets)):
-            turns = order.sample([draw, extracted], 2)
-            seconds = {turn: timed(lambda turn=turn, subnet=subnet: turn(subnet), ranks, setting) for turn in turns}
-            engine.step(0.0)
-            plain[subnet].step()
+            seconds = {turn: turn(subnet) for turn in order.sample([draw, extracted], 2)}
             if number >= WARM_UP_ROUNDS:
                 found[subnet].append((seconds[draw], seconds[extracted]))
     return found

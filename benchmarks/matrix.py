@@ -8,6 +8,8 @@ them is a fair sample. Several go side by side with different `--ranks`.
 """
 
 import argparse
+import ast
+import hashlib
 import platform
 import random
 import tempfile
@@ -21,7 +23,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.kept import keep, kept_rows
-from sorted_ds.run_dir import digest_of
 from tests import cover, exactness
 from tests.cover import FACTORS, NUM_STEPS, Error, Mode
 from tests.spawn import ROOT, on_ranks
@@ -32,7 +33,7 @@ CODE = (
     *("sorted_ds/engine/*.py", "sorted_ds/nested/*.py", "sorted_ds/loss.py"),
     *("tests/exactness.py", "tests/reference.py", "tests/cover.py"),
 )
-"""What defines a figure."""
+"""What defines a figure, but for comments and docstrings."""
 COLUMNS = (
     *("stage", "offload", "optimizer", "precision", "modes"),
     *("weights", "static", "moments", "static", "norms", "update", "rms"),
@@ -65,8 +66,26 @@ class Matrix:
 def versions() -> dict[str, str]:
     """Of what the weights depend on."""
     packages = {name: version(name) for name in ("deepspeed", "torch", "transformers")}
-    code = digest_of(path for pattern in CODE for path in ROOT.glob(pattern))
-    return {"python": platform.python_version(), **packages, "code": code}
+    return {"python": platform.python_version(), **packages, "code": code_digest()}
+
+
+def code_digest() -> str:
+    files = sorted(path for pattern in CODE for path in ROOT.glob(pattern))
+    return hashlib.sha256("".join(statements(path.read_text()) for path in files).encode()).hexdigest()[:16]
+
+
+def statements(source: str) -> str:
+    """Without comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [part for part in body if not _is_text(part)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def known(matrix: Matrix) -> dict[str, Error]:

@@ -28,8 +28,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cpu-time", action="store_true", help="of rank 0, not of the wall clock; use --ranks 1")
     parser.add_argument("--hang-seconds", type=int, default=1200, help="a table that takes longer has failed")
     args = parser.parse_args()
-    if "c" in args.part and SIZES[args.size].layers % 8:
-        parser.error(f"--part c needs a multiple of 8 layers, and {args.size} has {SIZES[args.size].layers}.")
+    size = SIZES[args.size]
+    if "c" in args.part and (size.layers % 8 or size.groups % 16):
+        has = f"{size.layers} and {size.groups}"
+        parser.error(f"--part c needs a multiple of 8 layers, and of 16 groups; {args.size} has {has}.")
     return args
 
 

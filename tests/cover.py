@@ -5,14 +5,12 @@ stage with each offload and precision (each accumulates in its own way) every va
 need no more settings to show. The whole product is `python -m benchmarks.matrix`.
 """
 
-import json
 import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cache
 from itertools import combinations, product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,6 @@ from tests.exactness import Case
 
 NUM_STEPS = 4
 """Of the schedule: parts are used early, last, not at all, and otherwise."""
-SHIPPED = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
 
 FACTORS: dict[str, tuple] = {
     "num_ranks": (1, 2, 3, 4),
@@ -86,29 +83,12 @@ def mode_of(setting: Setting) -> Mode:
     return Mode(setting["num_ranks"], Case(**values, **offload, prefetch=prefetch))
 
 
-def shipped(path: Path) -> Setting:
-    """What a JSON of ds_configs/ sets."""
-    config = json.loads(path.read_text())
-    zero = config.get("zero_optimization", {})
-    kinds = [name for key, name in (("offload_optimizer", "optimizer"), ("offload_param", "weights")) if key in zero]
-    return {
-        "stage": zero.get("stage", 0),
-        "offload": " and ".join(kinds),
-        "precision": "bf16" if "bf16" in config else "fp32",
-        "overlap": zero.get("overlap_comm", False),
-    }
-
-
-SHIPPED_SETTINGS = [tuple(shipped(path).items()) for path in SHIPPED]
-
-
 def wanted(setting: Setting) -> set[tuple]:
-    """What a setting covers: its pairs, what accumulates (stage, offload, precision) with any value, a shipped JSON."""
+    """What a setting covers: its pairs, and what accumulates (stage, offload, precision) with any value."""
     accumulator = tuple((key, setting[key]) for key in ("stage", "offload", "precision"))
     return {
         *combinations(setting.items(), 2),
         *((*accumulator, other) for other in setting.items()),
-        *(s for s in SHIPPED_SETTINGS if set(s) <= set(setting.items())),
     }
 
 
@@ -206,14 +186,14 @@ def _rms(found: dict, right: dict | None = None) -> float:
 
 # fp32. SGD rounds to about 1e-7; AdamW divides by the root of a second moment that can be near zero, so the same
 # rounding becomes up to 1e-5. Every part of the fix that is off costs over 1e-3. bf16 holds 8 bits; there AdamW's
-# weights follow from its moments and its update, which are held.
+# weights, at so small a rate, say little, and its moments and its update say more.
 FP32_BOUNDS = {
     "sgd": Error(1e-6, 0.0, 1e-5, 0.0, math.inf),
     "adamw": Error(5e-5, 1e-5, 1e-5, 1e-4, math.inf),
 }
 BF16_BOUNDS = {
     "sgd": Error(1e-3, 0.0, 1e-2, 0.0, math.inf),
-    "adamw": Error(math.inf, 1e-2, 1e-2, 5e-3, math.inf),
+    "adamw": Error(1e-3, 1e-2, 1e-2, 5e-3, math.inf),
 }
 STATIC_BOUND = 1.25
 """How much further than a static network in the same mode bf16 may be, in root mean square: the largest difference of a

@@ -133,7 +133,7 @@ def of_plain(
     with LiveBytes() as live:
         model: nn.Module = extract(nest(LlamaForCausalLM(copy.deepcopy(config)), space), NAMED[name](space))
         model = (SummedLoss(model) if chunked else model).to(ranks.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # as ours
         full = copy.deepcopy(complete({"zero_optimization": zero}, len(ids), ranks.size, 1.0))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=full, dist_init_required=False)
         del model, optimizer

@@ -6,9 +6,10 @@ would get the gradient of the step before (measured: docs/log.md). With offload 
 parameter are stale in the same way. At stages 1 and 2 with offload, fp32 accumulates in `accumulated_grads_in_cpu`, and
 bf16 in the fp32 gradients of the master weights alone.
 
-At stage 2 in fp32 without offload, DeepSpeed copies a micro-batch's gradients into a new buffer of a rank's part of the
-full network, and keeps it as long as any of them, with zeros for what was not used. Here a parameter's gradient is kept
-by itself from its first use to the optimizer step, so a draw costs its own memory and its own time.
+At stages 1 and 2 in fp32 without offload, DeepSpeed copies reduced gradients into a new buffer of a rank's part of the
+full network, at stage 2 with each micro-batch, and keeps it as long as any of them, with zeros for what was not used.
+Here a parameter's gradient is kept by itself from its first use to the optimizer step, so a draw costs its own memory
+and its own time. In bf16 DeepSpeed accumulates in an fp32 buffer of a rank's part, whatever is drawn; that is left.
 
 Source: DeepSpeed 0.19.8, runtime/zero/stage3.py (`partition_grads`), runtime/zero/stage_1_and_2.py
 (`copy_grads_in_partition`, `async_accumulate_grad_in_cpu_via_gpu`, `complete_grad_norm_calculation_for_cpu_offload`).
@@ -21,7 +22,7 @@ from torch import Tensor
 
 
 def keep_what_is_used(optimizer) -> None:
-    """At stage 2 in fp32 without offload: keeps gradients of what the step's micro-batches used, and of nothing else.
+    """At stages 1 and 2 in fp32 without offload: keeps gradients of what a step's draws used, and of nothing else.
 
     Call once, after `deepspeed.initialize`. Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py
     (`reduce_ipg_grads`, `independent_gradient_partition_epilogue`, `finalize_gradient_accumulation_boundary`).
@@ -30,21 +31,27 @@ def keep_what_is_used(optimizer) -> None:
     finalize = optimizer.finalize_gradient_accumulation_boundary
 
     def copy_grads_in_partition(parameter: Tensor, group: int) -> None:
-        """Called when the gradient of a micro-batch, of a parameter of this rank's, is reduced in a shared buffer."""
+        """Called when the gradient of a parameter of this rank's is reduced in a shared buffer."""
         grad = parameter.grad
         assert grad is not None
         kept[parameter] = kept[parameter].add_(grad) if parameter in kept else grad.clone()
         parameter.grad = None  # or one that is too large for the shared buffer would stay until the pass ends
 
+    def handed_over(parameters: list[Tensor]) -> list[Tensor]:
+        """For the update, which is of all of a rank's part."""
+        return [kept.pop(p) if p in kept else torch.zeros_like(p) for p in parameters]
+
     def finalize_gradient_accumulation_boundary() -> None:
         for group, parameters in enumerate(optimizer.params_in_partition):
-            optimizer.all_grad_tensors[group] = [kept[p] if p in kept else torch.zeros_like(p) for p in parameters]
-        kept.clear()
+            optimizer.all_grad_tensors[group] = handed_over(parameters)
         finalize()
 
     optimizer.copy_grads_in_partition = copy_grads_in_partition
-    optimizer.get_all_grad_tensors = lambda parameters, dtype: []  # what DeepSpeed would add up after a micro-batch
-    optimizer.finalize_gradient_accumulation_boundary = finalize_gradient_accumulation_boundary
+    if optimizer.partition_gradients:  # stage 2
+        optimizer.get_all_grad_tensors = lambda parameters, dtype: []  # what DeepSpeed would add up after a micro-batch
+        optimizer.finalize_gradient_accumulation_boundary = finalize_gradient_accumulation_boundary
+    else:  # stage 1, where `step` reduces and asks for them then
+        optimizer.get_all_grad_tensors = lambda parameters, dtype: handed_over(parameters)
 
 
 def clean(optimizer, stage: int, offload: bool) -> None:

@@ -12,8 +12,8 @@ What plain DeepSpeed 0.19.8 gets silently wrong here, and what is done about it 
 - losses are sums: DeepSpeed averages over ranks, so a loss is multiplied by their number, and the only division is by
   the step's targets over all ranks and draws.
 
-What else a small draw would pay for is not done: zeros that ranks reduce (reduction.py), and buffers for gradients that
-do not come (accumulators.py).
+What else a small draw would pay for is not done: zeros that ranks reduce (reduction.py), and in fp32 buffers for
+gradients that do not come (accumulators.py).
 
 A parameter that no draw of a step used gets a zero gradient at every stage, so its moments decay and weight decay
 applies; plain PyTorch would skip it. Ranks and stages would differ otherwise.
@@ -105,7 +105,7 @@ class Engine:
         self._traces: Traces | None = None
         self._offload = is_offloaded(config)
         reduce_what_is_used(self.deepspeed)
-        if self.stage == 2 and not self._offload and not is_bf16(config):
+        if self.stage in (1, 2) and not self._offload and not is_bf16(config):
             accumulators.keep_what_is_used(self.deepspeed.optimizer)
         if self.stage == 3:
             persist_as_extracted(model, self.deepspeed.optimizer)
@@ -127,13 +127,17 @@ class Engine:
 
     def _select(self, subnet: SubNet, training: bool) -> None:
         """The next pass runs `subnet`. Until its backward pass no other one may: layers know one width at a time."""
-        if self._awaits_backward:
-            raise RuntimeError(f"a forward pass of {self.model.subnet} waits for its backward pass; call it first")
+        self._check_nothing_waits()
         self.model.set_subnet(subnet)
         if self.model.training != training:  # 2 ms for 8 layers: it walks over all modules
             self.deepspeed.train(training)
         if self._traces is not None:
             self._traces.select(subnet, training)
+
+    def _check_nothing_waits(self) -> None:
+        """Raises: RuntimeError between a forward pass and its backward pass, which needs the weights as they were."""
+        if self._awaits_backward:
+            raise RuntimeError(f"a forward pass of {self.model.subnet} waits for its backward pass; call it first")
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a share of the step's mean loss; the shares of all ranks and draws add up to it."""
@@ -141,7 +145,11 @@ class Engine:
         self._awaits_backward = False
 
     def step(self, learning_rate: float) -> float:
-        """One optimizer step with the gradients accumulated since the last. Returns their norm before clipping."""
+        """One optimizer step with the gradients accumulated since the last. Returns their norm before clipping.
+
+        Raises: RuntimeError when a pass still waits for its `backward`.
+        """
+        self._check_nothing_waits()
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.step()
@@ -199,8 +207,11 @@ class Engine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Name and value of every block and other parameter, in the training precision. A collective.
 
-        One parameter is gathered at a time. Not between a forward pass and its backward pass.
+        One parameter is gathered at a time.
+
+        Raises: RuntimeError when a pass still waits for its `backward`.
         """
+        self._check_nothing_waits()
         for name, value in named_values(self.model, self._gathered):
             yield name, value.cpu().clone()
 
@@ -255,7 +266,11 @@ class Engine:
             state.update({key: torch.zeros_like(flat) for key in state_keys})
 
     def publish(self) -> None:
-        """Call after the master weights were written: the forward pass uses them from now on. A collective."""
+        """Call after the master weights were written: the forward pass uses them from now on. A collective.
+
+        Raises: RuntimeError when a pass still waits for its `backward`.
+        """
+        self._check_nothing_waits()
         publish_masters(self.deepspeed)
 
 

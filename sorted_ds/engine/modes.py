@@ -18,9 +18,18 @@ ANY = object()
 
 @dataclass(frozen=True)
 class AtLeast:
-    """Any number from here on."""
+    """Any whole number from here on, as 500000000 or 5e8."""
 
     smallest: int
+    multiple_of: int = 1
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return value >= self.smallest and value % self.multiple_of == 0
+
+    def __str__(self) -> str:
+        return f"{'an even' if self.multiple_of == 2 else 'a whole'} number of at least {self.smallest}"
 
 
 TOP_KEYS = {
@@ -38,7 +47,7 @@ ZERO_KEYS = {
     "allgather_partitions": (True,),
     "round_robin_gradients": (False,),
     "reduce_bucket_size": AtLeast(1),
-    "allgather_bucket_size": AtLeast(1),
+    "allgather_bucket_size": AtLeast(2, multiple_of=2),
     "sub_group_size": AtLeast(1),
     "offload_optimizer": ANY,
     "offload_param": ANY,
@@ -139,10 +148,8 @@ def _check_keys(given: dict, proven: dict[str, Any], prefix: str, where: str) ->
     for key, value in given.items():
         allowed = proven.get(key, ())
         if isinstance(allowed, AtLeast):
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < allowed.smallest:
-                raise UserError(
-                    f"{where}: {prefix}{key} = {value!r} should be a number of at least {allowed.smallest}."
-                )
+            if value not in allowed:
+                raise UserError(f"{where}: {prefix}{key} = {value!r} should be {allowed}.")
         elif allowed is not ANY and not any(value == good and type(value) is type(good) for good in allowed):
             reason = REASONS.get(key, "it was not compared with the single-process reference; leave it out")
             raise UserError(f"{where}: {prefix}{key} = {value!r} is not proven exact: {reason}.")
