@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sorted_ds.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.nested import costs_of, nest, union_parameters
+from sorted_ds.space import SubNetSpace
 from sorted_ds.traffic import Draws, step_traffic
 from tests.exactness import LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, Case, plain_model
 from tests.spawn import on_ranks
@@ -15,6 +17,13 @@ STEPS = [(LARGE, SMALL, MIDDLE), (SMALL, SMALL), (MIDDLE, SMALL)]
 MODES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
 SMALL_CHANGE = 200
 """Bytes of norms and overflow flags that a step exchanges besides."""
+
+DEEP = LlamaConfig(hidden_size=64, num_hidden_layers=8, intermediate_size=128, num_attention_heads=8, vocab_size=96)
+DEEP_SPACE = SubNetSpace.grid(depths=[4, 8], groups=[4, 8], ffn=[64, 128])
+HALF = 4 * 64 * 64
+"""Parameters of a layer's attention and norm, about; of its MLP it is one and a half of them."""
+KEPT = [(distance, recomputed) for distance in (5 * HALF, 10 * HALF, 20 * HALF) for recomputed in (False, True)]
+"""`stage3_max_reuse_distance`, and activation checkpointing."""
 
 
 def exchanged(ranks) -> dict:
@@ -55,3 +64,37 @@ def test_the_formula_is_what_is_counted(found, stage, precision):
         assert told.reduced <= counted_bytes["reduce"] <= told.reduced + SMALL_CHANGE
         assert counted_bytes["scatter"] == pytest.approx(told.scattered, rel=1e-3)
         assert counted_bytes["broadcast"] == 0
+
+
+def gathered_again(ranks) -> dict[tuple[int, bool], dict[str, int]]:
+    """Bytes that a micro-batch of each sub-network gathers, where little is kept until its backward pass."""
+    ids, found = torch.zeros(2, ROW_TOKENS, dtype=torch.int64), {}
+    for distance, recomputed in KEPT:
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+        model = LlamaForCausalLM(DEEP)
+        if recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        config = {"zero_optimization": {**zero, "stage3_max_reuse_distance": distance}}
+        engine = Engine(nest(model, DEEP_SPACE), config, "test.json", Optim(), 2, ranks)
+        engine.warm_up(2, ROW_TOKENS)
+        counts = found[distance, recomputed] = {}
+        for subnet in engine.model.space:
+            with counted() as traffic:
+                engine.backward(engine.forward(ids, ids, subnet))
+            counts[subnet.name] = traffic.bytes["gather"]
+        engine.step(0.0)
+    return found
+
+
+def test_what_is_not_kept_for_the_backward_pass_is_gathered_again(tmp_path):
+    """A layer half is kept as a whole or not, so the formula is at most one above."""
+    costs = costs_of(DEEP_SPACE, DEEP, ROW_TOKENS)
+    ratios = []
+    for (distance, recomputed), counts in on_ranks(2, gathered_again, folder=tmp_path).items():
+        for subnet, cost in costs.items():
+            sizes = Draws([cost.parameters], cost.parameters, forwards=1)
+            told = step_traffic(3, False, costs[DEEP_SPACE.full].parameters, sizes, distance, recomputed).gathered
+            assert told - 4 * 1.5 * HALF * 1.1 <= counts[subnet.name] <= told
+            ratios.append(told / cost.parameters / 4)
+    assert min(ratios) == 1.0
+    assert max(ratios) > 1.7
