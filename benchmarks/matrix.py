@@ -147,8 +147,9 @@ def page(matrix: Matrix, modes: Sequence[Mode], found: dict[str, Error]) -> str:
         "checkpointing x evaluation in between. Largest difference from one process of plain PyTorch after four",
         "steps of four draws: weights absolute (SGD at rate 1, AdamW at 0.01; in bf16 at 1e-4), AdamW's moments",
         "relative to the largest, gradient norms relative. Static: a network that never changes, in the same modes.",
-        "Update: AdamW's last step from its formula, over the rate. Rms: root mean square in bf16,",
-        "over the static network's, the largest. Bounds: tests/cover.py.\n",
+        "Update: the weights' last step minus what AdamW's formula makes of the mode's own moments, over the rate.",
+        "Rms: root mean square of the difference in bf16, over the static network's, the largest.",
+        "Bounds: tests/cover.py.\n",
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
     ]

@@ -22,7 +22,7 @@ from sorted_ds.plan import FORWARD_AND_BACKWARD, state_bytes
 from sorted_ds.schedule import SubNetSchedule
 from sorted_ds.space import SubNet, SubNetSpace
 from sorted_ds.traffic import Draws, Traffic, step_traffic
-from tests.memory import of_draws
+from tests.memory import StepBytes, of_draws
 from tests.spawn import on_ranks
 from tests.traffic import counted
 
@@ -93,25 +93,27 @@ def print_traffic(num_ranks: int, folder: Path) -> None:
 # Memory
 
 
-def held(ranks) -> dict[tuple[int, bool], int]:
-    """Of each mode: live bytes of the rank with most, between steps, AdamW."""
+def held(ranks) -> dict[tuple[int, bool], StepBytes]:
+    """Of each mode: live bytes of the rank with most, AdamW, the full network."""
     model, found = nested_llama(TINY), {}
     for stage, bf16 in MODES:
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": BUCKET}
         call = (ranks, model.config, model.space, zero, token_ids(TINY, ranks), bf16)
-        found[stage, bf16] = of_draws(*call)["full"].between
+        found[stage, bf16] = of_draws(*call)["full"]
     return found
 
 
 def print_memory(num_ranks: int, folder: Path) -> None:
     found = on_ranks(num_ranks, held, folder=folder)
     num = sum(p.numel() for p in nested_llama(TINY).parameters())
-    print(f"\nModel states between steps on {num_ranks} ranks, AdamW: bytes per parameter and rank\n")
-    for (stage, bf16), nbytes in found.items():
+    print(
+        f"\nModel states between steps on {num_ranks} ranks, AdamW: bytes per parameter and rank; most in the update\n"
+    )
+    for (stage, bf16), live in found.items():
         formula = state_bytes(stage, bf16, "adamw").between_steps(stage, bf16, num, num_ranks)
         mode = f"stage {stage} {'bf16' if bf16 else 'fp32'}"
-        error = nbytes / formula - 1
-        print(f"{mode}  formula {formula / num:.2f}  live {nbytes / num:.2f}  error {error:+.1%}", flush=True)
+        row = f"{mode}  formula {formula / num:.2f}  live {live.between / num:.2f}"
+        print(f"{row}  error {live.between / formula - 1:+.1%}  update {live.update / num:.2f}", flush=True)
 
 
 # Compute

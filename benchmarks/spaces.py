@@ -76,8 +76,8 @@ class Found:
     """What `VISITED` sub-networks added to it."""
     ratios: dict[str, list[float]] = field(default_factory=lambda: {"full": [], "common": []})
     """Seconds of a micro-batch over those of the extracted model, by round."""
-    steps: list[float] = field(default_factory=list)
-    """Seconds of `step`, with the reduction that is in it at stages 0 and 1, over those with the smallest space."""
+    steps: list[tuple[float, float]] = field(default_factory=list)
+    """Seconds of `step`, with the reduction that is in it at stages 0 and 1, and those with the smallest space."""
 
 
 def used() -> tuple[float, int]:
@@ -131,7 +131,7 @@ def times(ranks, setting: Setting, num_rounds: int) -> dict[int, Found]:
             in_step = {n: timed(steps[n], ranks, setting) for n in order.sample(sorted(steps), len(steps))}
             for n, (_, found) in started.items():
                 found.ratios[kind] += [seconds[n] / seconds[0]] * (number >= WARM_UP_ROUNDS)
-                found.steps += [in_step[n] / in_step[min(holds)]] * (number >= WARM_UP_ROUNDS)
+                found.steps += [(in_step[n], in_step[min(holds)])] * (number >= WARM_UP_ROUNDS)
     return {n: found for n, (_, found) in started.items()}
 
 
@@ -150,12 +150,13 @@ def print_table(args: Namespace, setting: Setting) -> None:
     print(f"\n(c) ZeRO stage {setting.stage}: spaces; a micro-batch of the full network, and of {common(setting.size)}")
     print(f"as multiples of the extracted models; +{VISITED}: what as many other sub-networks added\n")
     print(f"{'sub-networks':>12}{'params':>8}{'build s':>9}{'warm-up s':>11}{'RSS MiB':>9}{'objects':>9}", end="")
-    print(f"{'+MiB':>7}{'+objects':>9}  full (95 %)            one of half (95 %)     step, over the first's")
+    print(f"{'+MiB':>7}{'+objects':>9}  full (95 %)            one of half (95 %)     step ms, over the first's")
     for number, found in measured.items():
         row = f"{number:>12}{found.num_parameters:>8}{found.build_seconds:>9.2f}{found.warm_up_seconds:>11.2f}"
         row += f"{found.rss_mib:>9.0f}{found.num_objects:>9}{found.visited_rss_mib:>7.1f}{found.visited_objects:>9}"
         row += f"  {interval(found.ratios['full'])!s:21}  {interval(found.ratios['common'])!s:21}"
-        print(f"{row}  {interval(found.steps)}", flush=True)
+        in_step = interval([own for own, _ in found.steps]).median
+        print(f"{row}  {in_step * 1e3:>5.1f}  {interval([own / first for own, first in found.steps])}", flush=True)
 
 
 def print_python_table(size: Size) -> None:

@@ -51,7 +51,8 @@ def step_traffic(
     Stages 0 and 1 reduce once what any draw used; stages 2 and 3 what a micro-batch used, every time. Stages 1 and 2
     gather all weights after the update; stage 3 gathers those of a micro-batch for its forward pass, and again for its
     backward pass those that were not kept in between. `recomputed`: with activation checkpointing, where each layer's
-    weights are used a third time, right before its backward pass.
+    weights are used a third time, right before its backward pass. Where layer halves are smaller than
+    `stage3_prefetch_bucket_size`, DeepSpeed keeps more, and this is the most.
     """
     width = 2 if bf16 else 4
     used = draws.forwards * sum(draws.each)
