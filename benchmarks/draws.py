@@ -44,18 +44,21 @@ class Timed:
         self.now, self.began, self.in_step = lambda: now(ranks, setting), 0.0, 0.0
         optimizer = deepspeed_engine.optimizer
         if setting.stage == 1 and not setting.bf16:
-            self._around(optimizer, "reduce_gradients", self._begin)
-            self._around(optimizer, "reduce_ipg_grads", after=self._end)  # the last call is the last bucket's
+            self._watch(optimizer, "reduce_gradients", begins=True)
+            self._watch(optimizer, "reduce_ipg_grads", ends=True)  # the last call is the last bucket's
         elif setting.stage <= 1:
-            self._around(deepspeed_engine, "_reduce_non_expert_gradients", self._begin, self._end)
+            self._watch(deepspeed_engine, "_reduce_non_expert_gradients", begins=True, ends=True)
 
-    def _around(self, owner: object, name: str, before: Callable = bool, after: Callable = bool) -> None:
+    def _watch(self, owner: object, name: str, begins: bool = False, ends: bool = False) -> None:
+        """The reduction begins before this method of DeepSpeed's, or ends after it."""
         method = getattr(owner, name)
 
         def watched(*args, **kwargs) -> None:
-            before()
+            if begins:
+                self._begin()
             method(*args, **kwargs)
-            after()
+            if ends:
+                self._end()
 
         setattr(owner, name, watched)
 
