@@ -12,6 +12,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from benchmarks.common import (
     Setting,
     costs,
@@ -33,6 +35,9 @@ from tests.spawn import on_ranks
 QUARTERS = [(1, 1, 1), (4, 1, 1), (1, 4, 4), (2, 2, 2), (2, 4, 1), (4, 2, 2), (4, 4, 2), (4, 4, 4)]
 """Of depth, groups and ffn; the last is the full network."""
 WARM_UP_ROUNDS = 2
+FLUSHED = 2**25
+"""Elements that are written before each turn: what ran before it, a large network's update or a small one's, is out of
+the caches then."""
 
 Times = dict[SubNet, list[tuple[float, float]]]
 
@@ -70,6 +75,7 @@ class Timed:
 
     def micro_batch(self, passes: Callable[[], object], step: Callable[[], object]) -> float:
         """Seconds of its passes, and of its reduction."""
+        torch.zeros(FLUSHED)
         start = self.now()
         passes()
         seconds = self.now() - start

@@ -284,6 +284,16 @@ def test_gradients_of_draws_that_grow_take_no_more_than_the_full_networks(found,
     assert steps["growing"].passes <= steps["full"].passes
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_small_draws_gradients_take_no_buffer_of_a_ranks_part(found, stage):
+    """DeepSpeed's, of any draw. The update has the gradients, zeros for what was not drawn, and all in one piece."""
+    draw, _ = found[f"stage {stage}"]["smallest"]
+    part, largest = model_bytes(DEPTHS[0], "fp32") / NUM_RANKS, VOCAB * 64 * 4
+    assert draw.update - draw.between <= 2 * (part + largest), (
+        "a tensor may begin in one rank's part and end in another"
+    )
+
+
 @pytest.mark.parametrize("depth", [2, 4])
 def test_the_first_layers_are_owned_by_all_ranks_about_alike(found, depth):
     """In their own order the first ranks would add up a shallow draw's gradients alone, and offload them alone."""
