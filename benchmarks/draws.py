@@ -23,6 +23,7 @@ from benchmarks.common import (
     now,
     plain_deepspeed,
     speed,
+    timed,
     token_ids,
     training_tflops,
 )
@@ -46,7 +47,7 @@ class Timed:
     """A DeepSpeed engine whose micro-batches are timed, each with a step after it."""
 
     def __init__(self, deepspeed_engine, ranks, setting: Setting):
-        self.now, self.began, self.in_step = lambda: now(ranks, setting), 0.0, 0.0
+        self.of, self.device, self.began, self.in_step = (ranks, setting), ranks.device, 0.0, 0.0
         optimizer = deepspeed_engine.optimizer
         if setting.stage == 1 and not setting.bf16:
             self._watch(optimizer, "reduce_gradients", begins=True)
@@ -60,25 +61,17 @@ class Timed:
 
         def watched(*args, **kwargs) -> None:
             if begins:
-                self._begin()
+                self.began = now(*self.of)
             method(*args, **kwargs)
             if ends:
-                self._end()
+                self.in_step = now(*self.of) - self.began
 
         setattr(owner, name, watched)
 
-    def _begin(self) -> None:
-        self.began = self.now()
-
-    def _end(self) -> None:
-        self.in_step = self.now() - self.began
-
     def micro_batch(self, passes: Callable[[], object], step: Callable[[], object]) -> float:
         """Seconds of its passes, and of its reduction."""
-        torch.zeros(FLUSHED)
-        start = self.now()
-        passes()
-        seconds = self.now() - start
+        torch.zeros(FLUSHED, device=self.device)
+        seconds = timed(passes, *self.of)
         step()
         return seconds + self.in_step
 
