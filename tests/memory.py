@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sorted_ds.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
+from sorted_ds.engine.optimizers import build_optimizer
 from sorted_ds.loss import SummedLoss
 from sorted_ds.nested import extract, nest
 from sorted_ds.space import SubNet, SubNetSpace
@@ -131,12 +132,12 @@ def of_plain(
 ) -> StepBytes:
     """Of a named draw's extracted model under plain DeepSpeed, its loss in chunks or Hugging Face's. A collective."""
     with LiveBytes() as live:
-        model: nn.Module = extract(nest(LlamaForCausalLM(copy.deepcopy(config)), space), NAMED[name](space))
-        model = (SummedLoss(model) if chunked else model).to(ranks.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # as ours
+        extracted = extract(nest(LlamaForCausalLM(copy.deepcopy(config)), space), NAMED[name](space))
+        model: nn.Module = (SummedLoss(extracted) if chunked else extracted).to(ranks.device)
+        optimizer = build_optimizer(extracted, Optim(), "fused")  # as ours, which decays and orders as that does
         full = copy.deepcopy(complete({"zero_optimization": zero}, len(ids), ranks.size, 1.0))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=full, dist_init_required=False)
-        del model, optimizer
+        del model, extracted, optimizer
 
         def passes() -> None:
             if chunked:

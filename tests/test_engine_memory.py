@@ -259,9 +259,7 @@ def test_a_step_of_the_full_draw_holds_no_more_than_plain_deepspeeds(found, stag
     ours, plain = found[f"stage {stage}"]["full"]
     assert ours.passes <= 1.02 * plain.passes
     assert ours.most <= 1.02 * plain.most
-    # Stage 1 updates beside the gradients of the parameters that begin or end in a rank's part: with so few of them, it
-    # matters where the part begins.
-    assert stage == 1 or ours.update <= 1.02 * plain.update
+    assert ours.update <= 1.02 * plain.update
 
 
 @pytest.mark.parametrize("draw", NAMED)
