@@ -16,7 +16,7 @@ help:
 	@echo "make demo   train one network on the Python standard library and take a small one out (10 minutes)"
 	@echo "make test   every test"
 	@echo "make check  lint, format and types"
-	@echo "make bench  the parity, communication, memory, time, exactness and checkpoint tables"
+	@echo "make bench  the parity, communication, memory, time, compile, exactness and checkpoint tables"
 
 setup: .venv/.complete
 

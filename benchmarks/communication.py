@@ -1,8 +1,9 @@
 """Prints what a draw gathers, reduces and broadcasts, against a static network of its size: `make bench`.
 
-Nothing persistent. Of each sub-network: one micro-batch (forward and backward) and the optimizer step after it,
-as multiples of the bytes of its active parameters, with the number of calls. Static: the extracted plain model under
-plain DeepSpeed with the same settings, in its third step. `--stages 0 1 2 3 --ranks 2 --bf16`.
+Nothing persistent at stage 3, but with `--persistent`. Of each sub-network: one micro-batch (forward and backward) and
+the optimizer step after it, as multiples of the bytes of its active parameters, with the number of calls. Static: the
+extracted plain model under plain DeepSpeed with the same settings, in its third step.
+`--stages 0 1 2 3 --ranks 2 --bf16`.
 """
 
 import argparse
@@ -31,7 +32,6 @@ SIZE = SIZES["tiny"]
 SPACE = SIZE.space()
 VISITED = ["d2-g1-f96", "d8-g1-f96", "d2-g4-f384", "d4-g2-f192", "d4-g4-f96", "d8-g2-f192", "d8-g4-f192", "d8-g4-f384"]
 ZERO = {
-    "stage3_param_persistence_threshold": 0,
     "stage3_prefetch_bucket_size": 500_000,
     "stage3_max_reuse_distance": 0,
 }
@@ -40,9 +40,10 @@ Visit = tuple[Traffic, Traffic]
 """Of a micro-batch, and of the step after it."""
 
 
-def keys(setting: Setting) -> dict:
+def keys(setting: Setting, persistent: int) -> dict:
     own = setting.engine_keys()
     zero = {**own["zero_optimization"], "overlap_comm": setting.stage > 1, **ZERO}
+    zero["stage3_param_persistence_threshold"] = persistent
     return {**own, "zero_optimization": zero}
 
 
@@ -55,10 +56,10 @@ def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], obje
     return in_micro_batch, in_step
 
 
-def of_draws(ranks, setting: Setting) -> dict[str, list[Visit]]:
+def of_draws(ranks, setting: Setting, persistent: int) -> dict[str, list[Visit]]:
     """Of each sub-network: its first visit and a later one."""
     model = nested_llama(SIZE, dtype=setting.dtype, device=ranks.device)
-    engine = Engine(model, keys(setting), "benchmark", Optim(), SIZE.rows, ranks)
+    engine = Engine(model, keys(setting, persistent), "benchmark", Optim(), SIZE.rows, ranks)
     engine.warm_up(SIZE.rows, SIZE.row_tokens)
 
     def passes(subnet: SubNet, ids: torch.Tensor) -> None:
@@ -71,14 +72,14 @@ def of_draws(ranks, setting: Setting) -> dict[str, list[Visit]]:
     return visits
 
 
-def of_static(ranks, setting: Setting) -> dict[str, Visit]:
+def of_static(ranks, setting: Setting, persistent: int) -> dict[str, Visit]:
     """Of each sub-network: the extracted model in plain DeepSpeed."""
-    return {name: static(ranks, setting, name) for name in VISITED}
+    return {name: static(ranks, setting, persistent, name) for name in VISITED}
 
 
-def static(ranks, setting: Setting, name: str) -> Visit:
+def static(ranks, setting: Setting, persistent: int, name: str) -> Visit:
     loss = SummedLoss(extract(nested_llama(SIZE, dtype=setting.dtype, device=ranks.device), name))
-    config = copy.deepcopy(complete(keys(setting), SIZE.rows, ranks.size, 1.0))
+    config = copy.deepcopy(complete(keys(setting, persistent), SIZE.rows, ranks.size, 1.0))
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config, dist_init_required=False)
     return [visit(lambda ids: engine.backward(engine(ids, ids)), engine.step) for _ in range(3)][-1]
@@ -105,12 +106,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="ranks share a GPU if they must")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--persistent", type=int, default=0, help="elements of what stage 3 keeps gathered at most")
     args = parser.parse_args()
     for stage in args.stages:
         setting = Setting(SIZE, stage, args.bf16)
         with tempfile.TemporaryDirectory() as folder:
-            draws = on_ranks(args.ranks, of_draws, setting, folder=Path(folder) / "draws", device=args.device)
-            statics = on_ranks(args.ranks, of_static, setting, folder=Path(folder) / "static", device=args.device)
+            draws, statics = (
+                on_ranks(args.ranks, run, setting, args.persistent, folder=Path(folder) / name, device=args.device)
+                for name, run in (("draws", of_draws), ("static", of_static))
+            )
         precision = "bf16" if args.bf16 else "fp32"
         print(
             f"\nZeRO stage {stage}, {precision}, {args.ranks} ranks: multiples of the bytes of the active parameters\n"

@@ -48,6 +48,7 @@ class Timed:
 
     def __init__(self, deepspeed_engine, ranks, setting: Setting):
         self.of, self.device, self.began, self.in_step = (ranks, setting), ranks.device, 0.0, 0.0
+        self.reduces_in_step = setting.stage <= 1
         optimizer = deepspeed_engine.optimizer
         if setting.stage == 1 and not setting.bf16:
             self._watch(optimizer, "reduce_gradients", begins=True)
@@ -71,8 +72,9 @@ class Timed:
     def micro_batch(self, passes: Callable[[], object], step: Callable[[], object]) -> float:
         """Seconds of its passes, and of its reduction."""
         torch.zeros(FLUSHED, device=self.device)
-        seconds = timed(passes, *self.of)
+        seconds, self.in_step = timed(passes, *self.of), 0.0
         step()
+        assert (self.in_step > 0.0) == self.reduces_in_step, "DeepSpeed reduces where nobody looks"
         return seconds + self.in_step
 
 

@@ -1,10 +1,10 @@
 """Injures real runs at random moments, starts them again, and counts what that cost. About 40 s a fault.
 
-`python -m benchmarks.faults --minutes 60` goes on where it stopped; what is known is kept in .cache/faults.jsonl,
-thrown away when the code or a version changes, and summed up in docs/faults.md. A *life* is one run that meets several
-faults until it is through; then its weights must be those of an uninterrupted run, bit for bit, and each step must be
-reported once, with the same loss and gradient norm. The lives in Slurm need root and tests/cluster/install.sh;
-`--no-cluster` leaves them out.
+`python -m benchmarks.faults --minutes 60` goes on where it stopped; what is known is kept in .cache/faults.jsonl, of
+one state of the code and its versions (`--anew` begins again with others), and summed up in docs/faults.md. A *life* is
+one run that meets several faults until it is through; then its weights must be those of an uninterrupted run, bit for
+bit, and each step must be reported once, with the same loss and gradient norm. The lives in Slurm need root and
+tests/cluster/install.sh; `--no-cluster` leaves them out.
 """
 
 import argparse
@@ -103,7 +103,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--faults", type=int, default=100, help="stop when so many are known")
     parser.add_argument("--no-cluster", action="store_true")
+    parser.add_argument("--anew", action="store_true", help="throw away what is known")
     args = parser.parse_args()
+    if args.anew:
+        KNOWN.unlink(missing_ok=True)
     end, lives = time.monotonic() + 60 * args.minutes, known()
     with_cluster = not (args.no_cluster or missing() or forbidden())
     with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:

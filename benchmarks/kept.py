@@ -1,4 +1,4 @@
-"""What a long benchmark has measured so far: a file of JSON lines, thrown away when what made it changes.
+"""What a long benchmark has measured so far: a file of JSON lines, of one state of the code and its versions.
 
 In: the file, and what its figures depend on. Out: its rows; a stop in the middle of a line costs that line.
 """
@@ -9,12 +9,17 @@ from pathlib import Path
 
 
 def kept_rows(file: Path, made_by: Mapping[str, str]) -> list[dict]:
-    """Those of the same code and versions. Otherwise the file begins anew, and there are none."""
+    """Those that are known. Exits where they were measured with other code or versions; `--anew` removes them."""
     lines = file.read_text().splitlines() if file.is_file() else []
-    if not lines or json.loads(lines[0]) != made_by:
+    if not lines:
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(made_by) + "\n")
         return []
+    kept_by = json.loads(lines[0])
+    other = [key for key in kept_by | made_by if kept_by.get(key) != made_by.get(key)]
+    if other:
+        told = "; ".join(f"{key} = {kept_by.get(key)}, here {made_by.get(key)}" for key in other)
+        raise SystemExit(f"{file} was measured with {told}. Take that, or begin with --anew.")
     return [json.loads(line) for line in lines[1:] if line.endswith("}")]
 
 

@@ -1,8 +1,8 @@
 """Compares every mode of the engine with plain PyTorch, and sums up in docs/matrix.md. Hours; stop it at will.
 
 `python -m benchmarks.matrix --minutes 60` goes on where it stopped, on any machine: what is known is kept in
-docs/matrix.jsonl, and thrown away when the code or a version changes. Modes come in random order, so that a part of
-them is a fair sample. Several go side by side with different `--ranks`.
+docs/matrix.jsonl, of one state of the code and one of each version (`--anew` begins again with others). Modes come in
+random order, so that a part of them is a fair sample. Several go side by side with different `--ranks`.
 `--device cuda` is a matrix of its own, docs/matrix_cuda.md, over NCCL; ranks share a GPU where there are too few.
 `--cover` takes the modes that the tests take.
 """
@@ -197,8 +197,11 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=FACTORS["num_ranks"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cover", action="store_true", help="only the modes of tests/test_engine_cover.py")
+    parser.add_argument("--anew", action="store_true", help="throw away what is known")
     args = parser.parse_args()
     matrix = Matrix(args.device)
+    if args.anew:
+        matrix.file.unlink(missing_ok=True)
     settings = [setting for setting in cover.settings() if cover.is_allowed(setting)]
     modes = [cover.mode_of(setting) for setting in settings]
     random.Random(0).shuffle(modes)

@@ -139,11 +139,11 @@ def seconds(ranks, rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def print_compute(rounds: int, folder: Path) -> None:
-    found = on_ranks(1, seconds, rounds, folder=folder)
+def print_compute(num_ranks: int, rounds: int, folder: Path) -> None:
+    found = on_ranks(num_ranks, seconds, rounds, folder=folder)
     flops = {subnet: cost.flops_per_token for subnet, cost in costs(TIMED).items()}
     full = flops[TIMED.space().full]
-    print("\nTime of forward and backward against the full network's: by FLOPs, and measured\n")
+    print(f"\nTime on {num_ranks} ranks of forward and backward over the full network's: by FLOPs, and measured\n")
     for subnet in flops:
         formula, measured = flops[subnet] / full, interval(found[subnet.name])
         print(f"{subnet.name:13} {formula:.3f}  {measured}  error {formula / measured.median - 1:+.1%}", flush=True)
@@ -197,7 +197,7 @@ def main() -> None:
             for num_ranks in args.ranks:
                 print_traffic(num_ranks, Path(folder) / f"traffic{num_ranks}")
                 print_memory(num_ranks, Path(folder) / f"memory{num_ranks}")
-            print_compute(args.rounds, Path(folder) / "compute")
+                print_compute(num_ranks, args.rounds, Path(folder) / f"compute{num_ranks}")
     print_many(args.gb_per_second, args.peak_tflops, args.mfu)
 
 

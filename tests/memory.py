@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import deepspeed
 import torch
@@ -22,7 +23,7 @@ from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.engine.optimizers import build_optimizer
 from sorted_ds.loss import SummedLoss
-from sorted_ds.nested import extract, nest
+from sorted_ds.nested import NestedModel, extract, nest
 from sorted_ds.space import SubNet, SubNetSpace
 
 
@@ -128,13 +129,25 @@ def of_steps(
 
 
 def of_plain(
-    ranks, config: LlamaConfig, space: SubNetSpace, name: str, zero: dict, ids: torch.Tensor, chunked: bool = True
+    ranks,
+    config: LlamaConfig,
+    space: SubNetSpace,
+    name: str,
+    zero: dict,
+    ids: torch.Tensor,
+    chunked: bool = True,
+    grouped: bool = False,
 ) -> StepBytes:
-    """Of a named draw's extracted model under plain DeepSpeed, its loss in chunks or Hugging Face's. A collective."""
+    """Of a named draw's extracted model under plain DeepSpeed, with fused AdamW. A collective.
+
+    `chunked`: its loss is ours in chunks, not Hugging Face's. `grouped`: its optimizer has our groups, not one.
+    """
     with LiveBytes() as live:
         extracted = extract(nest(LlamaForCausalLM(copy.deepcopy(config)), space), NAMED[name](space))
         model: nn.Module = (SummedLoss(extracted) if chunked else extracted).to(ranks.device)
-        optimizer = build_optimizer(extracted, Optim(), "fused")  # as ours, which decays and orders as that does
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(extracted.parameters(), lr=0.0, fused=True)
+        if grouped:
+            optimizer = build_optimizer(cast(NestedModel, extracted), Optim(), "fused")
         full = copy.deepcopy(complete({"zero_optimization": zero}, len(ids), ranks.size, 1.0))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=full, dist_init_required=False)
         del model, extracted, optimizer

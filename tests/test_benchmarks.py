@@ -1,13 +1,19 @@
 """The benchmarks import, and what they compute beside times is right. Speeds are no tests."""
 
+import importlib
+import json
 import math
+from dataclasses import asdict, replace
+from unittest import mock
 
 import pytest
 
-from benchmarks import draws, spaces, step_time, whole_steps
+from benchmarks import draws, kept, matrix, spaces, step_time, whole_steps
 from benchmarks.common import SIZES, Setting, interval, nested_llama, training_tflops
 from sorted_ds.engine.modes import check_modes
 from sorted_ds.nested import costs_of
+from tests import cover
+from tests.spawn import ROOT
 
 
 def coverage(n: int, k: int) -> float:
@@ -63,3 +69,51 @@ def test_the_command_line_has_a_help(monkeypatch, capsys):
         step_time.arguments()
     assert stopped.value.code == 0
     assert "--peak-tflops" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_imports(path):
+    importlib.import_module(f"benchmarks.{path.stem}")
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """The matrix's modes and what is committed of them, in the versions of then."""
+    committed = matrix.Matrix("cpu")
+    versions = json.loads(committed.file.read_text().splitlines()[0])
+    modes = [cover.mode_of(setting) for setting in cover.settings() if cover.is_allowed(setting)]
+    with mock.patch.object(matrix, "versions", return_value=versions):
+        found = matrix.known(committed)
+        yield modes, found, matrix.page(committed, modes, found)
+
+
+def test_the_matrixs_page_is_of_its_committed_rows_and_none_is_outside(measured):
+    modes, found, page = measured
+    assert (ROOT / "docs" / "matrix.md").read_text() == page
+    assert not [mode.name for mode in modes if mode.name in found and matrix.is_outside(mode, found)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_mode_beyond_a_bound_is_outside(measured, precision):
+    modes, found, _ = measured
+    mode = next(m for m in modes if m.name in found and (m.case.precision, m.case.optimizer) == (precision, "adamw"))
+    for kind, bound in asdict(cover.bounds(mode)).items():
+        for value in (1.01 * bound, math.nan) if bound < math.inf else (math.nan,):
+            assert matrix.is_outside(mode, {**found, mode.name: replace(found[mode.name], **{kind: value})}), kind
+
+
+def test_a_mode_further_from_the_reference_than_its_twin_is_outside(measured):
+    modes, found, _ = measured
+    mode = next(m for m in modes if m.name in found and m.case.precision == "bf16")
+    near = replace(found[mode.twin.name], rms=found[mode.name].rms / (1.01 * cover.STATIC_BOUND))
+    assert matrix.is_outside(mode, {**found, mode.twin.name: near})
+
+
+def test_what_other_code_measured_is_refused_and_not_thrown_away(tmp_path):
+    file, made_by = tmp_path / "rows.jsonl", {"torch": "2.13.0", "code": "ab"}
+    assert kept.kept_rows(file, made_by) == []
+    kept.keep(file, [{"name": "a"}])
+    assert kept.kept_rows(file, made_by) == [{"name": "a"}]
+    with pytest.raises(SystemExit, match=r"measured with torch = 2\.13\.0, here 2\.14\.0\..* --anew"):
+        kept.kept_rows(file, {**made_by, "torch": "2.14.0"})
+    assert kept.kept_rows(file, made_by) == [{"name": "a"}]

@@ -27,7 +27,7 @@ MORE = [
     Case(3, default_thresholds=True),
     *(Case(3, prefetch=size, overlap=overlap) for size in (2_000, 100_000) for overlap in (False, True)),
     Case(3, offload=True, overlap=True, prefetch=2_000, sub_group_size=1500, evaluate_between=True),
-    Case(1, offload=True, pin_memory=True),
+    *(Case(stage, offload=True, pin_memory=True) for stage in (1, 2)),
     Case(3, offload=True, offload_param=True, pin_memory=True),
 ]
 BF16 = [Case(stage, "bf16", "sgd") for stage in STAGES]

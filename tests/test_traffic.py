@@ -22,8 +22,9 @@ DEEP = LlamaConfig(hidden_size=64, num_hidden_layers=8, intermediate_size=128, n
 DEEP_SPACE = SubNetSpace.grid(depths=[4, 8], groups=[4, 8], ffn=[64, 128])
 HALF = 3 * 64 * 128 + 64
 """Parameters of a layer's larger half: its MLP with the norm before it."""
-KEPT = [(distance, recomputed) for distance in (80_000, 160_000, 320_000) for recomputed in (False, True)]
-"""`stage3_max_reuse_distance`, and activation checkpointing."""
+KEPT = [(distance, recomputed, 0) for distance in (80_000, 160_000, 320_000) for recomputed in (False, True)]
+KEPT += [(distance, recomputed, 4 * HALF) for distance in (80_000, 160_000) for recomputed in (False, True)]
+"""`stage3_max_reuse_distance`, activation checkpointing, and `stage3_prefetch_bucket_size`."""
 
 
 def exchanged(ranks) -> dict:
@@ -66,18 +67,18 @@ def test_the_formula_is_what_is_counted(found, stage, precision):
         assert counted_bytes["broadcast"] == 0
 
 
-def gathered_again(ranks) -> dict[tuple[int, bool], dict[str, int]]:
+def gathered_again(ranks) -> dict[tuple[int, bool, int], dict[str, int]]:
     """Bytes that a micro-batch of each sub-network gathers, where little is kept until its backward pass."""
     ids, found = torch.zeros(2, ROW_TOKENS, dtype=torch.int64), {}
-    for distance, recomputed in KEPT:
-        zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    for distance, recomputed, prefetch in KEPT:
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": prefetch}
         model = LlamaForCausalLM(DEEP)
         if recomputed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         config = {"zero_optimization": {**zero, "stage3_max_reuse_distance": distance}}
         engine = Engine(nest(model, DEEP_SPACE), config, "test.json", Optim(), 2, ranks)
         engine.warm_up(2, ROW_TOKENS)
-        counts = found[distance, recomputed] = {}
+        counts = found[distance, recomputed, prefetch] = {}
         for subnet in engine.model.space:
             with counted() as traffic:
                 engine.backward(engine.forward(ids, ids, subnet))
@@ -86,14 +87,15 @@ def gathered_again(ranks) -> dict[tuple[int, bool], dict[str, int]]:
 
 
 def test_what_is_not_kept_for_the_backward_pass_is_gathered_again(tmp_path):
-    """A layer half is kept as a whole or not, so the formula is at most one above."""
+    """A layer half is kept as a whole or not, so the formula is at most one above. What is fetched ahead stays too."""
     costs = costs_of(DEEP_SPACE, DEEP, ROW_TOKENS)
     ratios = []
-    for (distance, recomputed), counts in on_ranks(2, gathered_again, folder=tmp_path).items():
+    for (distance, recomputed, prefetch), counts in on_ranks(2, gathered_again, folder=tmp_path).items():
         for subnet, cost in costs.items():
             sizes = Draws([cost.parameters], cost.parameters, forwards=1)
             told = step_traffic(3, False, costs[DEEP_SPACE.full].parameters, sizes, distance, recomputed).gathered
-            assert told - 4 * HALF <= counts[subnet.name] <= told
+            assert 4 * cost.parameters <= counts[subnet.name] <= told
+            assert prefetch or told - 4 * HALF <= counts[subnet.name]
             ratios.append(told / cost.parameters / 4)
     assert min(ratios) == 1.0
     assert max(ratios) > 1.7

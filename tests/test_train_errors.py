@@ -174,9 +174,9 @@ def test_ranks_that_draw_otherwise_at_a_later_step_are_one_error_within_seconds(
     run = copied(whole, tmp_path, keep_steps=0)
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     (tmp_path / "lying.py").write_text(LYING_LATER)
-    start = time.perf_counter()
     codes, said = by_ranks(tmp_path / "lying.py", str(run), *SETTINGS)
-    assert time.perf_counter() - start < 120  # a hang would last for minutes
+    last_row = (run_dir(run) / "metrics.jsonl").stat().st_mtime
+    assert time.time() - last_row < 30  # with the ranks' end; what waits for another rank waits for minutes
     assert codes == [2, 2]
     assert "ranks disagree: step 3 draws " in one_error(said)
     assert [row["step"] for row in metrics(run) if "loss/training" in row] == [1, 2, 3]
