@@ -100,7 +100,7 @@ def _one_line(text: str | None) -> str:
 
 def files() -> str:
     """Markdown: a line for every file that is kept."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     names = sorted(name for name in listed.stdout.split() if name not in NOT_LISTED and (ROOT / name).exists())
     rows = dict.fromkeys(f"| `{name}` | {_job(name)} |" for name in map(_folded, names))
     return "\n".join(["| file | job |", "|---|---|", *rows]) + "\n"
