@@ -31,10 +31,7 @@ from tests.traffic import Traffic, counted
 SIZE = SIZES["tiny"]
 SPACE = SIZE.space()
 VISITED = ["d2-g1-f96", "d8-g1-f96", "d2-g4-f384", "d4-g2-f192", "d4-g4-f96", "d8-g2-f192", "d8-g4-f192", "d8-g4-f384"]
-ZERO = {
-    "stage3_prefetch_bucket_size": 500_000,
-    "stage3_max_reuse_distance": 0,
-}
+ZERO = {"stage3_prefetch_bucket_size": 500_000, "stage3_max_reuse_distance": 0}
 GATHERED, REDUCED = attrgetter("gathered"), attrgetter("reduced")
 Visit = tuple[Traffic, Traffic]
 """Of a micro-batch, and of the step after it."""
@@ -42,9 +39,8 @@ Visit = tuple[Traffic, Traffic]
 
 def keys(setting: Setting, persistent: int) -> dict:
     own = setting.engine_keys()
-    zero = {**own["zero_optimization"], "overlap_comm": setting.stage > 1, **ZERO}
-    zero["stage3_param_persistence_threshold"] = persistent
-    return {**own, "zero_optimization": zero}
+    zero = {"overlap_comm": setting.stage > 1, "stage3_param_persistence_threshold": persistent, **ZERO}
+    return {**own, "zero_optimization": {**own["zero_optimization"], **zero}}
 
 
 def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], object]) -> Visit:
