@@ -19,10 +19,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from benchmarks.common import SIZES, Setting, nested_llama
-from sorted_ds.config import Optim
+from sorted_ds.run.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
-from sorted_ds.loss import SummedLoss
+from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.nested import extract
 from sorted_ds.space import SubNet
 from tests.spawn import on_ranks

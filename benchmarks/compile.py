@@ -14,7 +14,7 @@ import torch._dynamo
 from torch._dynamo.backends.registry import lookup_backend
 
 from benchmarks.common import SIZES, Size, interval, nested_llama
-from sorted_ds.loss import SummedLoss
+from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.nested.compiled import compile_layers
 from sorted_ds.space import SubNet
 

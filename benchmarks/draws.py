@@ -27,8 +27,8 @@ from benchmarks.common import (
     token_ids,
     training_tflops,
 )
-from sorted_ds.config import Optim
-from sorted_ds.loss import SummedLoss
+from sorted_ds.run.config import Optim
+from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.nested import extract
 from sorted_ds.space import SubNet
 from tests.spawn import on_ranks

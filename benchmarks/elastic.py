@@ -12,7 +12,7 @@ from tests import exactness, resumed
 from tests.exactness import MOMENTS, Case
 from tests.resumed import HALF, STEPS, Leg
 from tests.spawn import on_ranks
-from tests.test_checkpoint import SOURCES, first_legs
+from tests.checkpoint.test_checkpoint import SOURCES, first_legs
 
 MICRO_BATCH_ROWS = (1, 2, 5)
 LEGS = [Leg(Case(stage), rows) for stage in (0, 1, 2, 3) for rows in MICRO_BATCH_ROWS]

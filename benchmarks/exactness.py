@@ -6,7 +6,7 @@ Stage x precision x optimizer, each part of the fix off. Largest difference of a
 import tempfile
 from pathlib import Path
 
-from tests.test_engine_exact import print_table
+from tests.engine.test_exact import print_table
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from benchmarks.common import circumstances
 from benchmarks.injuries import CLUSTER, DAMAGES, KILLS, fresh
 from benchmarks.kept import keep, kept_rows
 from benchmarks.lives import SECONDS_TO_END, STEPS, Fault, live, live_in_slurm, settings
-from sorted_ds.run_dir import code_digest, versions
+from sorted_ds.run.run_dir import code_digest, versions
 from tests import launched
 from tests.cluster.machines import Cluster, forbidden, missing
 from tests.runs import run_file

@@ -20,7 +20,7 @@ from tests.cluster.machines import Cluster
 from tests.cluster.test_slurm import preempt
 
 LAUNCHERS = {
-    "sorted-ds": "sorted_ds.cli",
+    "sorted-ds": "sorted_ds.commands.cli",
     "deepspeed": "deepspeed.launcher.runner",
     "launch": "deepspeed.launcher.launch",
 }
@@ -39,7 +39,7 @@ def processes(run: Path) -> list[psutil.Process]:
 def ranks(run: Path) -> dict[int, psutil.Process]:
     found = {}
     for process in processes(run):
-        if "sorted_ds.rank" in process.cmdline() and "deepspeed.launcher" not in " ".join(process.cmdline()):
+        if "sorted_ds.commands.rank" in process.cmdline() and "deepspeed.launcher" not in " ".join(process.cmdline()):
             found[int(process.environ()["RANK"])] = process
     return found
 
@@ -169,7 +169,7 @@ def cut_the_network(cluster: Cluster, chance: random.Random) -> str:
 
 def kill_ranks_of_a_host(cluster: Cluster, chance: random.Random) -> str:
     host = chance.choice(sorted(cluster.hosts))
-    killed = cluster.on(host, "pkill", "-9", "-f", "sorted_ds.rank").returncode == 0
+    killed = cluster.on(host, "pkill", "-9", "-f", "sorted_ds.commands.rank").returncode == 0
     return f"on {host}" if killed else ""
 
 

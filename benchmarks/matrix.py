@@ -30,7 +30,7 @@ from tests.spawn import ROOT, on_ranks
 LAUNCH_CASES = 30
 """Cases of one launch; what a stop can lose."""
 CODE = (
-    *("sorted_ds/engine/*.py", "sorted_ds/nested/*.py", "sorted_ds/loss.py"),
+    *("sorted_ds/engine/*.py", "sorted_ds/nested/*.py", "sorted_ds/tasks/losses.py"),
     *("tests/exactness.py", "tests/reference.py", "tests/cover.py"),
 )
 """What defines a figure, but for comments and docstrings."""
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600, help="stop after about so long")
     parser.add_argument("--ranks", type=int, nargs="+", default=FACTORS["num_ranks"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--cover", action="store_true", help="only the modes of tests/test_engine_cover.py")
+    parser.add_argument("--cover", action="store_true", help="only the modes of tests/engine/test_cover.py")
     parser.add_argument("--anew", action="store_true", help="throw away what is known")
     args = parser.parse_args()
     matrix = Matrix(args.device)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sorted_ds.config import Optim
+from sorted_ds.run.config import Optim
 from sorted_ds.engine import Engine, partitioner
 from sorted_ds.nested.load import build
 from sorted_ds.space import SubNetSpace

@@ -1,7 +1,7 @@
 """Prints how far the formulas of docs/scaling.md are from what is measured, and what they say for many GPUs.
 
-Traffic: every collective of a step of four draws, counted, against `sorted_ds.traffic`. Memory: live tensor bytes
-between steps against `sorted_ds.plan.state_bytes`. Compute: the time of a micro-batch of each sub-network against the
+Traffic: every collective of a step of four draws, counted, against `sorted_ds.run.traffic`. Memory: live tensor bytes
+between steps against `sorted_ds.run.plan.state_bytes`. Compute: the time of a micro-batch of each sub-network against the
 full network's, scaled by FLOPs. Then a Llama of 8 B parameters on 8 to 512 GPUs, which nobody has run.
 """
 
@@ -14,14 +14,14 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.common import SIZES, Setting, costs, engine_of, interval, nested_llama, timed, token_ids
-from sorted_ds.config import Optim
+from sorted_ds.run.config import Optim
 from sorted_ds.data.loader import deal
 from sorted_ds.engine import Engine
 from sorted_ds.nested import costs_of, sorted_by_cost, union_parameters
-from sorted_ds.plan import FORWARD_AND_BACKWARD, state_bytes
-from sorted_ds.schedule import SubNetSchedule
+from sorted_ds.run.plan import FORWARD_AND_BACKWARD, state_bytes
+from sorted_ds.space.sampling import SubNetSchedule
 from sorted_ds.space import SubNet, SubNetSpace
-from sorted_ds.traffic import Draws, Traffic, step_traffic
+from sorted_ds.run.traffic import Draws, Traffic, step_traffic
 from tests.memory import StepBytes, of_draws
 from tests.spawn import on_ranks
 from tests.traffic import counted

@@ -29,11 +29,11 @@ from benchmarks.common import (
     timed,
     token_ids,
 )
-from sorted_ds.config import Optim
+from sorted_ds.run.config import Optim
 from sorted_ds.engine import Engine
-from sorted_ds.loss import SummedLoss
+from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.nested import costs_of, extract, nest
-from sorted_ds.schedule import STRATEGIES, SubNetSchedule
+from sorted_ds.space.sampling import STRATEGIES, SubNetSchedule
 from sorted_ds.space import SubNet, SubNetSpace
 from tests.spawn import on_ranks
 

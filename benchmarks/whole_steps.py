@@ -34,8 +34,8 @@ from benchmarks.common import (
     token_ids,
     training_tflops,
 )
-from sorted_ds.config import Optim
-from sorted_ds.loss import IGNORED_LABEL
+from sorted_ds.run.config import Optim
+from sorted_ds.tasks.losses import IGNORED_LABEL
 from tests.spawn import on_ranks
 
 LEARNING_RATE, CLIP_NORM = 1e-4, 1.0

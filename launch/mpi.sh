@@ -17,4 +17,4 @@ export PRTE_MCA_odls_base_sigkill_timeout=${PRTE_MCA_odls_base_sigkill_timeout:-
 # MPIRUN_FLAGS: several hosts need what ranks need of the environment, like -x NCCL_SOCKET_IFNAME with Open MPI; as root
 # Open MPI wants --allow-run-as-root, and with more ranks than cores --oversubscribe.
 # shellcheck disable=SC2086
-exec mpirun -n "$RANKS" ${HOSTFILE:+--hostfile "$HOSTFILE"} ${MPIRUN_FLAGS:-} "$(command -v python)" -m sorted_ds.rank "$@"
+exec mpirun -n "$RANKS" ${HOSTFILE:+--hostfile "$HOSTFILE"} ${MPIRUN_FLAGS:-} "$(command -v python)" -m sorted_ds.commands.rank "$@"

@@ -1,5 +1,5 @@
 """One rank of a run, for any launcher: `deepspeed [flags] launch/train.py RUN.toml [section.key=value ...]`."""
 
-from sorted_ds.cli import train_main
+from sorted_ds.commands.cli import train_main
 
 train_main()

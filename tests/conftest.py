@@ -17,7 +17,7 @@ class ByFile(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = Path(nodeid.split("::")[0])
-        return "cluster" if file.parent.name == "cluster" else file.name
+        return "cluster" if file.name in ("test_launchers.py", "test_slurm.py") else str(file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> ByFile:

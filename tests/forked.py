@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
-from sorted_ds.launcher import free_port
+from sorted_ds.cluster.launcher import free_port
 from tests.spawn import ROOT, context_of, enter, leave
 
 SECONDS = 300
@@ -67,7 +67,7 @@ def _place(rank: int, num_ranks: int) -> dict[str, str]:
 
 
 def _command(arguments: list[str], environment: dict[str, str], log: Path) -> None:
-    from sorted_ds.cli import main
+    from sorted_ds.commands.cli import main
 
     enter(environment, ROOT, log)
     with mock.patch("sorted_ds.commands.train.launch", _launch):
@@ -76,7 +76,7 @@ def _command(arguments: list[str], environment: dict[str, str], log: Path) -> No
 
 def _launch(module: Sequence[str], num_ranks: int) -> int:
     """In the place of `launcher.launch`."""
-    from sorted_ds.train import main
+    from sorted_ds.run.train import main
 
     os.environ.update(_meeting_point(), DS_ACCELERATOR="cpu")
     fork = get_context("fork")
@@ -96,8 +96,9 @@ def _script(script: Path, arguments: list[str], environment: dict[str, str], log
 
 
 def _rank(place: dict[str, str], work: Callable[[], int]) -> None:
-    """As `python -m sorted_ds.rank`."""
-    from sorted_ds import stop, train
+    """As `python -m sorted_ds.commands.rank`."""
+    from sorted_ds.cluster import stop
+    from sorted_ds.run import train
 
     os.environ.update(place)
     stop.STARTED, train.PARENT = time.monotonic(), os.getppid()  # as if imported now

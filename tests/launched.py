@@ -12,7 +12,7 @@ import torch
 
 from sorted_ds.checkpoint import read_master_weights
 from sorted_ds.checkpoint.index import name_of
-from sorted_ds.launcher import free_port
+from sorted_ds.cluster.launcher import free_port
 from tests import forked
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +22,7 @@ SETTINGS += ["eval.every_steps=3", "optim.learning_rate=0.01", "optim.eps=1e-6",
 
 
 def command(run: Path, *settings: str, ranks: int = 2) -> list[str]:
-    script = "import sys; from sorted_ds.cli import main; sys.exit(main())"
+    script = "import sys; from sorted_ds.commands.cli import main; sys.exit(main())"
     return [sys.executable, "-c", script, "train", str(run), *SETTINGS, *settings, "--ranks", str(ranks)]
 
 
@@ -81,9 +81,9 @@ def one_error(said: str) -> str:
 
 STAYING = """
 import json, os, sys, time
-from sorted_ds.schedule import SubNetSchedule
-from sorted_ds.stop import listen
-from sorted_ds.train import main
+from sorted_ds.space.sampling import SubNetSchedule
+from sorted_ds.cluster.stop import listen
+from sorted_ds.run.train import main
 draw, seconds = SubNetSchedule.draw, json.loads(sys.argv.pop(1))[int(os.environ["RANK"])]
 def stay_here(self, step):
     if step == 3:

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sorted_ds.config import Optim
+from sorted_ds.run.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.engine.optimizers import build_optimizer
-from sorted_ds.loss import SummedLoss
+from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.nested import NestedModel, extract, nest
 from sorted_ds.space import SubNet, SubNetSpace
 

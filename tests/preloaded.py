@@ -8,8 +8,8 @@ import deepspeed  # noqa: F401
 import transformers  # noqa: F401
 
 import sorted_ds.commands.train
-import sorted_ds.figure
-import sorted_ds.train  # noqa: F401
+import sorted_ds.deploy.figures
+import sorted_ds.run.train  # noqa: F401
 
 # DeepSpeed asks for each AdamW on the CPU that it builds; an answer takes a second.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)

@@ -18,11 +18,11 @@ from sorted_ds.checkpoint import Checkpoints, shard_files
 from sorted_ds.data.loader import Loader
 from sorted_ds.data.rows import PackedRows
 from sorted_ds.engine import Engine
-from sorted_ds.identity import Identity
-from sorted_ds.learning_rate import lr_at
+from sorted_ds.checkpoint.identity import Identity
+from sorted_ds.run.learning_rate import lr_at
 from sorted_ds.nested import nest
 from sorted_ds.nested.weights import hf_tensors
-from sorted_ds.schedule import SubNetSchedule
+from sorted_ds.space.sampling import SubNetSchedule
 from sorted_ds.space import SubNetSpace
 from tests import exactness
 from tests.exactness import SPACE, Case

@@ -131,7 +131,7 @@ def _run(folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from sorted_ds.ranks import Ranks
+    from sorted_ds.cluster.ranks import Ranks
 
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

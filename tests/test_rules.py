@@ -11,9 +11,9 @@ from types import ModuleType
 import pytest
 
 from sorted_ds.engine.modes import check_modes
-from sorted_ds.model_config import model_config
-from sorted_ds.resolve import space_of, vocabulary
-from sorted_ds.run_file import known_keys, load_engine_config, load_run
+from sorted_ds.run.model_config import model_config
+from sorted_ds.run.resolve import space_of, vocabulary
+from sorted_ds.run.run_file import known_keys, load_engine_config, load_run
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sorted_ds"

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from sorted_ds.model_dir import Measured, ModelDir, Sorted
+from sorted_ds.deploy.model_dir import Measured, ModelDir, Sorted
 from sorted_ds.nested import costs_of, sorted_by_cost
 from tests.families import SPACE, tiny_config, tiny_model
 

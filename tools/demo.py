@@ -14,7 +14,7 @@ import sysconfig
 import time
 from pathlib import Path
 
-from sorted_ds.launcher import num_devices
+from sorted_ds.cluster.launcher import num_devices
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"

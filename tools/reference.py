@@ -1,6 +1,6 @@
 """Writes README's reference of run-file keys and its list of files: `python tools/reference.py`.
 
-The keys come from sorted_ds/config.py, a file's line from its docstring.
+The keys come from sorted_ds/run/config.py, a file's line from its docstring.
 """
 
 import ast
@@ -11,7 +11,7 @@ from typing import get_args
 
 from pydantic.fields import FieldInfo
 
-from sorted_ds.config import Run, Section
+from sorted_ds.run.config import Run, Section
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from sorted_ds.ranks import Ranks
+from sorted_ds.cluster.ranks import Ranks
 
 Result = TypeVar("Result")
 

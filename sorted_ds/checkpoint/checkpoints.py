@@ -27,10 +27,10 @@ from sorted_ds.checkpoint.finding import complete_ones, newest_whole
 from sorted_ds.checkpoint.index import Index, name_of, see_all
 from sorted_ds.checkpoint.shard_files import Sharded, file_of, fill, state_keys_of, tensors_of, write_file
 from sorted_ds.checkpoint.waiting import wait_for
-from sorted_ds.errors import AgreedError
-from sorted_ds.files import sync
-from sorted_ds.identity import Identity
-from sorted_ds.ranks import Ranks
+from sorted_ds.base.errors import AgreedError
+from sorted_ds.base.files import sync
+from sorted_ds.checkpoint.identity import Identity
+from sorted_ds.cluster.ranks import Ranks
 
 FAILURES_IN_A_ROW = 2
 """A disk may be full for an hour; a run that cannot save at all is not worth its GPUs."""

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from sorted_ds.checkpoint import waiting
 from sorted_ds.checkpoint.index import DamagedError, Index
-from sorted_ds.errors import AgreedError
-from sorted_ds.identity import Identity
-from sorted_ds.ranks import Ranks
+from sorted_ds.base.errors import AgreedError
+from sorted_ds.checkpoint.identity import Identity
+from sorted_ds.cluster.ranks import Ranks
 
 PUBLISHED = re.compile(r"step_\d{8,}")
 

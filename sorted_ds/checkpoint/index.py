@@ -10,9 +10,9 @@ from pathlib import Path
 from sorted_ds.checkpoint.background import Task, wait_for_all
 from sorted_ds.checkpoint.shard_files import sha256_of
 from sorted_ds.checkpoint.waiting import wait_for
-from sorted_ds.errors import UserError
-from sorted_ds.files import sync
-from sorted_ds.ranks import Ranks
+from sorted_ds.base.errors import UserError
+from sorted_ds.base.files import sync
+from sorted_ds.cluster.ranks import Ranks
 
 INDEX = "checkpoint.json"
 FORMAT = 2

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sorted_ds.engine.shards import MASTER, Shard
-from sorted_ds.errors import UserError
-from sorted_ds.files import share, sync
+from sorted_ds.base.errors import UserError
+from sorted_ds.base.files import share, sync
 
 SEPARATOR = "|"
 """Between a weight's name, the first element and the key of its state; in none of them."""

@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from sorted_ds.errors import UserError
-from sorted_ds.evaluate import Evaluation, evaluate_directory
-from sorted_ds.model_dir import PARETO_PNG, SUBNETS_JSON, ModelDir
-from sorted_ds.tables import console, measured_table
+from sorted_ds.base.errors import UserError
+from sorted_ds.deploy.evaluate import Evaluation, evaluate_directory
+from sorted_ds.deploy.model_dir import PARETO_PNG, SUBNETS_JSON, ModelDir
+from sorted_ds.deploy.table import console, measured_table
 
 
 def run(args: argparse.Namespace) -> int:

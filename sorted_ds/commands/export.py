@@ -5,8 +5,8 @@ import sys
 
 from transformers.utils.logging import disable_progress_bar
 
-from sorted_ds.export import LogitsDifferError, export
-from sorted_ds.model_dir import ModelDir
+from sorted_ds.deploy.export import LogitsDifferError, export
+from sorted_ds.deploy.model_dir import ModelDir
 
 
 def run(args: argparse.Namespace) -> int:

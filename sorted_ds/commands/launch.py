@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sorted_ds.config import Run
-from sorted_ds.errors import UserError
-from sorted_ds.launcher import environment_for_others
-from sorted_ds.resolve import check_run
-from sorted_ds.run_file import load_run
-from sorted_ds.stop import seconds_of
+from sorted_ds.run.config import Run
+from sorted_ds.base.errors import UserError
+from sorted_ds.cluster.launcher import environment_for_others
+from sorted_ds.run.resolve import check_run
+from sorted_ds.run.run_file import load_run
+from sorted_ds.cluster.stop import seconds_of
 
 SCRIPT = "slurm.sbatch"
 SECONDS_TO_SAVE = 300
@@ -64,7 +64,7 @@ def job_script(args: argparse.Namespace, settings: Run) -> str:
     given = [_long(option) for option in args.sbatch]
     if any(option.startswith("--array") for option in given):
         raise UserError("an array is several runs: call `sbatch --array 0-3 launch/slurm.sbatch RUN.toml`.")
-    text = files("sorted_ds").joinpath("jobs", SCRIPT).read_text()
+    text = files("sorted_ds.cluster").joinpath("jobs", SCRIPT).read_text()
     for name, value in options.items():
         head, _, tail = re.split(rf"(#SBATCH --{name}=.*\n)", text, maxsplit=1)
         text = head + (f"#SBATCH --{name}={_quoted(value)}\n" if value else "") + tail

@@ -5,8 +5,8 @@ import json
 
 from rich.console import Console
 
-from sorted_ds.resolve import prepare_data
-from sorted_ds.run_file import load_run
+from sorted_ds.run.resolve import prepare_data
+from sorted_ds.run.run_file import load_run
 
 
 def run(args: argparse.Namespace) -> int:

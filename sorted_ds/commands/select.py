@@ -5,8 +5,8 @@ import json
 import sys
 from dataclasses import asdict
 
-from sorted_ds.model_dir import ModelDir
-from sorted_ds.select import parse_amount, reason, select
+from sorted_ds.deploy.model_dir import ModelDir
+from sorted_ds.deploy.select import parse_amount, reason, select
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,9 +4,9 @@ import argparse
 
 from rich.console import Console
 
-from sorted_ds.launcher import launch, num_devices
-from sorted_ds.resolve import check_run, prepare_data
-from sorted_ds.run_file import load_run
+from sorted_ds.cluster.launcher import launch, num_devices
+from sorted_ds.run.resolve import check_run, prepare_data
+from sorted_ds.run.run_file import load_run
 
 
 def run(args: argparse.Namespace) -> int:
@@ -16,4 +16,4 @@ def run(args: argparse.Namespace) -> int:
     prepare_data(settings, console)
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
     console.print(f"starting {ranks} (at the first start DeepSpeed compiles its operations: a minute)")
-    return launch(["sorted_ds.rank", str(args.run_file), *args.overrides], num_ranks)
+    return launch(["sorted_ds.commands.rank", str(args.run_file), *args.overrides], num_ranks)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sorted_ds.data.rows import PackedRows
-from sorted_ds.errors import UserError
-from sorted_ds.shuffle import Shuffle
+from sorted_ds.base.errors import UserError
+from sorted_ds.base.shuffle import Shuffle
 
 NO_TARGET = -100
 """The label that torch's losses leave out, and ours."""

@@ -5,7 +5,7 @@ In: token ids, mapped from disk. Out: row i as an array. Nothing about rows is o
 
 import numpy as np
 
-from sorted_ds.errors import UserError
+from sorted_ds.base.errors import UserError
 
 
 class PackedRows:

@@ -29,7 +29,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from sorted_ds.config import Optim
+from sorted_ds.run.config import Optim
 from sorted_ds.engine import accumulators
 from sorted_ds.engine.gathering import gather_drawn, gather_side_by_side, persist_as_extracted
 from sorted_ds.engine.modes import check_modes, complete, is_bf16, is_offloaded, stage_of
@@ -44,12 +44,12 @@ from sorted_ds.engine.optimizers import (
 from sorted_ds.engine.reduction import reduce_what_is_used
 from sorted_ds.engine.shards import Shard, publish_masters, shards_of
 from sorted_ds.engine.traces import Traces
-from sorted_ds.loss import SummedLoss
+from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.nested import NestedModel, compiled
 from sorted_ds.nested.bundles import bundle, parts_of
 from sorted_ds.nested.layout import lay_out
 from sorted_ds.nested.weights import named_values, slices_of
-from sorted_ds.ranks import Ranks
+from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.space import SubNet
 
 warnings.filterwarnings("ignore", r".*torch\.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls

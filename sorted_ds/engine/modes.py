@@ -2,14 +2,14 @@
 
 In: the engine keys of the user's DeepSpeed JSON. Out: the complete dictionary for `deepspeed.initialize`, or one
 error that names what is not proven and what to use instead. Proven means: compared with the single-process reference
-by tests/test_engine_cover.py.
+by tests/engine/test_cover.py.
 """
 
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from sorted_ds.errors import UserError
+from sorted_ds.base.errors import UserError
 
 STAGES = (0, 1, 2, 3)
 

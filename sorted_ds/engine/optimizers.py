@@ -1,7 +1,7 @@
 """The optimizer that DeepSpeed runs on its flat fp32 master weights.
 
 In: a nested model and the run's `[optim]`. Out: one of torch's optimizers, or DeepSpeed's AdamW for what is offloaded.
-All follow the same formula; tests/test_engine_cover.py compares each with plain PyTorch.
+All follow the same formula; tests/engine/test_cover.py compares each with plain PyTorch.
 """
 
 import torch
@@ -9,8 +9,8 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch import nn
 
-from sorted_ds.config import Optim
-from sorted_ds.errors import UserError
+from sorted_ds.run.config import Optim
+from sorted_ds.base.errors import UserError
 from sorted_ds.nested import NestedModel
 
 

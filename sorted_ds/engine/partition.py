@@ -16,7 +16,7 @@ import deepspeed
 from torch import nn
 
 from sorted_ds.engine.modes import complete
-from sorted_ds.ranks import Ranks
+from sorted_ds.cluster.ranks import Ranks
 
 
 def partitioner(config: dict, micro_batch_rows: int, clip_norm: float, ranks: Ranks) -> Callable[[nn.Parameter], None]:

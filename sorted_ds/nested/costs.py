@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from sorted_ds.nested.families import family_of, full_size, head_dim, queries_per_group, subnet_config
+from sorted_ds.families.decoder import family_of, full_size, head_dim, queries_per_group, subnet_config
 from sorted_ds.space import Cost, SubNet, SubNetSpace
 
 KV_BYTES_PER_ELEMENT = 2

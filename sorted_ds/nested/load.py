@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from sorted_ds.errors import UserError
+from sorted_ds.base.errors import UserError
 from sorted_ds.nested.bundles import Parts, bundle, parts_of
 from sorted_ds.nested.layers import NestedLayer
 from sorted_ds.nested.nest import NestedModel, nest

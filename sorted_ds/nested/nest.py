@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from sorted_ds.errors import UserError
+from sorted_ds.base.errors import UserError
 from sorted_ds.nested.classes import extended
 from sorted_ds.nested.costs import sorted_by_cost
 from sorted_ds.nested.decoder_layer import nest_decoder_layer
-from sorted_ds.nested.families import (
+from sorted_ds.families.decoder import (
     check_space,
     family_of,
     head_dim,

@@ -106,13 +106,13 @@ def ranks_on(cluster: Cluster) -> str:
 
 FAILING = """
 import sys, time, types
-from sorted_ds import cli
-from sorted_ds.rendezvous import _world
+from sorted_ds.commands import cli
+from sorted_ds.cluster.rendezvous import _world
 def main(arguments):
     if _world().rank == 1:
         raise ValueError("rank 1 cannot go on")
     time.sleep(100)
-sys.modules["sorted_ds.train"] = types.SimpleNamespace(main=main)
+sys.modules["sorted_ds.run.train"] = types.SimpleNamespace(main=main)
 cli.train_main()
 """
 

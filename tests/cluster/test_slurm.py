@@ -144,7 +144,7 @@ def test_a_preempted_job_saves_is_started_again_and_ends_bit_equal(cluster, long
 
 def test_a_job_that_is_preempted_while_it_starts_is_started_again(cluster, longer, run):
     job = Job(cluster, run)
-    ranks = ("pgrep", "-f", "sorted_ds.rank")
+    ranks = ("pgrep", "-f", "sorted_ds.commands.rank")
     job.wait(lambda: all(cluster.on(host, *ranks).stdout for host in cluster.hosts), "the ranks")
     time.sleep(1)  # Python runs, and imports
     preempt(cluster)
@@ -179,8 +179,8 @@ def test_a_job_that_is_preempted_before_it_has_ranks_is_started_again(cluster, l
 
 def test_a_rank_that_fails_at_once_ends_the_job_which_is_not_started_again(cluster, run):
     """Slurm signals rank 0, which waits for it: as in a preemption, and for ever where it were taken for one."""
-    failing = "bash -c '[ $SLURM_PROCID = 0 ] || { sleep 10; exit 7; }; exec python -m sorted_ds.rank \"$@\"' rank"
-    script = changed_script(run, "python -m sorted_ds.rank", failing)
+    failing = "bash -c '[ $SLURM_PROCID = 0 ] || { sleep 10; exit 7; }; exec python -m sorted_ds.commands.rank \"$@\"' rank"
+    script = changed_script(run, "python -m sorted_ds.commands.rank", failing)
     job = Job(cluster, run, script, options=["--ntasks-per-node=1"])
     assert job.end() == "FAILED", job.log
     assert job.state("Restarts") == "0"
@@ -241,9 +241,9 @@ def test_a_rank_that_is_killed_ends_the_job_within_seconds_and_is_named(cluster,
     job = Job(cluster, run)
     job.reach_step(5)
     start = time.monotonic()
-    cluster.on("h2", "pkill", "-9", "-f", "sorted_ds.rank")
+    cluster.on("h2", "pkill", "-9", "-f", "sorted_ds.commands.rank")
     assert job.end() == "FAILED"
     assert time.monotonic() - start < 30
     assert "rank 1" in job.log
     for host in cluster.hosts:
-        assert cluster.on(host, "pgrep", "-f", "sorted_ds.rank").stdout == ""
+        assert cluster.on(host, "pgrep", "-f", "sorted_ds.commands.rank").stdout == ""

@@ -1,0 +1,1 @@
+"""Ranks, and what they run under: launchers, Slurm, signals, hosts that die. Knows no model."""

@@ -1,0 +1,1 @@
+"""Text to tokens on disk: files, split, tokenizer, shards of ids, each under a key of its content."""

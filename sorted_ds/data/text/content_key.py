@@ -1,0 +1,102 @@
+"""The content key: the name under which prepared tokens are found again.
+
+In: the files and the settings that decide the tokens. Out: a hash of the files' contents, whatever their paths and
+times, and of those settings. On disk: CACHE_DIR/hashes.json, the hash of each file of known path, size and time, so
+that a second start reads no text.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import file_digest, sha256
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from sorted_ds.data.text.sources import Source
+from sorted_ds.base.errors import UserError
+
+FORMAT = 1
+"""Of everything that is prepared. Raise it when the same text and settings would give other bytes."""
+HASHES_FILE = "hashes.json"
+SETTLED_SECONDS = 2.0
+"""A file changed more recently is hashed again: the next change may get the same time."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+def content_key(sources: Sequence[Source], settings: Mapping[str, object], cache_dir: Path, workers: int) -> str:
+    """A hash of the files in this order, and of the settings. Raises: UserError when a file cannot be read."""
+    digests = _hash_files([source.path for source in sources], cache_dir, workers)
+    files = [[source.kind, digest] for source, digest in zip(sources, digests, strict=True)]
+    contents = json.dumps({"format": FORMAT, "files": files, **settings}, sort_keys=True)
+    return sha256(contents.encode()).hexdigest()[:32]
+
+
+def tokenizer_identity(name_or_path: str) -> str:
+    """A local directory's by its files, so that it may be moved; otherwise the name."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return name_or_path
+    contents = {name: _hash_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+    return sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def _hash_files(paths: Sequence[Path], cache_dir: Path, workers: int) -> list[str]:
+    known = _read_known(cache_dir)
+    stamps = [(str(path.resolve()), *_size_and_time(path)) for path in paths]
+    missing = [name for name, size, time_ns in stamps if known.get(name, [])[:2] != [size, time_ns]]
+    with ThreadPoolExecutor(workers) as pool:
+        digests = dict(zip(missing, pool.map(_hash_file, map(Path, missing)), strict=True))
+    latest = time.time_ns() - int(SETTLED_SECONDS * 1e9)
+    settled = {
+        name: [size, time_ns, digests[name]] for name, size, time_ns in stamps if name in digests and time_ns < latest
+    }
+    if settled:
+        _write_known(cache_dir, {**_read_known(cache_dir), **settled})
+    return [digests[name] if name in digests else known[name][2] for name, _, _ in stamps]
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). Mend its permissions, or leave it out.") from error
+
+
+def _read_known(cache_dir: Path) -> dict[str, list]:
+    """For each path: size in bytes, time in nanoseconds, hash."""
+    try:
+        known = json.loads((cache_dir / HASHES_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_known(cache_dir: Path, known: dict[str, list]) -> None:
+    """It saves time only, so that a read-only or full disk is no error here."""
+    with contextlib.suppress(OSError):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile("w", dir=cache_dir, prefix=f".writing_{HASHES_FILE}_", delete=False) as file:
+            try:
+                json.dump(known, file, indent=0)
+                file.close()
+                os.replace(file.name, cache_dir / HASHES_FILE)
+            except OSError:
+                os.unlink(file.name)

@@ -1,0 +1,1 @@
+"""What a trained family is used for: evaluate, select, export. No DeepSpeed."""

@@ -1,0 +1,194 @@
+"""pareto.png: what each sub-network's size buys.
+
+In: the measured table. Out: one picture, a point per sub-network: validation loss against parameters, coloured by
+depth, its shape the number of groups, its area the feed-forward channels, and the Pareto frontier as a line.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from sorted_ds.deploy.model_dir import PARETO_PNG, Measured
+from sorted_ds.space import SubNet
+from sorted_ds.deploy.table import human
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
+SMALLEST_AREA, LARGEST_AREA = 55.0, 165.0
+DARKEST, BRIGHTEST = 0.05, 0.88
+"""The stretch of viridis that is used: its yellow end is too light on white."""
+LEGEND_ENTRIES = 8
+"""A dimension with more sizes shows this many of them."""
+UNIGRAM_MARGIN = 0.6
+"""The unigram line is drawn when it lies within this share of the losses' range above them, else it is text."""
+INK, PALE = "#222222", "#8a8a8a"
+
+
+def draw_pareto(table: Sequence[Measured], unigram_nats: float, space_size: int, folder: Path) -> Path:
+    """Writes `folder`/pareto.png, 1800 x 1125 pixels, and returns its path. The space holds `space_size` of them."""
+    figure = Figure(figsize=(12, 7.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    style = _Style([SubNet.parse(row.subnet) for row in table])
+    for row in sorted(table, key=lambda row: -row.parameters):
+        subnet = SubNet.parse(row.subnet)
+        axes.scatter(
+            row.parameters,
+            row.loss,
+            s=style.area(subnet.ffn),
+            color=style.color(subnet.depth),
+            marker=style.marker(subnet.groups),
+            edgecolors="white",
+            linewidths=0.8,
+            zorder=3,
+        )
+    _draw_frontier(axes, table)
+    _annotate_ends(axes, table, "" if len(table) == space_size else " measured")
+    _label(axes, table)
+    of_all = "" if len(table) == space_size else f" of {space_size}"
+    title = f"One network: {len(table)}{of_all} sub-networks, measured"
+    axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK, pad=26)
+    _draw_unigram(axes, table, unigram_nats)
+    figure.legend(
+        handles=style.handles(),
+        loc="outside right upper",
+        frameon=False,
+        fontsize=11,
+        labelcolor=INK,
+        labelspacing=0.65,
+    )
+    path, hidden = folder / PARETO_PNG, folder / f".writing_{PARETO_PNG}"
+    figure.savefig(hidden, format="png")
+    hidden.replace(path)
+    return path
+
+
+def frontier(table: Sequence[Measured]) -> list[Measured]:
+    """The sub-networks that none with fewer or as many parameters beats, ascending in parameters."""
+    best: list[Measured] = []
+    for row in sorted(table, key=lambda row: (row.parameters, row.loss)):
+        if not best or row.loss < best[-1].loss:
+            best.append(row)
+    return best
+
+
+class _Style:
+    """Which colour, shape and area the sizes have."""
+
+    def __init__(self, subnets: Sequence[SubNet]):
+        self.depths = sorted({s.depth for s in subnets})
+        self.groups = sorted({s.groups for s in subnets})
+        self.ffn = sorted({s.ffn for s in subnets})
+
+    def color(self, depth: int) -> tuple[float, float, float, float]:
+        share = self.depths.index(depth) / max(1, len(self.depths) - 1)
+        return colormaps["viridis"](DARKEST + share * (BRIGHTEST - DARKEST))
+
+    def marker(self, groups: int) -> str:
+        return MARKERS[self.groups.index(groups) % len(MARKERS)]
+
+    def area(self, ffn: int) -> float:
+        share = self.ffn.index(ffn) / max(1, len(self.ffn) - 1)
+        return SMALLEST_AREA + share * (LARGEST_AREA - SMALLEST_AREA)
+
+    def handles(self) -> list[Line2D]:
+        depths = [_dot(f"{depth}", self.color(depth)) for depth in _some(self.depths)]
+        groups = [_dot(f"{groups}", PALE, self.marker(groups)) for groups in _some(self.groups)]
+        widths = [_dot(f"{ffn:,}", PALE, "o", self.area(ffn)) for ffn in _some(self.ffn)]
+        line = Line2D([], [], color=INK, linewidth=1.2, alpha=0.6, label="Pareto frontier")
+        gap = _title("")
+        return [
+            _title("layers"),
+            *depths,
+            gap,
+            _title("attention groups"),
+            *groups,
+            gap,
+            _title("ffn channels"),
+            *widths,
+            gap,
+            line,
+        ]
+
+
+def _some(sizes: list[int]) -> list[int]:
+    """At most `LEGEND_ENTRIES` of them, the first and the last included."""
+    if len(sizes) <= LEGEND_ENTRIES:
+        return sizes
+    return [sizes[round(k * (len(sizes) - 1) / (LEGEND_ENTRIES - 1))] for k in range(LEGEND_ENTRIES)]
+
+
+def _dot(label: str, color, marker: str = "o", area: float = 90.0) -> Line2D:
+    style = {"linestyle": "", "markeredgecolor": "white", "markersize": area**0.5}
+    return Line2D([], [], color=color, marker=marker, label=label, **style)
+
+
+def _title(text: str) -> Line2D:
+    label = "$\\bf{" + text.replace(" ", "\\ ") + "}$" if text else ""
+    return Line2D([], [], linestyle="", label=label)
+
+
+def _draw_frontier(axes: Axes, table: Sequence[Measured]) -> None:
+    best = frontier(table)
+    axes.plot([row.parameters for row in best], [row.loss for row in best], color=INK, linewidth=1.2, alpha=0.6)
+
+
+def _annotate_ends(axes: Axes, table: Sequence[Measured], measured: str) -> None:
+    """Names the largest and the smallest, away from the cloud of points and inside the axes."""
+    full, smallest = max(table, key=lambda row: row.parameters), min(table, key=lambda row: row.parameters)
+    ends = (
+        (full, "largest measured" if measured else "full", (-14, -34), "right"),
+        (smallest, f"smallest{measured}", (16, 26), "left"),
+    )
+    for row, word, offset, align in ends if full is not smallest else ends[:1]:
+        axes.annotate(
+            f"{word}: {row.subnet}\n{row.loss:.3f} nats, {human(row.parameters)} parameters",
+            (row.parameters, row.loss),
+            xytext=offset,
+            textcoords="offset points",
+            ha=align,
+            va="center",
+            fontsize=11,
+            color=INK,
+            arrowprops={"arrowstyle": "-", "color": PALE, "linewidth": 0.8, "shrinkB": 6},
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 1.5},
+            zorder=4,
+        )
+
+
+def _label(axes: Axes, table: Sequence[Measured]) -> None:
+    axes.set_xscale("log")
+    sizes, losses = [row.parameters for row in table], [row.loss for row in table]
+    reach = max(sizes) / min(sizes)
+    axes.set_xlim(min(sizes) / reach**0.06 / 1.02, max(sizes) * reach**0.06 * 1.02)
+    low, high = min(losses), max(losses)
+    margin = max(high - low, 0.02 * high) * 0.14
+    axes.set_ylim(low - margin, high + margin)
+    subs = (1, 2, 3, 5, 7) if reach > 5 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs if reach < 100 else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.set_xlabel("parameters (log scale)", fontsize=13, color=INK)
+    axes.set_ylabel("validation loss (nats per token)", fontsize=13, color=INK)
+    axes.grid(color="#e6e6e6", linewidth=0.8, which="major")
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=11, colors=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_unigram(axes: Axes, table: Sequence[Measured], unigram_nats: float) -> None:
+    """As a line where it leaves the points their room, else in the line under the title."""
+    low, high = axes.get_ylim()
+    caption = f"{table[0].num_targets:,} validation tokens, the same for all"
+    if high < unigram_nats <= high + UNIGRAM_MARGIN * (high - low):
+        axes.set_ylim(low, unigram_nats + 0.05 * (high - low))
+        axes.axhline(unigram_nats, color=PALE, linestyle="--", linewidth=1.2)
+        text = f"unigram model: {unigram_nats:.3f}"
+        axes.annotate(text, (0.99, unigram_nats), (0, -14), ("axes fraction", "data"), "offset points", ha="right")
+    else:
+        caption += f"; a unigram model of the training text: {unigram_nats:.3f} nats (not drawn)"
+    axes.text(0, 1.015, caption, transform=axes.transAxes, fontsize=11.5, color="#555555")

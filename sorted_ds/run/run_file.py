@@ -1,0 +1,165 @@
+"""Reads run files and the DeepSpeed JSON that they name, and says in one line what is wrong with them.
+
+In: RUN.toml and `section.key=value` overrides. Out: a frozen `Run`, relative paths made absolute from the run file's
+folder; and the engine keys as a dictionary.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sorted_ds.run.config import SCRATCH, TRAIN_TOKENIZER, Run, Section
+from sorted_ds.base.errors import UserError
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """Reads and checks a run file. Relative paths, overridden ones too, start at the run file's folder.
+
+    Raises: UserError for a missing or damaged file, an unknown key, a value of the wrong kind.
+    """
+    fields = _read_toml(path)
+    for text in overrides:
+        _override(fields, text)
+    try:
+        run = Run.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+    return _with_absolute_paths(run, path)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"run file {path} cannot be read: {error.strerror}. Name an existing one.") from None
+    except ValueError as error:  # TOML or UTF-8
+        raise UserError(f"{path} is no TOML: {error}. Mend that place.") from None
+
+
+def _override(fields: dict[str, Any], text: str) -> None:
+    """Sets `section.key=value`; the value is read as TOML, and as a plain string where it is none."""
+    dotted, equals, value = text.partition("=")
+    *sections, key = dotted.strip().split(".")
+    if not equals or not key:
+        raise UserError(f"override {text!r} is not of the form section.key=value.")
+    for section in sections:
+        fields = fields.setdefault(section, {})
+        if not isinstance(fields, dict):
+            raise UserError(f"override {text!r}: {section!r} is no section.")
+    try:
+        read = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        read = value
+    fields[key] = value if _is_text((*sections, key)) and not isinstance(read, str) else read
+
+
+def _is_text(path: tuple[str, ...]) -> bool:
+    """Whether the key takes a string or a path: `run_dir=2024` is a name, not a number."""
+    section: type[Section] = Run
+    for name in path[:-1]:
+        field = section.model_fields.get(name)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, Section):
+            return False
+        section = field.annotation
+    return path[-1] in section.model_fields and section.model_fields[path[-1]].annotation in (str, Path)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake, as one line. Unknown keys first: one that is misspelt is also missing."""
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    *sections, key = [str(part) for part in first["loc"]]
+    name = ".".join([*sections, key])
+    if first["type"] == "extra_forbidden":
+        near = _nearest_key(sections, key)
+        return f"unknown key {name!r}. " + (f"Did you mean {near!r}?" if near else "Remove it.")
+    if first["type"] == "missing":
+        return f"{name!r} is missing. Add it; README's reference of run files says what it is."
+    message = first["msg"].removeprefix("Input should be ").rstrip(".")
+    return f"{name} = {first['input']!r} should be {message}."
+
+
+def _nearest_key(sections: list[str], key: str) -> str:
+    """A known key that looks like the unknown one: of its section, or the same key in another."""
+    keys = {".".join(path): path[-1] for path in known_keys()}
+    own = {name: last for name, last in keys.items() if name.split(".")[:-1] == sections}
+    for candidates in (own, keys):
+        near = difflib.get_close_matches(key, candidates.values(), n=1)
+        if near:
+            return next(name for name, last in candidates.items() if last == near[0])
+    return ""
+
+
+def known_keys() -> Iterator[tuple[str, ...]]:
+    """Every key of a run file, with its section."""
+    for name, field in Run.model_fields.items():
+        yield (name,)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from ((name, key) for key in field.annotation.model_fields)
+
+
+def _with_absolute_paths(run: Run, path: Path) -> Run:
+    folder = path.absolute().parent
+
+    def absolute(value: Path) -> Path:
+        return (folder / value.expanduser()).resolve()
+
+    def local_or_id(value: str) -> str:
+        return str(absolute(Path(value))) if value and absolute(Path(value)).is_dir() else value
+
+    init = SCRATCH if run.model.init == SCRATCH else local_or_id(run.model.init)
+    tokenizer = run.data.tokenizer or (TRAIN_TOKENIZER if init == SCRATCH else init)
+    data = run.data.model_copy(
+        update={
+            "text": [absolute(p) for p in run.data.text],
+            "jsonl": [absolute(p) for p in run.data.jsonl],
+            "cache_dir": absolute(run.data.cache_dir),
+            "tokenizer": tokenizer if tokenizer == TRAIN_TOKENIZER else local_or_id(tokenizer),
+        }
+    )
+    return run.model_copy(
+        update={
+            "run_dir": absolute(Path(str(run.run_dir).replace("{name}", path.stem).replace("{seed}", str(run.seed)))),
+            "model": run.model.model_copy(update={"init": init}),
+            "data": data,
+            "engine": run.engine.model_copy(update={"deepspeed": absolute(run.engine.deepspeed)}),
+        }
+    )
+
+
+RUN_FILE_KEYS = {
+    "train_batch_size": "[batch]",
+    "train_micro_batch_size_per_gpu": "[batch]",
+    "gradient_accumulation_steps": "[batch] and [schedule]",
+    "managed_gradient_accumulation": "[schedule]",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "[optim]",
+    "scheduler": "[optim]",
+    "steps_per_print": "log.every_steps",
+}
+"""Keys of a DeepSpeed JSON that the run file states, and where."""
+
+
+def load_engine_config(path: Path) -> dict[str, Any]:
+    """The engine keys of a DeepSpeed JSON.
+
+    Raises: UserError for a missing or damaged file, or one that states a number of the run file.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"engine.deepspeed: {path} cannot be read: {error.strerror}. Name an existing file.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}. Mend that place.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no JSON object. Write {{}} for DeepSpeed's defaults.")
+    for key, where in RUN_FILE_KEYS.items():
+        if key in config:
+            raise UserError(
+                f"{path} sets {key!r}, which follows from {where} of the run file. Remove it from the JSON."
+            )
+    return config

@@ -1,0 +1,320 @@
+"""Training: the loop, and how a rank comes to it.
+
+In: a run file, on every rank. Out, in RUN_DIR: run.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end
+model/ with the measured table, subnets.json and pareto.png. The step number is the only cursor: rows, draws and
+learning rate follow from it, so a run that is started again goes on as if it had not stopped.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from sorted_ds.cluster.ancestors import Ancestors
+from sorted_ds.run.assemble import engine_of, eval_subnets, load_model, source_of, training_loader, validation_of
+from sorted_ds.checkpoint import Checkpoints
+from sorted_ds.run.config import Run
+from sorted_ds.data.loader import Loader, MicroBatch
+from sorted_ds.data.text.prepare import TokenizedText, find_prepared, open_tokens
+from sorted_ds.engine import Engine
+from sorted_ds.base.errors import AgreedError, UserError
+from sorted_ds.deploy.evaluate import measure
+from sorted_ds.cluster.extensions import release_dead_locks
+from sorted_ds.base.files import claim
+from sorted_ds.cluster.launcher import settle_deepspeed
+from sorted_ds.run.learning_rate import lr_at
+from sorted_ds.deploy.model_dir import Measured
+from sorted_ds.run.monitor import LossSums, Monitor
+from sorted_ds.nested import NestedModel, costs_of
+from sorted_ds.run.plan import make_plan
+from sorted_ds.cluster.ranks import Ranks, joined_ranks
+from sorted_ds.run.resolve import check_run, data_spec, schedule_of
+from sorted_ds.run.run_dir import RunDir, facts
+from sorted_ds.run.run_file import load_engine_config, load_run
+from sorted_ds.cluster.slurm import requeue
+from sorted_ds.space import Cost, SubNet
+from sorted_ds.cluster.stop import PARENT, Stop, Wanted
+from sorted_ds.cluster.watchdog import Watchdog
+
+
+def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> None:
+    """Trains from the last checkpoint, or from step 0, to the end or until a stop is asked for. A collective.
+
+    Raises: UserError, on all ranks, for what the user can mend.
+    """
+    with ranks.together():
+        launchers = Ancestors(os.environ, PARENT, is_launched=ranks.size > 1)
+        stop = Stop(run.run_dir, run.train.time_limit, ranks.is_first, launchers.one_is_gone)
+        config, space = check_run(run)
+        loader = training_loader(run, tokens, ranks)
+        validation = validation_of(run, tokens, ranks)
+    costs = costs_of(space, config, run.batch.row_tokens)
+    schedule = schedule_of(run, costs)
+    engine = warm_engine(run, load_model(run, config, space, ranks, watchdog.beat), loader, ranks, watchdog)
+    folder = RunDir(run, config, tokens, ranks, watchdog.beat)
+    checkpoints = folder.checkpoints()
+    step = restore(checkpoints, engine, run.train.steps)
+    sums = LossSums(space, 1 / (loader.dealt.forwards * ranks.size), ranks.device)
+    changes = folder.open(load_engine_config(run.engine.deepspeed), engine.deepspeed_config)
+    with ranks.together():
+        monitor = Monitor(run, space, step, ranks)
+
+    ask = partial(ask_all, ranks, stop, checkpoints, monitor)
+    wanted, learning_rate, norm = Wanted(), 0.0, 0.0
+    with monitor, checkpoints.finished():
+        monitor.started(step, make_plan(run, space, config, ranks.size), changes, checkpoints.warnings)
+        # A start that ended in the middle of an evaluation, or was killed there, has left it to this one.
+        evaluated = step if ranks.sum([monitor.has_evaluated(step)])[0] == ranks.size else 0
+        while step < run.train.steps:
+            if is_due(step, run.eval.every_steps) and step > evaluated:
+                chosen = eval_subnets(run, space)
+                measured, seconds, wanted = evaluate(engine, chosen, validation, costs, ask, watchdog.beat)
+                if wanted.ends:
+                    break
+                monitor.evaluated(step, measured, seconds)
+                evaluated = step
+            draws, batches = schedule.draw(step), loader.batches(step)
+            wanted, num_targets = ask(told(step, draws), count_targets(batches))
+            if wanted.ends:
+                break
+            learning_rate = lr_at(step, run.train.steps, run.optim)
+            losses = accumulate(engine, draws, batches, num_targets)
+            norm = engine.step(learning_rate)
+            check_finite(step, losses, norm, checkpoints, ranks)
+            sums.add(losses)
+            step += 1
+            watchdog.beat()
+            if is_due(step, run.log.every_steps):
+                monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.paused_seconds)
+            if is_due(step, run.checkpoint.every_steps):  # before the evaluation, which takes long
+                monitor.saved(checkpoints.start(engine, step))
+                watchdog.beat()
+
+        if step > monitor.reported_step:
+            monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.paused_seconds)
+        save_last(checkpoints, engine, step, wanted.goes_on, stop, monitor)
+        if step == run.train.steps:
+            wanted = leave_model(folder, engine, validation, costs, stop, monitor)
+        stop.heeded(is_through=not wanted.ends)  # before Slurm is asked, which then ends this job at once
+        monitor.ended(step, left_early(stop, wanted.goes_on, ranks) if wanted.ends else "")
+
+
+def ask_all(
+    ranks: Ranks, stop: Stop, checkpoints: Checkpoints, monitor: Monitor, fact: str = "", num_targets: float = 0
+) -> tuple[Wanted, float]:
+    """What the ranks want, who must have the same `fact`, and the sum of their targets. A collective.
+
+    A checkpoint that was written meanwhile appears. Raises: AgreedError where a fact is another one.
+    """
+    own = [num_targets, *stop.wanted(checkpoints.seconds_to_save), checkpoints.is_ready()]
+    num_targets, *ends, ready = ranks.sum_agreed(own, fact)
+    wanted = Wanted(*ends)
+    if ready == ranks.size and not wanted.ends:
+        monitor.saved(checkpoints.advance())
+    return wanted, num_targets
+
+
+def warm_engine(run: Run, model: NestedModel, loader: Loader, ranks: Ranks, watchdog: Watchdog) -> Engine:
+    """The engine around the model, with everything compiled that will be. A collective."""
+    watchdog.beat()
+    engine = engine_of(run, model, ranks)
+    watchdog.beat()
+    engine.warm_up(loader.dealt.rows_per_forward, run.batch.row_tokens)
+    watchdog.beat()
+    return engine
+
+
+def save_last(
+    checkpoints: Checkpoints, engine: Engine, step: int, goes_on_later: bool, stop: Stop, monitor: Monitor
+) -> None:
+    """Ends the save that is on its way, and saves what came after it. A collective.
+
+    Raises: AgreedError where that fails. A job that is to go on later then goes on from the checkpoint before.
+    """
+    try:
+        monitor.saved(checkpoints.finish())
+        if step > checkpoints.last_step:
+            monitor.saved(checkpoints.save(engine, step))
+    except AgreedError as error:
+        is_asked = goes_on_later and engine.ranks.is_first and checkpoints.last_step
+        stop.heeded()
+        then = ""
+        try:
+            then = requeue(os.environ) if is_asked else ""
+        except UserError as refused:
+            then = str(refused)
+        then = engine.ranks.gather(then)[0]  # all leave when Slurm has answered
+        raise AgreedError(f"{error} {then}".strip()) from None
+
+
+def left_early(stop: Stop, goes_on_later: bool, ranks: Ranks) -> str:
+    """Why, and what comes of it, on rank 0: a Slurm job that is to go on later is started again. A collective.
+
+    Raises: AgreedError when Slurm does not: whoever waits for the end of the job must not take it for a success.
+    """
+    why, then = ", ".join(dict.fromkeys(filter(None, ranks.gather(stop.reason)))), ""
+    with ranks.together():
+        try:
+            then = requeue(os.environ) if goes_on_later and ranks.is_first else ""
+        except UserError as refused:
+            raise UserError(f"{why}; {refused}") from None
+    return f"{why}; {then or 'start the run again to go on'}"
+
+
+def leave_model(
+    folder: RunDir,
+    engine: Engine,
+    validation: Sequence[MicroBatch],
+    costs: Mapping[SubNet, Cost],
+    stop: Stop,
+    monitor: Monitor,
+) -> Wanted:
+    """Writes the model and measures it, where an earlier start has not, and until the run is to end. A collective."""
+    num_targets = round(folder.ranks.sum([count_targets([validation])])[0])
+    known = folder.measured(engine, num_targets)
+    if known is None:
+        folder.write_model(engine)
+    stop.pass_over()
+    measured, seconds, wanted = evaluate(
+        engine,
+        [subnet for subnet in engine.model.space if subnet.name not in (known or ())],
+        validation,
+        costs,
+        lambda: (Wanted(*folder.ranks.sum(stop.wanted(seconds_to_save=0.0))), 0.0),
+        folder.beat,
+    )
+    table = folder.add_to_table(measured)
+    if wanted.ends:
+        return wanted
+    if measured or not monitor.has_evaluated(folder.run.train.steps):
+        monitor.evaluated(folder.run.train.steps, table, seconds)
+    monitor.table(table, folder.tokens.unigram_nats)
+    return wanted
+
+
+def is_due(step: int, every_steps: int) -> bool:
+    """Never where `every_steps` is 0, nor before the first step."""
+    return step > 0 and every_steps > 0 and step % every_steps == 0
+
+
+def told(step: int, draws: Sequence[SubNet]) -> str:
+    """What every rank must do alike in a step: the collectives of another draw would be others."""
+    return f"step {step} draws {', '.join(map(str, draws))}"
+
+
+def count_targets(batches: Sequence[Sequence[MicroBatch]]) -> int:
+    """Of this rank, over all draws of a step."""
+    return sum(batch.num_targets for draw in batches for batch in draw)
+
+
+def accumulate(
+    engine: Engine, draws: Sequence[SubNet], batches: Sequence[Sequence[MicroBatch]], num_targets: float
+) -> list[tuple[SubNet, Tensor, int]]:
+    """The gradient of a step: of the mean over all ranks' targets. Returns this rank's summed losses in nats."""
+    losses = []
+    for subnet, draw in zip(draws, batches, strict=True):
+        for batch in draw:
+            nll = engine.forward(batch.input_ids, batch.labels, subnet)
+            engine.backward(nll / num_targets)
+            losses.append((subnet, nll.detach(), batch.num_targets))
+    return losses
+
+
+def check_finite(
+    step: int, losses: Sequence[tuple[SubNet, Tensor, int]], norm: float, checkpoints: Checkpoints, ranks: Ranks
+) -> None:
+    """Raises: UserError on all ranks when the step's gradient is not finite, naming the draw whose loss is not.
+
+    The norm is the same on all ranks, and a loss that is not finite makes it so.
+    """
+    if norm - norm == 0:
+        return
+    bad = [(subnet, float(nll)) for subnet, nll, _ in losses if float(nll) - float(nll) != 0]
+    told = ranks.gather(f"the loss of {bad[0][0]} is {bad[0][1]}" if bad else "")
+    what = next(filter(None, told), "the gradient is not finite")
+    with suppress(AgreedError):
+        checkpoints.finish()
+    raise AgreedError(f"step {step}: {what} (gradient norm {norm}). Nothing was saved. {checkpoints.last_good()}")
+
+
+def restore(checkpoints: Checkpoints, engine: Engine, num_steps: int) -> int:
+    """The step of the last checkpoint, loaded. Raises: UserError when the run should have ended before it."""
+    step = checkpoints.restore_latest(engine)
+    if step > num_steps:
+        raise AgreedError(
+            f"train.steps = {num_steps}, but {checkpoints.folder} goes to step {step}. Raise train.steps."
+        )
+    return step
+
+
+def evaluate(
+    engine: Engine,
+    subnets: Iterable[SubNet],
+    batches: Sequence[MicroBatch],
+    costs: Mapping[SubNet, Cost],
+    ask: Callable[[], tuple[Wanted, float]],
+    beat: Callable[[], None],
+) -> tuple[list[Measured], float, Wanted]:
+    """Validation of sub-networks, one after the other until `ask` wants the run to end. A collective.
+
+    Returns what was measured, the seconds it took, and what was wanted last.
+    """
+    start = time.perf_counter()
+
+    def forward(batch: MicroBatch, subnet: SubNet) -> tuple[Tensor, Tensor]:
+        beat()
+        return engine.evaluate(batch.input_ids, batch.labels, subnet)
+
+    measured: list[Measured] = []
+    wanted = Wanted()
+    for subnet in subnets:
+        wanted, _ = ask()
+        if wanted.ends:
+            break
+        measured += measure(forward, [subnet], batches, engine.ranks.sum, costs)
+    return measured, time.perf_counter() - start, wanted
+
+
+def shared_tokens(run: Run, ranks: Ranks) -> TokenizedText:
+    """The prepared tokens that rank 0 finds. Tokenising here would let collectives time out. A collective.
+
+    Raises: UserError, on all ranks, when they are not prepared.
+    """
+    with ranks.together():
+        found = find_prepared(data_spec(run), run.data.cache_dir) if ranks.is_first else None
+    folder = ranks.gather(str(found.tokens_dir) if found else "")[0]
+    with ranks.together():
+        return open_tokens(Path(folder))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """One rank: RUN.toml and overrides. Returns the exit code; 2 for what the user can mend."""
+    settle_deepspeed()
+    disable_progress_bar()
+    try:
+        with joined_ranks() as ranks:
+            with ranks.together():
+                run = load_run(Path(arguments[0]), arguments[1:])
+                known = facts(run)
+            ranks.agree(known)
+            with ranks.together():
+                source_of(run)  # a download may take longer than the watchdog waits
+                claimed = claim(run.run_dir) if ranks.is_first else nullcontext()
+                release_dead_locks(tells=ranks.local_rank == 0)
+            with claimed, Watchdog(run.train.hang_minutes, run.run_dir, ranks.rank) as watchdog:
+                train(run, shared_tokens(run, ranks), ranks, watchdog)
+    except AgreedError as error:
+        if ranks.is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except UserError as error:
+        rank = os.environ.get("RANK")
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0

@@ -1,0 +1,88 @@
+"""Which sub-networks a step trains: pure in (seed, step), the same for any number of ranks.
+
+In: the sub-networks in ascending order of cost. Out: the draws of any step, and how often each will come in a run.
+Source of `sandwich`: Universally Slimmable Networks, arXiv 1903.05134, section 3.2.
+"""
+
+from collections.abc import Callable, Sequence
+
+from sorted_ds.base.errors import UserError
+from sorted_ds.base.shuffle import Shuffle, keyed_number
+from sorted_ds.space import SubNet
+
+
+class SubNetSchedule:
+    """`schedule.draw(step)` gives the step's sub-networks, one for each draw."""
+
+    def __init__(self, ascending: Sequence[SubNet], draws: int, strategy: str, seed: int):
+        """`ascending` in cost, the smallest first and the full one last.
+
+        Raises: UserError for a strategy that needs more draws.
+        """
+        self.subnets, self.draws, self.strategy, self.seed = tuple(ascending), draws, strategy, seed
+        if draws < FEWEST_DRAWS[strategy]:
+            raise UserError(
+                f"schedule.draws = {draws}, but {strategy} needs at least {FEWEST_DRAWS[strategy]}. Raise it."
+            )
+
+    def draw(self, step: int) -> list[SubNet]:
+        """The sub-networks of one optimizer step, ascending in cost."""
+        return STRATEGIES[self.strategy](self, step)
+
+    def expected_visits(self, num_steps: int) -> dict[SubNet, float]:
+        """How many draws each sub-network gets in `num_steps`, on average over seeds."""
+        fixed = {"sandwich": (self.subnets[-1], self.subnets[0]), "full_plus": (self.subnets[-1],)}
+        always = fixed.get(self.strategy, ())
+        shared = frozenset(_others(self.subnets) if self.strategy == "full_plus" else self.subnets)
+        each = num_steps * (self.draws - len(always)) / len(shared)
+        visits = {subnet: each if subnet in shared else 0.0 for subnet in self.subnets}
+        for subnet in always:
+            visits[subnet] += num_steps
+        return visits
+
+    def _random(self, step: int, num: int) -> list[SubNet]:
+        """Independent draws from the whole space."""
+        positions = [keyed_number(len(self.subnets), self.seed, "draw", step, number) for number in range(num)]
+        return [self.subnets[position] for position in sorted(positions)]
+
+
+def _uniform(schedule: SubNetSchedule, step: int) -> list[SubNet]:
+    return schedule._random(step, schedule.draws)
+
+
+def _stratified(schedule: SubNetSchedule, step: int) -> list[SubNet]:
+    return strata(schedule.subnets, schedule.draws, schedule.seed, step)
+
+
+def _sandwich(schedule: SubNetSchedule, step: int) -> list[SubNet]:
+    return [schedule.subnets[0], *schedule._random(step, schedule.draws - 2), schedule.subnets[-1]]
+
+
+def _full_plus(schedule: SubNetSchedule, step: int) -> list[SubNet]:
+    return [*strata(_others(schedule.subnets), schedule.draws - 1, schedule.seed, step), schedule.subnets[-1]]
+
+
+def _others(subnets: Sequence[SubNet]) -> Sequence[SubNet]:
+    """All but the full one, where there are others."""
+    return subnets[:-1] or subnets
+
+
+def strata(subnets: Sequence[SubNet], draws: int, seed: int, step: int) -> list[SubNet]:
+    """One from each of `draws` cost quantiles. In every `len(subnets)` steps each comes exactly `draws` times.
+
+    Cut the n sub-networks into `draws` equal pieces each: a quantile is a run of n neighbouring pieces, and in n steps
+    it hands out each of them once, in an order of its own.
+    """
+    cycle, position = divmod(step, len(subnets))
+    size = len(subnets)
+    pieces = [stratum * size + Shuffle(size, (seed, "stratum", cycle, stratum))(position) for stratum in range(draws)]
+    return [subnets[piece // draws] for piece in pieces]
+
+
+STRATEGIES: dict[str, Callable[[SubNetSchedule, int], list[SubNet]]] = {
+    "uniform": _uniform,
+    "stratified": _stratified,
+    "sandwich": _sandwich,
+    "full_plus": _full_plus,
+}
+FEWEST_DRAWS = {"uniform": 1, "stratified": 1, "sandwich": 2, "full_plus": 2}

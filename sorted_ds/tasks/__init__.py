@@ -1,0 +1,1 @@
+"""What a network is trained for: how a forward pass becomes sums, and which metrics are shown."""

@@ -1,0 +1,38 @@
+"""Names and secrets of a user stay what they are: no shell reads them, no file keeps them, the umask holds."""
+
+import os
+import shutil
+from pathlib import Path
+
+from sorted_ds.commands.cli import main
+from tests.launched import run_dir, train_by_command
+from tests.runs import run_file
+
+ODD = 'it\'s "a" $(touch pwned) `touch pwned` b;c&d'
+SECRET = "hf_ThisMustNotBeSeen"
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+
+
+def test_an_oddly_named_folder_is_a_folder_and_secrets_are_nowhere(tmp_path):
+    run = run_file(tmp_path / ODD)
+    said = train_by_command(run, "train.steps=2", env={**os.environ, **dict.fromkeys(TOKENS, SECRET)})
+    assert (run_dir(run) / "model" / "config.json").is_file()
+    assert not list(Path.cwd().glob("pwned")) + list(tmp_path.rglob("pwned"))
+    assert SECRET not in said
+    files = [path for path in run_dir(run).rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_files_follow_the_umask(whole, tmp_path):
+    """All of a run, and what is exported: safetensors alone would make them private."""
+    run = Path(shutil.copytree(run_dir(whole), tmp_path / "run"))
+    before = os.umask(0o027)
+    try:
+        assert main(["export", str(run), "--subnet", "d1-g1-f32", "--out", str(tmp_path / "small")]) == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "small").iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+    written = [path for path in run_dir(whole).rglob("*") if path.is_file() and path.suffix == ".safetensors"]
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~before}

@@ -1,0 +1,177 @@
+"""Checkpoints on real ranks: resume bit for bit, saving meanwhile, other ranks, stages and spaces."""
+
+import json
+import os
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from sorted_ds.checkpoint.background import Task, wait_for_all
+from sorted_ds.checkpoint.checkpoints import _blocks_in
+from sorted_ds.base.errors import AgreedError, UserError
+from tests import exactness, resumed
+from tests.exactness import MOMENTS, SPACE, Case
+from tests.resumed import HALF, PART, STEPS, Leg, Trainer, held_back
+from tests.spawn import on_ranks
+
+MODES = [Case(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+MODES += [Case(3, precision, default_thresholds=True) for precision in ("fp32", "bf16")]
+MODES += [Case(3, sub_group_size=1500), Case(2, offload=True), Case(3, "bf16", offload=True)]
+MODES += [Case(2, optimizer="fused"), Case(3, offload=True, offload_param=True)]
+MODES += [Case(stage, optimizer="cpu_adam", offload=True) for stage in (1, 3)]
+LEGS = [*(Leg(case, micro_batch_rows=6) for case in MODES), Leg(Case(2), asynchronous=False)]
+BOUNDS = {"weights": 1e-5, "exp_avg": 1e-5, "exp_avg_sq": 1e-5}
+"""Of AdamW's amplified rounding, as in exactness."""
+
+
+def test_the_steps_from_a_checkpoint_written_meanwhile_are_the_uninterrupted_run_s_bit_for_bit(tmp_path):
+    results = on_ranks(2, resumed.both_ways, LEGS, str(tmp_path / "runs"), folder=tmp_path)
+    assert len(results) == len(LEGS)
+    for name, (whole, halves) in results.items():
+        for kind in ("weights", *MOMENTS):
+            assert all(torch.equal(whole[kind][key], halves[kind][key]) for key in whole[kind]), (name, kind)
+
+
+SOURCES = {"stage1 on 2": (2, Leg(Case(1))), "stage3 on 3": (3, Leg(Case(3)))}
+SOURCES |= {"offload on 1": (1, Leg(Case(2, offload=True), micro_batch_rows=12))}
+TARGETS = [Leg(Case(0)), Leg(Case(1), 1), Leg(Case(2), 3), Leg(Case(3), 5)]
+"""Stages and micro-batch sizes; 5 rows leave some short of rows."""
+
+
+def first_legs(ranks, legs: list[Leg], folders: list[str]) -> None:
+    for leg, folder in zip(legs, folders, strict=True):
+        resumed.train(ranks, leg, folder, 0, HALF)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, str]:
+    """Checkpoints of half the steps."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name, (num_ranks, leg) in SOURCES.items():
+        on_ranks(num_ranks, first_legs, [leg], [str(folder / name)], folder=folder / "ranks")
+    return {name: str(folder / name) for name in SOURCES}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return on_ranks(2, resumed.train, Leg(), str(folder / "run"), 0, STEPS, folder=folder)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_other_ranks_stages_and_micro_batches_go_on_with_the_same_rows_to_rounding(
+    sources, uninterrupted, tmp_path, num_ranks
+):
+    results = on_ranks(num_ranks, resumed.continued, sources, TARGETS, str(tmp_path / "runs"), folder=tmp_path)
+    assert len(results) == len(SOURCES) * len(TARGETS)
+    for name, found in results.items():
+        assert found["rows"] == uninterrupted["rows"][HALF:], name
+        assert found["draws"] == uninterrupted["draws"][HALF:], name
+        for kind, bound in BOUNDS.items():
+            assert exactness.largest_difference(found[kind], uninterrupted[kind]) <= bound, (name, kind)
+
+
+def spaces(part: list[str], whole: list[str]) -> tuple[dict, dict]:
+    told = {"seed": "1", "space.depths": "[]", "space.groups": "[]", "space.ffn": "[]"}
+    return ({**told, "space.subnets": json.dumps(part)}, {**told, "space.subnets": json.dumps(whole)})
+
+
+def extend(ranks, stage: int, folder: str) -> dict:
+    """Half the steps in a part of the space; then the rest there, and in the whole space with the same draws."""
+    leg = Leg(Case(stage), space=PART, schedule=PART)
+    part, whole = spaces([s.name for s in PART], [s.name for s in SPACE])
+    before = resumed.train(ranks, leg, folder, 0, HALF, facts=part)
+    larger = Leg(Case(stage), space=SPACE, schedule=PART)
+    refused = Trainer(ranks, larger, folder, facts=whole)
+    try:
+        refused.checkpoints.restore_latest(refused.engine)
+        message = ""
+    except UserError as error:
+        message = str(error)
+    grown = Trainer(ranks, larger, folder, facts=whole, extends_space=True)
+    assert grown.checkpoints.restore_latest(grown.engine) == HALF
+    restored, warnings = grown.result(), grown.checkpoints.warnings
+    grown.train(HALF, STEPS)
+    after = resumed.train(ranks, leg, folder, HALF, STEPS, facts=part)
+    shrunk = Trainer(ranks, leg, f"{folder}/of_the_whole", facts=part)
+    grown.checkpoints.folder = Path(f"{folder}/of_the_whole")
+    grown.checkpoints.save(grown.engine, STEPS)
+    try:
+        shrunk.checkpoints.restore_latest(shrunk.engine)
+    except UserError as error:
+        message = f"{message}\n{error}"
+    return {"before": before, "restored": restored, "part": after, "whole": grown.result()} | {
+        "message": message,
+        "warnings": warnings,
+    }
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_space_grows_on_purpose_with_the_same_weights_and_moments(tmp_path, stage):
+    found = on_ranks(2, extend, stage, str(tmp_path / "run"), folder=tmp_path)
+    for kind in ("weights", *MOMENTS):
+        same = found["before"][kind], found["restored"][kind]
+        assert all(torch.equal(same[0][key], same[1][key]) for key in same[0]), kind
+        assert exactness.largest_difference(found["part"][kind], found["whole"][kind]) <= BOUNDS[kind]
+    refused, shrunk = found["message"].splitlines()
+    assert "belongs to a run with 4 of this run's 27 sub-networks. To train the others too" in refused
+    assert "belongs to a run whose space has d1-g1-f32 (23 in all) which this run's has not" in shrunk
+    assert found["warnings"] == ["the space grows from 4 to 27 sub-networks"]
+
+
+OTHERS_MAY_READ = 0o640
+
+
+def pauses(ranks, folder: str) -> tuple[float, bool, bool]:
+    """Of a save that is written late: what training did not wait; whether it was invisible; whether memory grew."""
+    os.umask(0o027)
+    trainer = Trainer(ranks, Leg(), folder)
+    checkpoints, engine = trainer.checkpoints, trainer.engine
+    with held_back() as event:
+        checkpoints.start(engine, 1)
+        hidden = not list(Path(folder).glob("step_*"))
+        time.sleep(0.5)
+        buffer = checkpoints._staging._buffer.data_ptr()
+        event.set()
+        saved = checkpoints.finish()[0]
+    with suppress(AgreedError), checkpoints.finished():
+        checkpoints.start(engine, 2)
+        raise AgreedError("what all ranks know of")
+    same_memory = checkpoints._staging._buffer.data_ptr() == buffer
+    return saved.seconds - saved.pause_seconds, hidden, same_memory
+
+
+def test_training_does_not_wait_for_writes_one_copy_serves_all_and_the_umask_holds(tmp_path):
+    not_waited, hidden, same_memory = on_ranks(2, pauses, str(tmp_path / "run"), folder=tmp_path / "ranks")
+    assert not_waited >= 0.4
+    assert hidden
+    assert same_memory
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run" / "step_00000002").iterdir()}
+    assert modes == {OTHERS_MAY_READ}
+
+
+def beats(ranks, seconds: float, moves: bool) -> int:
+    """Of this rank, while rank 0 alone has something to do."""
+    heard: list[float] = []
+    began = time.monotonic()
+    task = Task(lambda: time.sleep(seconds if ranks.is_first else 0))
+    wait_for_all(ranks, task, lambda: moves and ranks.is_first and time.monotonic() - began, lambda: heard.append(1))
+    return min(int(count) for count in ranks.gather(str(len(heard))))
+
+
+def test_ranks_that_wait_for_one_do_not_hang_as_long_as_it_makes_progress(tmp_path):
+    assert on_ranks(2, beats, 3.5, True, folder=tmp_path / "moving") >= 3
+    assert on_ranks(2, beats, 3.5, False, folder=tmp_path / "still") == 1
+
+
+def test_a_file_that_is_being_filled_shows_it_before_it_has_its_name(tmp_path):
+    with (tmp_path / ".tmp").open("wb") as file:
+        file.truncate(2**24)  # as safetensors does
+        before = _blocks_in(tmp_path)
+        file.write(bytes(2**22))
+        os.fsync(file.fileno())
+        assert before < _blocks_in(tmp_path) < 2**24 // 512

@@ -1,0 +1,153 @@
+"""Rows and their targets equal plain Python packing; steps are pure, and the union over ranks is always the same."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from sorted_ds.data.loader import Loader, MicroBatch, deal, validation_batches
+from sorted_ds.data.rows import PackedRows
+from sorted_ds.base.errors import UserError
+
+ROW_TOKENS = 5
+NUM_ROWS = 23
+TOKENS = np.arange(100, 100 + NUM_ROWS * ROW_TOKENS + 3, dtype="<u2")
+"""Each id once, so that a row's first id says which row it is."""
+
+
+def packed() -> PackedRows:
+    return PackedRows(TOKENS, ROW_TOKENS)
+
+
+def loader(rank: int = 0, world_size: int = 1, **changes) -> Loader:
+    settings = {"seed": 17, "step_rows": 12, "draws": 3, "micro_batch_rows": 2, **changes}
+    return Loader(packed(), rank=rank, world_size=world_size, **settings)
+
+
+def rows_in(batches: list[MicroBatch]) -> list[int]:
+    """The numbers of the real rows, after a check of their contents."""
+    found = []
+    for batch in batches:
+        real = [(ids, labels) for ids, labels in zip(batch.input_ids, batch.labels, strict=True) if labels[0] != -100]
+        assert batch.num_rows == len(real)
+        assert batch.num_targets == int((batch.labels != -100).sum())
+        for ids, labels in real:
+            row = (int(ids[0]) - 100) // ROW_TOKENS
+            assert ids.tolist() == [100 + row * ROW_TOKENS + k for k in range(ROW_TOKENS)]
+            assert labels.tolist() == [101 + row * ROW_TOKENS + k for k in range(ROW_TOKENS)]
+            found.append(row)
+    return found
+
+
+@pytest.mark.parametrize("num_tokens", [6, 10, 11, 12, 116])
+def test_rows_are_the_text_cut_every_row_tokens_each_position_with_a_target(num_tokens):
+    plain = list(range(num_tokens))
+    expected = [plain[k : k + 6] for k in range(0, num_tokens, 5) if k + 6 <= num_tokens]
+    rows = PackedRows(np.array(plain, dtype="<u4"), 5)
+    assert [rows[k].tolist() for k in range(len(rows))] == expected
+    assert rows[0].dtype == np.int64
+
+
+def test_less_than_one_row_is_refused():
+    with pytest.raises(
+        UserError, match=r"batch\.row_tokens = 5 is too long: the training text has 5 tokens, and one row needs 6"
+    ):
+        PackedRows(np.arange(5), 5)
+
+
+def test_a_row_that_is_not_there_is_an_error():
+    for row in (-1, NUM_ROWS):
+        with pytest.raises(IndexError):
+            packed()[row]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((32, 4, 4, 1), (8, 2, 4, 0.0)),
+        ((32, 4, 4, 2), (8, 1, 4, 0.0)),
+        ((32, 4, 4, 3), (8, 1, 3, 1 / 9)),
+        ((12, 1, 5, 1), (12, 3, 4, 0.0)),  # three of 4, not 5, 5 and 2
+        ((2, 1, 4, 3), (2, 1, 1, 1 / 3)),
+        ((10, 1, 3, 2), (10, 2, 3, 1 / 6)),
+    ],
+)
+def test_rows_are_dealt_in_the_fewest_forwards_and_the_smallest_shape(arguments, expected):
+    dealt = deal(*arguments)
+    assert (dealt.rows_per_draw, dealt.forwards, dealt.rows_per_forward) == expected[:3]
+    assert dealt.padded_fraction == pytest.approx(expected[3])
+
+
+@pytest.mark.parametrize(("step_rows", "draws", "nearest"), [(250, 4, "248, 252"), (3, 4, "4"), (7, 2, "6, 8")])
+def test_draws_that_cannot_have_equally_many_rows_are_refused(step_rows, draws, nearest):
+    with pytest.raises(UserError) as raised:
+        deal(step_rows, draws, 4, 1)
+    cannot = f"batch.step_rows = {step_rows} cannot be shared out over schedule.draws = {draws}."
+    assert str(raised.value) == f"{cannot} Nearest that can: {nearest}."
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_the_rows_of_a_draw_do_not_depend_on_the_number_of_ranks(world_size):
+    alone = loader()
+    ranks = [loader(rank, world_size) for rank in range(world_size)]
+    for step in range(9):
+        per_rank = [one.batches(step) for one in ranks]
+        for draw, expected in enumerate(alone.batches(step)):
+            union = [row for batches in per_rank for row in rows_in(batches[draw])]
+            assert sorted(union) == sorted(rows_in(expected))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_every_rank_runs_the_same_number_of_forwards_of_the_same_shape(world_size):
+    dealt = deal(12, 3, 2, world_size)
+    real = 0
+    for rank in range(world_size):
+        draws = loader(rank, world_size).batches(3)
+        assert [len(draw) for draw in draws] == [dealt.forwards] * 3
+        for batch in (batch for draw in draws for batch in draw):
+            assert batch.input_ids.shape == batch.labels.shape == (dealt.rows_per_forward, ROW_TOKENS)
+            assert (batch.input_ids.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
+            assert batch.input_ids[batch.num_rows :].eq(0).all()
+            assert batch.labels[batch.num_rows :].eq(-100).all()
+            real += batch.num_rows
+    run = world_size * 3 * dealt.forwards * dealt.rows_per_forward
+    assert 1 - real / run == pytest.approx(dealt.padded_fraction)
+
+
+def test_each_row_comes_once_an_epoch_and_in_another_order_each_epoch():
+    one = loader(step_rows=6)
+    drawn = [row for step in range(23) for draw in one.batches(step) for row in rows_in(draw)]
+    epochs = [drawn[start : start + NUM_ROWS] for start in range(0, 6 * NUM_ROWS, NUM_ROWS)]
+    assert all(sorted(epoch) == list(range(NUM_ROWS)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert list(range(NUM_ROWS)) not in epochs
+
+
+def test_a_draw_owns_the_positions_of_its_turn():
+    one = loader()
+    assert [rows_in(draw) for draw in one.batches(5)] == [
+        [one.row_at(5 * 12 + draw * 4 + k) for k in range(4)] for draw in range(3)
+    ]
+
+
+def test_a_steps_rows_follow_from_seed_and_step_alone():
+    walked = loader()
+    for step in range(8):
+        walked.batches(step)
+    again = [rows_in(draw) for draw in loader().batches(7)]
+    assert [rows_in(draw) for draw in walked.batches(7)] == again
+    assert [rows_in(draw) for draw in loader(seed=18).batches(7)] != again
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_rows", [1, 5, 22, 23, 1000])
+def test_validation_rows_are_spread_evenly_and_dealt_over_the_ranks(num_rows, world_size):
+    shares = [list(validation_batches(packed(), num_rows, 3, rank, world_size)) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    assert len({batch.input_ids.shape for share in shares for batch in share}) == 1
+    found = sorted(row for share in shares for row in rows_in(share))
+    number = min(num_rows, NUM_ROWS)
+    assert found == [int(k * NUM_ROWS / number) for k in range(number)]
+    gaps = {after - before for before, after in pairwise(found)}
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1

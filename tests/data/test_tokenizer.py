@@ -1,0 +1,217 @@
+"""The trained tokenizer gives SentencePiece's own ids and gives back its text; others are refused with a reason."""
+
+import json
+import random
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+
+from sorted_ds.data.text.tokenizer import (
+    TRAINING_CHARACTERS,
+    Vocabulary,
+    beginnings,
+    encode,
+    load_tokenizer,
+    train_tokenizer,
+    trained_vocabulary,
+    vocabulary_of,
+)
+from sorted_ds.base.errors import UserError
+
+VOCAB_SIZE = 1024
+ODD = [
+    *["", " ", "  ", "\n", "\n\n \n", "\t\t x", "a\r\nb\r\n", " lead", "trail ", "   many    spaces  ", "\x00\x01\x7f"],
+    *[
+        "🎉👩‍👩‍👧 東京 λ",
+        "e\u0301 é",
+        "\ufffd\ufeff\u2028\u00a0x",
+        "<0x41> <0xE2>",
+        "<s></s><unk>",
+        "1234567 0.50",
+        "▅",
+    ],
+    *[character * number for character in " =-*#_a.\t\n0é" for number in (2, 3, 5, 7, 15, 16, 17, 33, 100, 301)],
+    "no end " * 20_000,
+]
+
+
+def library_texts() -> list[str]:
+    """The standard library's top-level modules: about 5 MB of code."""
+    return [path.read_text("utf-8") for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
+
+
+def odd_texts() -> list[str]:
+    """Runs and overlaps of few characters, where the order of merges would show."""
+    draw = random.Random(0)
+    alphabets = [" ab", "= ", "-=_", "01 ", "aeiourstn ", "\n \t", "()[],.'\"", "self._"]
+    return ODD + ["".join(draw.choices(a, k=draw.randint(1, 80))) for a in alphabets for _ in range(300)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train_tokenizer(library_texts()[::3], VOCAB_SIZE, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[str]:
+    texts = library_texts()
+    del texts[::3]
+    assert sum(map(len, texts)) > 1e6
+    return texts + odd_texts()
+
+
+def test_ids_are_sentencepieces_own_on_held_out_text(trained, held_out):
+    own = SentencePieceProcessor(model_file=str(trained / "sentencepiece.model"))
+    encoded = encode(AutoTokenizer.from_pretrained(trained), held_out)
+    different = [text[:80] for text, ids in zip(held_out, encoded, strict=True) if ids != own.encode(text)]
+    assert different == []
+
+
+def test_decoding_gives_the_text_back(trained, held_out):
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    decoded = [tokenizer.decode(ids) for ids in encode(tokenizer, held_out)]
+    assert decoded == held_out
+
+
+def test_plain_transformers_gives_the_same_ids(trained, held_out, tmp_path):
+    texts = [text for text in held_out if "<" not in text][:400]
+    script = (
+        "import json, sys; from transformers import AutoTokenizer; texts = json.load(sys.stdin); "
+        f"tokenizer = AutoTokenizer.from_pretrained({str(trained)!r}); assert 'sorted_ds' not in sys.modules; "
+        "ids = tokenizer(texts)['input_ids']; print(json.dumps([ids, [tokenizer.decode(one) for one in ids]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(texts),
+        text=True,
+        capture_output=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert json.loads(done.stdout) == [encode(load_tokenizer(str(trained)), texts), texts]
+
+
+def test_a_space_comes_back_where_the_training_text_had_none(tmp_path):
+    train_tokenizer(["東京都\n大阪府\n" * 50], 270, tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    own = SentencePieceProcessor(model_file=str(tmp_path / "sentencepiece.model"))
+    ids = encode(tokenizer, [" 東京  x "])[0]
+    assert ids == own.encode(" 東京  x ")
+    assert tokenizer.decode(ids) == " 東京  x "
+
+
+def test_indentation_takes_few_tokens_and_line_ends_one_each(trained):
+    tokenizer = load_tokenizer(str(trained))
+    newline = encode(tokenizer, ["\n"])[0]
+    assert len(newline) == 1
+    assert encode(tokenizer, ["x\n\n\n"])[0][-3:] == newline * 3
+    assert len(encode(tokenizer, [" " * 8 + "\n"])[0]) == 2
+
+
+def test_digits_stand_alone(trained):
+    assert len(encode(load_tokenizer(str(trained)), ["2026"])[0]) == 4
+
+
+def test_special_tokens_in_a_text_are_text(trained):
+    tokenizer = load_tokenizer(str(trained))
+    assert min(encode(tokenizer, ["a<s>b</s>c<unk>"])[0]) > 2
+    assert tokenizer("<s>")["input_ids"] == [1]
+
+
+def test_training_text_that_holds_the_special_tokens_keeps_them_apart(tmp_path):
+    texts = ["a <s>struck</s> word, <s>two</s> <unk> s> </ s>\n" * 50]
+    train_tokenizer(texts, 295, tmp_path)
+    own = SentencePieceProcessor(model_file=str(tmp_path / "sentencepiece.model"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert encode(tokenizer, texts) == [own.encode(texts[0])]
+    assert min(encode(tokenizer, texts)[0]) > 2
+
+
+def test_a_long_document_is_encoded_whole_and_without_a_warning(trained, caplog, capfd):
+    tokenizer = load_tokenizer(str(trained))
+    tokenizer.model_max_length = 16
+    tokenizer.backend_tokenizer.enable_truncation(16)
+    assert len(encode(tokenizer, ["one two\n" * 1000])[0]) >= 3000
+    assert tokenizer.backend_tokenizer.truncation is not None, "encode() leaves the tokenizer as it was"
+    assert caplog.text == ""
+    assert capfd.readouterr().err == ""
+
+
+def test_the_vocabulary_is_known_before_training(trained):
+    assert vocabulary_of(load_tokenizer(str(trained))) == trained_vocabulary(VOCAB_SIZE) == Vocabulary(VOCAB_SIZE, 1, 2)
+
+
+def test_the_same_texts_give_the_same_bytes(trained, tmp_path):
+    train_tokenizer(library_texts()[::3], VOCAB_SIZE, tmp_path)
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"sentencepiece.model", "tokenizer.json", "tokenizer_config.json"}
+    assert {name: (tmp_path / name).read_bytes() for name in names} == {
+        p.name: p.read_bytes() for p in trained.iterdir()
+    }
+
+
+def test_a_vocabulary_too_large_names_the_largest_that_can_be(tmp_path):
+    with pytest.raises(UserError, match=r"^data\.vocab_size = 4096 is too large: .* Set \d+ or less\.$") as raised:
+        train_tokenizer(["one two three\n" * 30], 4096, tmp_path)
+    most = int(str(raised.value).split()[-3])
+    train_tokenizer(["one two three\n" * 30], most, tmp_path)
+    assert len(load_tokenizer(str(tmp_path))) == most
+
+
+def test_a_vocabulary_too_small_names_the_smallest_that_can_be(tmp_path):
+    with pytest.raises(UserError, match=r"^data\.vocab_size = 250 is too small: .* Set \d+ or more\.$") as raised:
+        train_tokenizer(["one two three\n" * 30], 250, tmp_path)
+    least = int(str(raised.value).split()[-3])
+    train_tokenizer(["one two three\n" * 30], least, tmp_path)
+    assert len(load_tokenizer(str(tmp_path))) == least
+
+
+def test_training_takes_an_equal_share_of_each_text_from_its_beginning():
+    texts = ["abcd" * 100, "x", "yz" * 300]
+    assert list(beginnings(texts, 1001)) == texts
+    assert list(beginnings(texts, 4 * TRAINING_CHARACTERS)) == ["abcd" * 25, "x", "yz" * 75]
+
+
+def fast(folder: Path, vocabulary: dict[str, int], **special: str) -> str:
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return str(folder)
+
+
+def damaged(folder: Path) -> str:
+    fast(folder, {"<unk>": 0, "</s>": 1}, eos_token="</s>")
+    (folder / "tokenizer.json").write_text('{"version"')
+    return str(folder)
+
+
+def slow(folder: Path) -> str:
+    ByT5Tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda folder: "no/such/one", r"cannot be loaded \(.+\)"),
+        (str, r"cannot be loaded \(.+\)"),
+        (damaged, r"cannot be loaded \(.+\)"),
+        (slow, r"has no tokenizer\.json, which a fast tokenizer is read from"),
+        (lambda folder: fast(folder, {"<unk>": 0, "a": 1}), r"has no end-of-text token, .*"),
+        (lambda folder: fast(folder, {"<unk>": 0, "</s>": 7}, eos_token="</s>"), r"has ids up to 7 for 2 tokens"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_refused_by_name(make, reason, tmp_path):
+    name = make(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"^data\.tokenizer: '{name}' {reason}\. Name a directory, a hub id, or"
+    ) as raised:
+        load_tokenizer(name)
+    assert "\n" not in str(raised.value)

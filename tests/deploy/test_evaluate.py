@@ -1,0 +1,139 @@
+"""Evaluation equals plain Hugging Face losses of the extracted models, whoever holds which rows."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from sorted_ds.base.errors import UserError
+from sorted_ds.deploy.evaluate import choose_spread, forward_of, load_nested, measure
+from sorted_ds.nested import costs_of, extract
+from sorted_ds.space import SubNetSpace
+from tests.families import SPACE, SUBNETS, tokens
+from tests.trained import ROW_TOKENS, trained_run
+
+
+@dataclass(frozen=True)
+class Batch:
+    input_ids: Tensor
+    labels: Tensor
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels != -100).sum())
+
+
+def batches(number: int = 3) -> list[Batch]:
+    """Unequal numbers of targets; the last has a row without any."""
+    made = []
+    for seed in range(number):
+        rows = tokens(rows=2, length=ROW_TOKENS + 1, seed=seed)
+        labels = rows[:, 1:].clone()
+        labels[0, : 2 + 3 * seed] = -100
+        if seed == number - 1:
+            labels[1] = -100
+        made.append(Batch(rows[:, :-1], labels))
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_nested(trained_run(tmp_path_factory.mktemp("run")))
+
+
+def measured(model, names, rows, total=list):
+    costs = costs_of(model.space, model.config, ROW_TOKENS)
+    return measure(forward_of(model), [model.space[name] for name in names], rows, total, costs)
+
+
+def expected(model, name, rows):
+    """Loss and accuracy by Hugging Face's logits of the plain model, one row at a time, in double precision."""
+    plain = extract(model, name).eval()
+    nll = correct = count = 0.0
+    for batch in rows:
+        for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+            logits = plain(ids[None]).logits[0].double()
+            nll += F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+            correct += (logits.argmax(-1) == labels).sum().item()
+            count += (labels != -100).sum().item()
+    return nll / count, correct / count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SUBNETS)
+def test_loss_and_accuracy_are_those_of_the_extracted_model(model, name):
+    rows = batches()
+    row = measured(model, [name], rows)[0]
+    loss, accuracy = expected(model, name, rows)
+    assert row.loss == pytest.approx(loss, rel=1e-5)  # fp32 logits, summed in another order
+    assert row.accuracy == accuracy
+    assert row.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
+    assert row.num_targets == sum(batch.num_targets for batch in rows)
+
+
+def test_costs_are_those_of_the_sub_network(model):
+    for row in measured(model, SUBNETS, batches(1)):
+        plain = extract(model, row.subnet)
+        assert row.parameters == sum(p.numel() for p in plain.parameters())
+        assert row.kv_bytes_per_token == 2 * 2 * plain.config.num_hidden_layers * 12 * plain.config.num_key_value_heads
+
+
+def test_sums_over_ranks_equal_one_process(model):
+    rows, names = batches(), SUBNETS[:2]
+    shares = []
+    for share in (rows[:2], rows[2:], []):
+        measured_alone = []
+        measured(model, names, share, lambda sums, keep=measured_alone: keep.extend(sums) or [1.0] * len(sums))
+        shares.append(measured_alone)
+    together = measured(model, names, [], lambda sums: [sum(column) for column in zip(*shares, strict=True)])
+    alone = measured(model, names, rows)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-12)
+        assert (ours.accuracy, ours.num_targets) == (theirs.accuracy, theirs.num_targets)
+
+
+def test_a_spread_holds_the_full_and_the_smallest_in_order():
+    for number in (2, 3, 9, 26, 27, 99):
+        chosen = choose_spread(SPACE, number)
+        assert len(chosen) == min(number, len(SPACE))
+        assert SPACE.smallest in chosen
+        assert SPACE.full in chosen
+        positions = [SPACE.index(subnet) for subnet in chosen]
+        assert positions == sorted(positions)
+        gaps = [b - a for a, b in itertools.pairwise(positions)]
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_a_space_of_one_is_its_own_spread():
+    assert choose_spread(SubNetSpace.of(["d1-g1-f8"])) == [SubNetSpace.of(["d1-g1-f8"]).full]
+
+
+def test_the_stored_precision_is_kept_unless_another_is_asked_for(tmp_path):
+    run = trained_run(tmp_path, dtype=torch.bfloat16)
+    assert load_nested(run).dtype == torch.bfloat16
+    widened = load_nested(run / "model", dtype=torch.float32)
+    assert widened.dtype == torch.float32
+    plain = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
+    with torch.no_grad():
+        ours, theirs = widened(tokens()).logits, plain(tokens()).logits
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("sorted.json", r"has no sorted\.json"),
+        ("config.json", r"has a sorted\.json but no config\.json"),
+        ("model.safetensors", r"holds neither model\.safetensors"),
+    ],
+)
+def test_a_missing_file_is_named(tmp_path, missing, message):
+    run = trained_run(tmp_path)
+    (run / "model" / missing).unlink()
+    with pytest.raises(UserError, match=message):
+        load_nested(run)

@@ -1,0 +1,166 @@
+"""An exported sub-network is an ordinary Hugging Face model with the nested model's logits, or nothing at all."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from sorted_ds.deploy import export as export_module
+from sorted_ds.base.errors import UserError
+from sorted_ds.deploy.evaluate import load_nested
+from sorted_ds.deploy.export import LogitsDifferError, compared_ids, export, load_tokenizer
+from sorted_ds.nested import extract
+from sorted_ds.space import SubNet
+from tests.families import VARIANTS
+from tests.parity import run_reference
+from tests.trained import made_up_table, measured_run, trained_run
+
+SUBNET = "d2-g3-f80"
+
+
+def exported(run: Path, out: Path, name: str = SUBNET, **kwargs) -> Path:
+    return export(run, [name], [out], **kwargs)[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_family_loads_as_a_plain_model_with_the_full_models_masked_logits(variant, tmp_path):
+    run = trained_run(tmp_path / "run", variant)
+    out = exported(run, tmp_path / "small")
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    assert (plain.config.num_hidden_layers, plain.config.num_key_value_heads) == (2, 3)
+    assert plain.config.intermediate_size == 80
+    ids = torch.arange(40).view(2, 20)
+    full = AutoModelForCausalLM.from_pretrained(run / "model")
+    expected = run_reference(full, SubNet.parse(SUBNET), ids).logits
+    assert (plain(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_bf16_weights_are_written_as_they_are_stored(tmp_path):
+    run = trained_run(tmp_path / "run", dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(exported(run, tmp_path / "small"))
+    assert plain.dtype == torch.bfloat16
+    cut = extract(load_nested(run), SUBNET).state_dict()
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_the_tokenizer_and_the_generation_config_come_along(tmp_path):
+    run = trained_run(tmp_path / "run")
+    settings = run / "model" / "generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "temperature": 0.6, "do_sample": True}))
+    out = exported(run, tmp_path / "small")
+    text = "def f(x):\n    return x"
+    assert AutoTokenizer.from_pretrained(out)(text).input_ids == [ord(c) for c in text]
+    assert AutoModelForCausalLM.from_pretrained(out).generation_config.temperature == 0.6
+
+
+def test_the_card_states_the_measured_figures_and_its_snippet_runs(tmp_path):
+    out = exported(measured_run(tmp_path / "run"), tmp_path / "small")
+    card = (out / "README.md").read_text()
+    row = next(row for row in made_up_table() if row.subnet == SUBNET)
+    assert f"| {row.loss:.4f} |" in card
+    assert f"| {row.parameters:,} |" in card
+    snippet = card.split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The")
+
+
+def test_the_card_of_an_unmeasured_model_says_so(tmp_path):
+    out = exported(trained_run(tmp_path / "run"), tmp_path / "small")
+    assert "Not measured" in (out / "README.md").read_text()
+
+
+def test_parameters_on_disk_are_those_of_the_table(tmp_path):
+    out = exported(measured_run(tmp_path / "run"), tmp_path / "small")
+    on_disk = sum(tensor.numel() for tensor in load_file(out / "model.safetensors").values())
+    assert on_disk == next(row.parameters for row in made_up_table() if row.subnet == SUBNET)
+
+
+def test_stored_logits_equal_those_of_a_process_without_this_package(tmp_path):
+    out = exported(trained_run(tmp_path / "run"), tmp_path / "small", store_logits=True)
+    script = f"""
+import sys
+sys.modules["sorted_ds"] = None
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+stored = load_file("{out}/logits.safetensors")
+logits = AutoModelForCausalLM.from_pretrained("{out}")(stored["input_ids"]).logits
+print(float((logits - stored["logits"]).abs().max() / stored["logits"].abs().max()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 1e-5
+
+
+@pytest.mark.parametrize("tensor", ["model.layers.1.self_attn.o_proj.weight", "model.layers.0.mlp.gate_proj.weight"])
+def test_a_difference_leaves_nothing_behind(tensor, tmp_path, monkeypatch):
+    run, out = trained_run(tmp_path / "run"), tmp_path / "outs" / "small"
+    write = export_module._write
+
+    def write_wrongly(model, where, subnet, hidden, name):
+        write(model, where, subnet, hidden, name)
+        weights = load_file(hidden / "model.safetensors")
+        weights[tensor][0, 0] += 0.01
+        save_file(weights, hidden / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(export_module, "_write", write_wrongly)
+    with pytest.raises(LogitsDifferError, match=f"{SUBNET} was not exported: the written model's logits differ"):
+        exported(run, out)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_logits_that_are_no_numbers_are_refused(tmp_path):
+    run = trained_run(tmp_path / "run")
+    weights = load_file(run / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, run / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LogitsDifferError):
+        exported(run, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_several_are_written_each_to_its_place(tmp_path):
+    names = ["d1-g1-f32", "d4-g4-f112"]
+    outs = export(trained_run(tmp_path / "run"), names, [tmp_path / "all" / name for name in names])
+    depths = [LlamaForCausalLM.from_pretrained(out).config.num_hidden_layers for out in outs]
+    assert depths == [1, 4]
+
+
+def test_the_comparison_uses_text_and_the_whole_vocabulary(tmp_path):
+    run = trained_run(tmp_path / "run")
+    ids = compared_ids(load_tokenizer(run / "model"), load_nested(run))
+    assert bytes(ids[0].tolist()).startswith(b"The quick brown fox")
+    assert ids.shape == (4, 64)
+    assert ids[1:].max() > 120
+
+
+def test_an_existing_out_is_refused_and_kept(tmp_path):
+    out = tmp_path / "small"
+    out.mkdir()
+    (out / "mine.txt").write_text("kept")
+    with pytest.raises(UserError, match="exists already"):
+        exported(trained_run(tmp_path / "run"), out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_an_out_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be written"):
+        exported(trained_run(tmp_path / "run"), tmp_path / "file" / "small")
+
+
+def test_an_unknown_sub_network_is_refused_with_near_ones(tmp_path):
+    with pytest.raises(UserError, match=r"d2-g3-f81 is not in the space\. Nearest that are: d2-g3-f80"):
+        exported(trained_run(tmp_path / "run"), tmp_path / "small", "d2-g3-f81")
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path):
+    run = trained_run(tmp_path / "run")
+    for path in (run / "model").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        exported(run, tmp_path / "small")

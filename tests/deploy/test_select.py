@@ -1,0 +1,120 @@
+"""Selection is the brute-force minimum over the rows within the budget."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from sorted_ds.base.errors import UserError
+from sorted_ds.deploy.model_dir import ModelDir
+from sorted_ds.deploy.select import parse_amount, reason, select
+from tests.trained import made_up_table, measured_run, trained_run
+
+TABLE = made_up_table()
+
+
+def test_the_lowest_loss_within_each_budget_is_chosen():
+    for budget in sorted({row.parameters for row in TABLE}):
+        for amount in (budget, budget + 1):
+            expected = sorted((row.loss, row.subnet) for row in TABLE if row.parameters <= amount)[0][1]
+            assert select(TABLE, max_params=amount).subnet == expected
+
+
+def test_both_budgets_hold_at_once():
+    flops = sorted(row.flops_per_token for row in TABLE)[len(TABLE) // 2]
+    params = sorted(row.parameters for row in TABLE)[len(TABLE) // 2]
+    chosen = select(TABLE, max_params=params, max_flops_per_token=flops)
+    assert chosen.parameters <= params
+    assert chosen.flops_per_token <= flops
+    within = [row for row in TABLE if row.parameters <= params and row.flops_per_token <= flops]
+    assert chosen.loss == min(row.loss for row in within)
+
+
+def test_a_larger_sub_network_of_higher_loss_is_not_chosen():
+    largest = max(TABLE, key=lambda row: row.parameters)
+    worse = [replace(row, loss=9.0) if row is largest else row for row in TABLE]
+    assert select(worse, max_params=1e9).subnet != largest.subnet
+
+
+def test_of_equal_losses_the_smaller_is_chosen():
+    equal = [replace(row, loss=3.0) for row in reversed(TABLE)]
+    assert select(equal, max_params=1e9).parameters == min(row.parameters for row in TABLE)
+
+
+def test_nothing_fits_names_the_smallest_and_its_figures():
+    smallest = min(TABLE, key=lambda row: row.parameters)
+    message = f"The smallest, {smallest.subnet}, has {smallest.parameters:,} parameters"
+    with pytest.raises(UserError, match=message):
+        select(TABLE, max_params=10)
+
+
+def test_a_budget_is_needed():
+    with pytest.raises(UserError, match="Give --max-params, --max-flops or both"):
+        select(TABLE)
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("2.5B", 2.5e9),
+        ("300M", 3e8),
+        ("1e6", 1e6),
+        ("5G", 5e9),
+        ("7k", 7e3),
+        ("1.5T", 1.5e12),
+        ("12", 12),
+        (".5m", 5e5),
+    ],
+)
+def test_amounts_read_as_written(text, amount):
+    assert parse_amount(text) == pytest.approx(amount)
+
+
+@pytest.mark.parametrize("text", ["", "many", "-3M", "0", "3MB", "1e999", "nan"])
+def test_what_is_no_amount_is_refused(text):
+    with pytest.raises(UserError, match="is no amount"):
+        parse_amount(text)
+
+
+def test_the_reason_tells_loss_and_share_of_the_full_network():
+    chosen = select(TABLE, max_params=min(row.parameters for row in TABLE))
+    text = reason(chosen, TABLE)
+    full = max(TABLE, key=lambda row: row.parameters)
+    assert f"{chosen.loss:.4f} nats" in text
+    assert f"{chosen.parameters / full.parameters:.0%} of {full.subnet}" in text
+
+
+def test_the_table_survives_the_disk(tmp_path):
+    run = measured_run(tmp_path)
+    rows = ModelDir.find(run).table()
+    assert {row.subnet: row for row in rows} == {row.subnet: row for row in TABLE}
+    assert [row.parameters for row in rows] == sorted(row.parameters for row in rows)
+    on_its_own = json.loads((run / "subnets.json").read_text())
+    assert [row["subnet"] for row in on_its_own["subnets"]] == [row.subnet for row in rows]
+    assert ModelDir.find(run / "model").table() == rows
+
+
+def test_rows_measured_on_other_targets_leave_the_table(tmp_path):
+    run = ModelDir.find(measured_run(tmp_path))
+    assert len(run.add_measured([replace(TABLE[0], loss=1.0)], 4.5)) == len(TABLE)
+    assert run.table()[0].loss == 1.0
+    assert len(run.add_measured([replace(TABLE[0], num_targets=64)], 4.5)) == 1
+
+
+def test_without_a_table_the_user_is_told_to_evaluate(tmp_path):
+    with pytest.raises(UserError, match=r"Run `sorted-ds eval .*` first"):
+        ModelDir.find(trained_run(tmp_path)).table()
+
+
+def test_other_directories_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has no sorted\.json"):
+        ModelDir.find(tmp_path)
+    with pytest.raises(UserError, match="is no directory"):
+        ModelDir.find(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"space": ["d1"], "data": {}, "row_tokens": 1, "eval_rows": 1}'])
+def test_a_damaged_sorted_json_is_named(tmp_path, text):
+    (tmp_path / "sorted.json").write_text(text)
+    with pytest.raises(UserError, match=r"sorted\.json is no sorted\.json"):
+        ModelDir.find(tmp_path).read()

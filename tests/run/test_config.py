@@ -1,0 +1,128 @@
+"""The run file: what is read, what is derived, and the one-line error of each mistake."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from sorted_ds.run.config import Run
+from sorted_ds.base.errors import UserError
+from sorted_ds.run.run_file import load_engine_config, load_run
+from tests.runs import run_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def edited(folder: Path, old: str, new: str) -> Path:
+    path = run_file(folder)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return path
+
+
+def test_a_run_file_is_read_and_its_paths_start_at_its_folder(tmp_path):
+    run = load_run(run_file(tmp_path))
+    assert (run.seed, run.schedule.draws, run.batch.row_tokens) == (17, 4, 32)
+    assert run.data.text == [tmp_path / "text"]
+    assert run.engine.deepspeed == tmp_path / "zero.json"
+    assert run.run_dir == tmp_path / "runs" / "tiny"
+
+
+def test_the_working_directory_changes_nothing(tmp_path, monkeypatch):
+    path = run_file(tmp_path / "there")
+    before = load_run(path)
+    monkeypatch.chdir(tmp_path)
+    assert load_run(Path("there/tiny.toml")) == before
+
+
+def test_overrides_are_toml_values_or_plain_strings(tmp_path):
+    changes = [
+        "train.steps=7",
+        "optim.learning_rate=1e-3",
+        "schedule.strategy=uniform",
+        'space.subnets=["d1-g1-f32"]',
+        "model.config.hidden_size=128",
+        "run_dir=2024",
+        "log.tensorboard=false",
+    ]
+    run = load_run(run_file(tmp_path), changes)
+    assert (run.train.steps, run.optim.learning_rate, run.schedule.strategy) == (7, 1e-3, "uniform")
+    assert run.space.subnets == ["d1-g1-f32"]
+    assert run.model.config["hidden_size"] == 128
+    assert run.run_dir == tmp_path / "2024"
+    assert run.log.tensorboard is False
+
+
+def test_the_tokenizer_is_that_of_the_checkpoint_or_trained_from_scratch(tmp_path):
+    assert load_run(run_file(tmp_path)).data.tokenizer == "train"
+    checkpoint = tmp_path / "llama"
+    checkpoint.mkdir()
+    run = load_run(tmp_path / "tiny.toml", ["model.init=llama"])
+    assert (run.model.init, run.data.tokenizer) == (str(checkpoint), str(checkpoint))
+    assert load_run(tmp_path / "tiny.toml", ["model.init=org/llama"]).data.tokenizer == "org/llama"
+
+
+def test_a_run_does_not_change_after_it_was_read(tmp_path):
+    with pytest.raises(ValidationError):
+        load_run(run_file(tmp_path)).seed = 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("step_rows = 8", "step_row = 8", r"unknown key 'batch\.step_row'\. Did you mean 'batch\.step_rows'\?"),
+        ("[batch]", "[bach]", r"unknown key 'bach'\. Did you mean 'batch'\?"),
+        ("seed = 17", "seed = 17\nsteps = 5", r"unknown key 'steps'\. Did you mean 'train\.steps'\?"),
+        ("seed = 17", "seed = 17\nzzz = 5", r"unknown key 'zzz'\. Remove it\."),
+        ("row_tokens = 32", "", r"'batch\.row_tokens' is missing"),
+        ("step_rows = 8", 'step_rows = "eight"', r"batch\.step_rows = 'eight' should be a valid integer"),
+        ("step_rows = 8", "step_rows = 0", r"batch\.step_rows = 0 should be greater than or equal to 1"),
+        ("draws = 4", 'draws = 4\nstrategy = "best"', r"schedule\.strategy = 'best' should be 'uniform', 'stratified'"),
+        ("seed = 17", "seed = = 17", r"is no TOML: .*line 1"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_file_and_the_key(tmp_path, old, new, message):
+    path = edited(tmp_path, old, new)
+    with pytest.raises(UserError, match=message) as raised:
+        load_run(path)
+    assert str(raised.value).startswith(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_run_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"run file .*absent\.toml cannot be read: No such file"):
+        load_run(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("override", ["train.steps", "seed.x=3", "=4"])
+def test_a_malformed_override_is_refused(tmp_path, override):
+    with pytest.raises(UserError, match="override"):
+        load_run(run_file(tmp_path), [override])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"train_batch_size": 8}', r"sets 'train_batch_size', which follows from \[batch\] of the run file"),
+        ('{"optimizer": {}}', r"sets 'optimizer', which follows from \[optim\]"),
+        ('{"gradient_clipping": 1.0}', r"which follows from optim\.clip_norm"),
+        ("{", r"is no JSON: "),
+        ("[]", r"holds no JSON object"),
+    ],
+)
+def test_a_deepspeed_json_holds_engine_keys_only(tmp_path, content, message):
+    path = tmp_path / "zero.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_engine_config(path)
+
+
+def test_every_key_has_a_meaning():
+    for name, field in Run.model_fields.items():
+        if name in ("seed", "run_dir"):
+            assert field.description
+            continue
+        section = field.annotation
+        assert section.__doc__
+        assert all(key.description for key in section.model_fields.values()), name

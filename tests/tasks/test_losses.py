@@ -1,0 +1,236 @@
+"""The chunked loss equals Hugging Face's own, in value and gradients, and never makes the whole logits."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sorted_ds.base.errors import UserError
+from sorted_ds.tasks.losses import CHUNK_ELEMENTS, IGNORED_LABEL, LossHead, SummedLoss, attach_loss_head
+from sorted_ds.nested import extract, nest
+from tests.families import SPACE, SUBNETS, VARIANTS, VOCAB, tiny_model, tokens
+
+# fp32: sums over 131 logits and 33 positions in another order, measured at up to 3e-6.
+TOLERANCE = 1e-5
+
+
+def shifted(input_ids: Tensor) -> Tensor:
+    """The labels that Hugging Face derives from `labels=input_ids`, with some positions left out."""
+    labels = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORED_LABEL)], dim=1)
+    labels[1, 2:6] = IGNORED_LABEL
+    return labels
+
+
+def chunked(model: PreTrainedModel, positions: int) -> SummedLoss:
+    """The model with its summed loss, in chunks of so many positions."""
+    summed = SummedLoss(model)
+    summed.model.lm_head.chunk_elements = {"cpu": positions * VOCAB}
+    return summed
+
+
+def hf_summed_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Hugging Face's own forward with its own labels, which it shifts itself, times its number of targets."""
+    unshifted = torch.cat([torch.full_like(labels[:, :1], IGNORED_LABEL), labels[:, :-1]], dim=1)
+    return model(input_ids=input_ids, labels=unshifted, use_cache=False).loss * (labels != IGNORED_LABEL).sum()
+
+
+def assert_equal_gradients(ours: torch.nn.Module, theirs: torch.nn.Module, tolerance: float = TOLERANCE) -> None:
+    for (name, a), (other, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert name == other
+        if b.grad is None:
+            assert a.grad is None, name
+            continue
+        assert (a.grad - b.grad).abs().max() <= tolerance * b.grad.abs().max(), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradients_equal_hugging_faces(variant):
+    plain = tiny_model(variant)
+    nested = nest(copy.deepcopy(plain), SPACE)
+    input_ids = tokens(rows=3, length=11)
+    labels = shifted(input_ids)
+    for name in SUBNETS[:4]:
+        small = extract(nested, name)
+        expected = hf_summed_loss(small, input_ids, labels)
+        (expected * 0.125).backward()
+        for positions in (1, 7, 33, 1000):
+            ours = chunked(copy.deepcopy(small).requires_grad_(True), positions)
+            ours.zero_grad()
+            nll_sum = ours(input_ids, labels)
+            (nll_sum * 0.125).backward()
+            assert nll_sum.dtype == torch.float32
+            assert nll_sum.item() == pytest.approx(expected.item(), rel=1e-6)
+            assert_equal_gradients(ours.model, small)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loss_of_a_nested_model_is_that_of_the_extracted_one(variant):
+    summed = chunked(nest(tiny_model(variant), SPACE), positions=5)
+    input_ids = tokens()
+    for name in SUBNETS:
+        summed.model.set_subnet(name)
+        expected = hf_summed_loss(extract(summed.model, name), input_ids, shifted(input_ids))
+        assert summed(input_ids, shifted(input_ids)).item() == pytest.approx(expected.item(), rel=1e-5)
+        with torch.no_grad():
+            assert summed(input_ids, shifted(input_ids)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_it_ends_in_the_caps_and_divisors_of_the_family():
+    """Without them the comparisons above must fail: the tiny models' caps and divisors matter."""
+    input_ids = tokens()
+    for variant, field in (("gemma2", "softcap"), ("granite", "divisor")):
+        summed = chunked(tiny_model(variant), positions=5)
+        right = summed(input_ids, shifted(input_ids)).item()
+        rule = summed.model.lm_head.rule
+        assert getattr(rule, field) != getattr(type(rule)(), field)
+        summed.model.lm_head.rule = type(rule)()
+        assert abs(summed(input_ids, shifted(input_ids)).item() / right - 1) > 0.01
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "granite"])
+def test_gradients_equal_finite_differences(variant):
+    model = attach_loss_head(tiny_model(variant).double())
+    head = model.lm_head
+    head.chunk_elements = {"cpu": 2 * VOCAB}
+    hidden = torch.randn(5, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([3, IGNORED_LABEL, 130, 0, 7])
+    direction = torch.randn(5, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    hidden.requires_grad_()
+    head(hidden, labels).backward()
+    slope = (hidden.grad * direction).sum().item()
+    # The loss itself is computed in fp32, so a step of 1e-2 is what its rounding allows.
+    with torch.no_grad():
+        difference = head(hidden + 1e-2 * direction, labels) - head(hidden - 1e-2 * direction, labels)
+    scale = (hidden.grad.norm() * direction.norm()).item()
+    assert abs(difference.item() / 2e-2 - slope) <= 1e-3 * scale
+
+
+def test_without_targets_the_loss_and_the_gradients_are_zero():
+    summed = chunked(tiny_model("llama"), positions=5)
+    nll_sum = summed(tokens(), torch.full((2, 12), IGNORED_LABEL))
+    nll_sum.backward()
+    assert nll_sum.item() == 0
+    assert not any(parameter.grad.any() for parameter in summed.parameters())
+
+
+def test_correct_predictions_are_counted_over_targets():
+    for variant in ("llama", "gemma2"):
+        plain = tiny_model(variant).eval()
+        input_ids = tokens(rows=3)
+        logits = plain(input_ids).logits
+        labels = shifted(input_ids)
+        hits = torch.arange(36).reshape(3, 12) % 3 == 0
+        labels = torch.where((labels != IGNORED_LABEL) & hits, logits.argmax(-1), labels)
+        expected = (logits.argmax(-1) == labels).sum()
+        nll_sum, num_correct = chunked(copy.deepcopy(plain), positions=5)(input_ids, labels, count_correct=True)
+        assert num_correct == expected
+        assert num_correct >= 10
+        assert not nll_sum.requires_grad
+        reference = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        assert nll_sum.item() == pytest.approx(reference.item(), rel=1e-6)
+
+
+def test_bf16_is_as_close_to_fp32_as_hugging_faces_own_bf16():
+    exact = tiny_model("llama")
+    input_ids = tokens(rows=4)
+    labels = shifted(input_ids)
+    hf_summed_loss(exact, input_ids, labels).backward()
+    theirs = copy.deepcopy(exact).bfloat16()
+    ours = chunked(copy.deepcopy(theirs), positions=5)
+    hf_summed_loss(theirs, input_ids, labels).backward()
+    nll_sum = ours(input_ids, labels)
+    nll_sum.backward()
+    assert nll_sum.dtype == torch.float32
+    assert ours.model.lm_head.weight.grad.dtype == torch.bfloat16
+
+    def error(model):
+        pairs = zip(model.parameters(), exact.parameters(), strict=True)
+        return sum((a.grad.float() - b.grad).square().sum().item() for a, b in pairs) ** 0.5
+
+    assert error(ours.model) <= 1.2 * error(theirs)
+
+
+def test_a_second_backward_through_the_same_loss_is_an_error():
+    nll_sum = chunked(tiny_model("llama"), positions=5)(tokens(), shifted(tokens()))
+    nll_sum.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        nll_sum.backward()
+
+
+def test_frozen_heads_get_no_gradient():
+    summed = chunked(tiny_model("llama"), positions=5)
+    reference = copy.deepcopy(summed)
+    summed.model.lm_head.weight.requires_grad_(False)
+    for model in (summed, reference):
+        model(tokens(), shifted(tokens())).backward()
+    assert summed.model.lm_head.weight.grad is None
+    norm, expected = (model.model.model.norm.weight.grad for model in (summed, reference))
+    assert torch.equal(norm, expected)
+
+
+class LogitsMade(TorchDispatchMode):
+    """Largest number of positions of a tensor whose last dimension is the vocabulary."""
+
+    positions = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            # The head's weight, seen transposed, is the one view with the vocabulary last: not contiguous.
+            if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[-1] == VOCAB and tensor.is_contiguous():
+                self.positions = max(self.positions, tensor.numel() // VOCAB)
+        return made
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2"])
+def test_the_whole_logits_never_exist_and_none_are_kept(variant):
+    input_ids = tokens(rows=4, length=16)
+    summed = chunked(tiny_model(variant), positions=5)
+    saved: list[Tensor] = []
+    with (
+        LogitsMade() as watched,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        summed(input_ids, shifted(input_ids)).backward()
+    assert watched.positions == 5
+    assert not any(tensor.dim() and tensor.shape[-1] == VOCAB for tensor in saved)
+    with LogitsMade() as watched:
+        hf_summed_loss(tiny_model(variant), input_ids, shifted(input_ids)).backward()
+    assert watched.positions >= 60, "the watcher sees Hugging Face's logits"
+
+
+def test_chunks_hold_64_mib_of_logits_unless_told():
+    head = attach_loss_head(tiny_model("llama")).lm_head
+    assert head.chunk_elements == CHUNK_ELEMENTS
+    assert CHUNK_ELEMENTS["cpu"] == 64 * 2**20 // 4
+
+
+def test_hugging_faces_forward_generation_and_files_work_with_the_head_attached(tmp_path):
+    plain = tiny_model("llama, tied").eval()
+    model = SummedLoss(nest(copy.deepcopy(plain), SPACE)).model.eval()
+    assert isinstance(model.lm_head, LossHead)
+    assert torch.equal(model(tokens()).logits, plain(tokens()).logits)
+    assert torch.equal(
+        model.generate(tokens(), max_new_tokens=3, do_sample=False),
+        plain.generate(tokens(), max_new_tokens=3, do_sample=False),
+    )
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(loaded(tokens()).logits, plain(tokens()).logits)
+
+
+def test_parameter_names_start_with_model():
+    summed = SummedLoss(nest(tiny_model("llama"), SPACE))
+    assert all(name.startswith("model.") for name, _ in summed.named_parameters())
+
+
+def test_an_unknown_family_is_refused():
+    model = tiny_model("llama")
+    model.config.model_type = "phi3"
+    with pytest.raises(UserError, match="model family 'phi3' is not known"):
+        attach_loss_head(model)
