@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from sorted_ds.run.config import Optim
+from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.nested import NestedModel, costs_of, nest
+from sorted_ds.run.config import Optim
 from sorted_ds.run.plan import FORWARD_AND_BACKWARD
-from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.space import Cost, SubNet, SubNetSpace
 
 

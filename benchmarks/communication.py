@@ -1,4 +1,4 @@
-"""Prints what a draw gathers, reduces and broadcasts, against a static network of its size: `make bench`.
+"""Prints what a sample gathers, reduces and broadcasts, against a static network of its size: `make bench`.
 
 Nothing persistent at stage 3, but with `--persistent`. Of each sub-network: one micro-batch (forward and backward) and
 the optimizer step after it, as multiples of the bytes of its active parameters, with the number of calls. Static: the
@@ -19,12 +19,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from benchmarks.common import SIZES, Setting, nested_llama
-from sorted_ds.run.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
-from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.nested import extract
+from sorted_ds.run.config import Optim
 from sorted_ds.space import SubNet
+from sorted_ds.tasks.losses import SummedLoss
 from tests.spawn import on_ranks
 from tests.traffic import Traffic, counted
 
@@ -52,7 +52,7 @@ def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], obje
     return in_micro_batch, in_step
 
 
-def of_draws(ranks, setting: Setting, persistent: int) -> dict[str, list[Visit]]:
+def of_samples(ranks, setting: Setting, persistent: int) -> dict[str, list[Visit]]:
     """Of each sub-network: its first visit and a later one."""
     model = nested_llama(SIZE, dtype=setting.dtype, device=ranks.device)
     engine = Engine(model, keys(setting, persistent), "benchmark", Optim(), SIZE.rows, ranks)
@@ -107,9 +107,9 @@ def main() -> None:
     for stage in args.stages:
         setting = Setting(SIZE, stage, args.bf16)
         with tempfile.TemporaryDirectory() as folder:
-            draws, statics = (
+            samples, statics = (
                 on_ranks(args.ranks, run, setting, args.persistent, folder=Path(folder) / name, device=args.device)
-                for name, run in (("draws", of_draws), ("static", of_static))
+                for name, run in (("samples", of_samples), ("static", of_static))
             )
         precision = "bf16" if args.bf16 else "fp32"
         print(
@@ -121,7 +121,7 @@ def main() -> None:
             f"{'bcast':>6}{'calls':>7}{'static':>7}{'gathered':>9}{'static':>9}{'reduced':>9}{'static':>9}"
         )
         for name in VISITED:
-            print(row(name, active_bytes(name, setting.dtype), *draws[name], statics[name]), flush=True)
+            print(row(name, active_bytes(name, setting.dtype), *samples[name], statics[name]), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import torch._dynamo
 from torch._dynamo.backends.registry import lookup_backend
 
 from benchmarks.common import SIZES, Size, interval, nested_llama
-from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.nested.compiled import compile_layers
 from sorted_ds.space import SubNet
+from sorted_ds.tasks.losses import SummedLoss
 
 CPU_SIZE = Size(256, 768, 8, 8, 4, vocab=1024, rows=4, row_tokens=128)
 QUARTERS = [(1, 1, 1), (4, 1, 1), (1, 4, 4), (2, 2, 2), (4, 2, 2), (4, 4, 4)]

@@ -2,8 +2,8 @@
 
 Both end in sorted_ds's loss (`SummedLoss`), so that a ratio tells what nesting costs and nothing else: the plain model
 runs under plain DeepSpeed with the same settings. Timed is the reduction too with which a step begins at stages 0 and 1
-(later ones reduce in the backward pass), but not the update after it, which is of the full size at every draw, nor the
-zeros that it needs for what was not drawn.
+(later ones reduce in the backward pass), but not the update after it, which is of the full size at every sample, nor the
+zeros that it needs for what was not active.
 """
 
 import random
@@ -27,10 +27,10 @@ from benchmarks.common import (
     token_ids,
     training_tflops,
 )
-from sorted_ds.run.config import Optim
-from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.nested import extract
+from sorted_ds.run.config import Optim
 from sorted_ds.space import SubNet
+from sorted_ds.tasks.losses import SummedLoss
 from tests.spawn import on_ranks
 
 QUARTERS = [(1, 1, 1), (4, 1, 1), (1, 4, 4), (2, 2, 2), (2, 4, 1), (4, 2, 2), (4, 4, 2), (4, 4, 4)]
@@ -79,18 +79,18 @@ class Timed:
 
 
 def times(ranks, setting: Setting, num_rounds: int) -> Times:
-    """Of each sub-network and round: seconds of the draw, and of the extracted model."""
+    """Of each sub-network and round: seconds of the sample, and of the extracted model."""
     size = setting.size
     subnets = [size.of(*quarters) for quarters in QUARTERS]
     model = nested_llama(size, dtype=setting.dtype, device=ranks.device)
     plain = {s: plain_deepspeed(SummedLoss(extract(model, s)), setting, ranks) for s in subnets}
     engine = engine_of(model, setting, Optim(name="sgd"), ranks)
     ids = token_ids(size, ranks)
-    of_draws = Timed(engine.deepspeed, ranks, setting)
+    of_samples = Timed(engine.deepspeed, ranks, setting)
     of_plain = {subnet: Timed(plain[subnet], ranks, setting) for subnet in subnets}
 
-    def draw(subnet: SubNet) -> float:
-        return of_draws.micro_batch(
+    def sample(subnet: SubNet) -> float:
+        return of_samples.micro_batch(
             lambda: engine.backward(engine.forward(ids, ids, subnet) / ids.numel()),
             lambda: engine.step(0.0),
         )
@@ -103,9 +103,9 @@ def times(ranks, setting: Setting, num_rounds: int) -> Times:
     order = random.Random(0)  # the same on every rank
     for number in range(WARM_UP_ROUNDS + num_rounds):
         for subnet in order.sample(subnets, len(subnets)):
-            seconds = {turn: turn(subnet) for turn in order.sample([draw, extracted], 2)}
+            seconds = {turn: turn(subnet) for turn in order.sample([sample, extracted], 2)}
             if number >= WARM_UP_ROUNDS:
-                found[subnet].append((seconds[draw], seconds[extracted]))
+                found[subnet].append((seconds[sample], seconds[extracted]))
     return found
 
 
@@ -115,9 +115,9 @@ def print_table(args: Namespace, setting: Setting) -> None:
         found = on_ranks(*call, folder=Path(folder), device=args.device, hang_seconds=args.hang_seconds)
     cost = costs(setting.size)
     print(f"\n(b) ZeRO stage {setting.stage}: a micro-batch of each sub-network against its extracted model\n")
-    print(f"{'sub-network':15}{'draw ms':>9}{'plain ms':>10}  ratio (95 %)")
+    print(f"{'sub-network':15}{'sample ms':>9}{'plain ms':>10}  ratio (95 %)")
     for subnet, rows in found.items():
-        draw, plain = (interval([row[side] for row in rows]).median for side in (0, 1))
-        told = speed(training_tflops(cost[subnet], setting.size.tokens, draw), args.peak_tflops)
-        ratio = interval([draw / plain for draw, plain in rows])
-        print(f"{subnet.name:15}{draw * 1e3:>9.1f}{plain * 1e3:>10.1f}  {ratio}  {told}", flush=True)
+        sample, plain = (interval([row[side] for row in rows]).median for side in (0, 1))
+        told = speed(training_tflops(cost[subnet], setting.size.tokens, sample), args.peak_tflops)
+        ratio = interval([sample / plain for sample, plain in rows])
+        print(f"{subnet.name:15}{sample * 1e3:>9.1f}{plain * 1e3:>10.1f}  {ratio}  {told}", flush=True)

@@ -1,7 +1,7 @@
 """One run continued on 1 to 4 ranks, at every ZeRO stage, with several micro-batch sizes: how far from uninterrupted.
 
 `python -m benchmarks.elastic`, about 10 minutes. Three steps in the mode of a row's source, then three in another one,
-against six steps on two ranks at stage 2. Rows and draws must be the same, or the command fails. Largest differences:
+against six steps on two ranks at stage 2. Rows and samples must be the same, or the command fails. Largest differences:
 of the weights absolute (AdamW at 0.01), of its moments relative to the largest.
 """
 
@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 
 from tests import exactness, resumed
+from tests.checkpoint.test_checkpoint import SOURCES, first_legs
 from tests.exactness import MOMENTS, Case
 from tests.resumed import HALF, STEPS, Leg
 from tests.spawn import on_ranks
-from tests.checkpoint.test_checkpoint import SOURCES, first_legs
 
 MICRO_BATCH_ROWS = (1, 2, 5)
 LEGS = [Leg(Case(stage), rows) for stage in (0, 1, 2, 3) for rows in MICRO_BATCH_ROWS]
@@ -38,7 +38,7 @@ def main() -> None:
                 for leg in LEGS:
                     found = results[source, leg.name]
                     assert found["rows"] == expected["rows"][HALF:], (source, leg.name)
-                    assert found["draws"] == expected["draws"][HALF:], (source, leg.name)
+                    assert found["samples"] == expected["samples"][HALF:], (source, leg.name)
                     weights = exactness.largest_difference(found["weights"], expected["weights"])
                     moments = max(relative(found[kind], expected[kind]) for kind in MOMENTS)
                     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"

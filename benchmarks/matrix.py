@@ -143,7 +143,7 @@ def page(matrix: Matrix, modes: Sequence[Mode], found: dict[str, Error]) -> str:
         f"{', '.join(f'{name} {value}' for name, value in versions().items())}, {where(matrix)}.\n",
         "A line holds 1 to 4 ranks x overlap_comm (stages 2, 3) x clipping x tied embeddings x activation",
         "checkpointing x evaluation in between. Largest difference from one process of plain PyTorch after four",
-        "steps of four draws: weights absolute (SGD at rate 1, AdamW at 0.01; in bf16 at 1e-4), AdamW's moments",
+        "steps of four samples: weights absolute (SGD at rate 1, AdamW at 0.01; in bf16 at 1e-4), AdamW's moments",
         "relative to the largest, gradient norms relative. Static: a network that never changes, in the same modes.",
         "Update: the weights' last step minus what AdamW's formula makes of the mode's own moments, over the rate.",
         "Rms: root mean square of the difference in bf16, over the static network's, the largest.",

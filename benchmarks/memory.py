@@ -1,4 +1,4 @@
-"""Prints the memory of a rank: building a model at stage 3, and training a draw against plain DeepSpeed: `make bench`.
+"""Prints the memory of a rank: building a model at stage 3, and training a sample against plain DeepSpeed: `make bench`.
 
 Live tensor bytes: every storage that exists, counted exactly (tests/memory.py). RSS: the highest of the process
 while it builds (VmHWM, reset before), above what it held before; memory is given back to the system at once when it is
@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sorted_ds.run.config import Optim
 from sorted_ds.engine import Engine, partitioner
 from sorted_ds.nested.load import build
+from sorted_ds.run.config import Optim
 from sorted_ds.space import SubNetSpace
-from tests.memory import NAMED, LiveBytes, of_draws, of_plain
+from tests.memory import NAMED, LiveBytes, of_samples, of_plain
 from tests.spawn import on_ranks
 
 MIB = 2**20
@@ -128,7 +128,7 @@ def print_building(num_ranks: int, folder: Path) -> None:
 
 # Training
 
-DRAW, PLAIN, HF = "draw", "plain, our loss", "plain, HF's loss"
+SAMPLE, PLAIN, HF = "sample", "plain, our loss", "plain, HF's loss"
 
 
 def trained(ranks, stage: int) -> dict[tuple[str, str], tuple[int, int, int]]:
@@ -136,10 +136,10 @@ def trained(ranks, stage: int) -> dict[tuple[str, str], tuple[int, int, int]]:
     found = {}
     ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64, device=ranks.device)
     model, zero = (ranks, config_of(TRAINED), space_of(TRAINED)), settings(stage)["zero_optimization"]
-    draws = of_draws(*model, zero, ids)
+    samples = of_samples(*model, zero, ids)
     gc.collect()
     for name in NAMED:
-        found[name, DRAW] = draws[name]
+        found[name, SAMPLE] = samples[name]
         found[name, PLAIN] = of_plain(*model, name, zero, ids)
         found[name, HF] = of_plain(*model, name, zero, ids, chunked=False)
         gc.collect()

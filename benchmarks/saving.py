@@ -19,8 +19,8 @@ import torch
 
 from benchmarks.common import SIZES, Setting, circumstances, engine_of, interval, nested_llama
 from sorted_ds.checkpoint import Checkpoints
-from sorted_ds.run.config import Optim
 from sorted_ds.checkpoint.identity import Identity
+from sorted_ds.run.config import Optim
 from tests.spawn import on_ranks
 
 MIB = 2**20

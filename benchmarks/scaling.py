@@ -1,8 +1,8 @@
 """Prints how far the formulas of docs/scaling.md are from what is measured, and what they say for many GPUs.
 
-Traffic: every collective of a step of four draws, counted, against `sorted_ds.run.traffic`. Memory: live tensor bytes
-between steps against `sorted_ds.run.plan.state_bytes`. Compute: the time of a micro-batch of each sub-network against the
-full network's, scaled by FLOPs. Then a Llama of 8 B parameters on 8 to 512 GPUs, which nobody has run.
+Traffic: every collective of a step of four samples, counted, against `sorted_ds.run.traffic`. Memory: live tensor bytes
+between steps against `sorted_ds.run.plan.state_bytes`. Compute: the time of a micro-batch of each sub-network against
+the full network's, scaled by FLOPs. Then a Llama of 8 B parameters on 8 to 512 GPUs, which nobody has run.
 """
 
 import argparse
@@ -14,22 +14,22 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.common import SIZES, Setting, costs, engine_of, interval, nested_llama, timed, token_ids
-from sorted_ds.run.config import Optim
 from sorted_ds.data.loader import deal
 from sorted_ds.engine import Engine
 from sorted_ds.nested import costs_of, sorted_by_cost, union_parameters
+from sorted_ds.run.config import Optim
 from sorted_ds.run.plan import FORWARD_AND_BACKWARD, state_bytes
-from sorted_ds.space.sampling import SubNetSchedule
+from sorted_ds.run.traffic import Samples, Traffic, step_traffic
 from sorted_ds.space import SubNet, SubNetSpace
-from sorted_ds.run.traffic import Draws, Traffic, step_traffic
-from tests.memory import StepBytes, of_draws
+from sorted_ds.space.sampling import Sampler
+from tests.memory import StepBytes, of_samples
 from tests.spawn import on_ranks
 from tests.traffic import counted
 
 STAGES = (0, 1, 2, 3)
 MODES = [(stage, bf16) for stage in STAGES for bf16 in (False, True)]
 TINY, TIMED = SIZES["tiny"], SIZES["middle"]
-DRAWS = ["d2-g1-f96", "d4-g4-f96", "d8-g2-f192", "d8-g4-f192"]
+SAMPLES = ["d2-g1-f96", "d4-g4-f96", "d8-g2-f192", "d8-g4-f192"]
 BUCKET = 1000
 """Of gradients that are reduced together. DeepSpeed's 500 M elements would hide the model states."""
 GIB = 2**30
@@ -43,7 +43,7 @@ EIGHT_B = LlamaConfig(
     vocab_size=128256,
 )
 EIGHT_B_SPACE = SubNetSpace.grid(depths=[16, 20, 24, 28, 32], groups=[4, 8], ffn=[7168, 10752, 14336])
-ROW_TOKENS, STEP_ROWS, NUM_DRAWS, MICRO_BATCH_ROWS = 4096, 1024, 4, 4
+ROW_TOKENS, STEP_ROWS, NUM_SAMPLES, MICRO_BATCH_ROWS = 4096, 1024, 4, 4
 SMALL_CHANGE = 1000
 """Bytes of norms and flags that are not counted."""
 GPUS = (8, 32, 128, 512)
@@ -53,7 +53,7 @@ GPUS = (8, 32, 128, 512)
 
 
 def exchanged(ranks) -> dict[tuple[int, bool], dict[str, int]]:
-    """Of each mode: bytes by kind in one step of the four draws."""
+    """Of each mode: bytes by kind in one step of the four samples."""
     found = {}
     for stage, bf16 in MODES:
         config: dict = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
@@ -63,7 +63,7 @@ def exchanged(ranks) -> dict[tuple[int, bool], dict[str, int]]:
         engine.warm_up(TINY.rows, TINY.row_tokens)
         ids = token_ids(TINY, ranks)
         with counted() as traffic:
-            for name in DRAWS:
+            for name in SAMPLES:
                 engine.backward(engine.forward(ids, ids, engine.model.space[name]))
             engine.step(0.0)
         found[stage, bf16] = traffic.bytes
@@ -73,14 +73,14 @@ def exchanged(ranks) -> dict[tuple[int, bool], dict[str, int]]:
 def told(stage: int, bf16: bool) -> Traffic:
     model = nested_llama(TINY)
     costs = costs_of(model.space, model.config, TINY.row_tokens)
-    subnets = [model.space[name] for name in DRAWS]
-    draws = Draws([costs[s].parameters for s in subnets], union_parameters([subnets], model.config)[0], forwards=1)
-    return step_traffic(stage, bf16, costs[model.space.full].parameters, draws)
+    subnets = [model.space[name] for name in SAMPLES]
+    samples = Samples([costs[s].parameters for s in subnets], union_parameters([subnets], model.config)[0], forwards=1)
+    return step_traffic(stage, bf16, costs[model.space.full].parameters, samples)
 
 
 def print_traffic(num_ranks: int, folder: Path) -> None:
     found = on_ranks(num_ranks, exchanged, folder=folder)
-    print(f"\nTraffic of a step of {', '.join(DRAWS)} on {num_ranks} ranks: kB gathered, reduced, scattered\n")
+    print(f"\nTraffic of a step of {', '.join(SAMPLES)} on {num_ranks} ranks: kB gathered, reduced, scattered\n")
     for (stage, bf16), seen in found.items():
         formula = told(stage, bf16)
         gathered = formula.gathered if num_ranks > 1 else 0  # a rank alone has all weights; a reduction is still called
@@ -99,7 +99,7 @@ def held(ranks) -> dict[tuple[int, bool], StepBytes]:
     for stage, bf16 in MODES:
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": BUCKET}
         call = (ranks, model.config, model.space, zero, token_ids(TINY, ranks), bf16)
-        found[stage, bf16] = of_draws(*call)["full"]
+        found[stage, bf16] = of_samples(*call)["full"]
     return found
 
 
@@ -155,19 +155,19 @@ def print_compute(num_ranks: int, rounds: int, folder: Path) -> None:
 def print_many(gb_per_second: float, peak_tflops: float, mfu: float) -> None:
     space = sorted_by_cost(EIGHT_B_SPACE, EIGHT_B)
     costs = costs_of(space, EIGHT_B, ROW_TOKENS)
-    schedule = SubNetSchedule(space, NUM_DRAWS, "stratified", seed=0)
-    steps = [schedule.draw(step) for step in range(len(space))]
+    schedule = Sampler(space, NUM_SAMPLES, "stratified", seed=0)
+    steps = [schedule.sample(step) for step in range(len(space))]
     full = costs[space.full].parameters
     print(
         f"\nNot validated at this size. {full / 1e9:.1f} B parameters, {len(space)} sub-networks, bf16, AdamW, "
-        f"{NUM_DRAWS} draws and {STEP_ROWS} rows of {ROW_TOKENS} tokens a step, at most {MICRO_BATCH_ROWS} a forward "
+        f"{NUM_SAMPLES} samples and {STEP_ROWS} rows of {ROW_TOKENS} tokens a step, at most {MICRO_BATCH_ROWS} a forward "
         f"pass.\n{peak_tflops:g} TFLOP/s x {mfu:.0%}, "
         f"{gb_per_second:g} GB/s a GPU. Seconds of a step: compute, and what ranks send without any overlap.\n"
     )
     print(f"{'GPUs':>5}{'compute':>9}" + "".join(f"{f'stage {s}':>9}{'GiB':>7}" for s in STAGES))
     unions = union_parameters(steps, EIGHT_B)
     for gpus in GPUS:
-        dealt = deal(STEP_ROWS, NUM_DRAWS, MICRO_BATCH_ROWS, gpus)
+        dealt = deal(STEP_ROWS, NUM_SAMPLES, MICRO_BATCH_ROWS, gpus)
         rows = dealt.forwards * dealt.rows_per_forward
         flops = sum(FORWARD_AND_BACKWARD * costs[s].flops_per_token for step in steps for s in step) / len(steps)
         row = f"{gpus:>5}{flops * rows * ROW_TOKENS / (peak_tflops * 1e12 * mfu):>9.2f}"
@@ -179,8 +179,8 @@ def print_many(gb_per_second: float, peak_tflops: float, mfu: float) -> None:
 
 def sent(stage: int, full: int, steps: list[list[SubNet]], unions: list[int], costs, forwards: int, gpus: int) -> float:
     """Bytes a rank sends in a step, on average."""
-    sampled = [Draws([costs[s].parameters for s in d], u, forwards) for d, u in zip(steps, unions, strict=True)]
-    return sum(step_traffic(stage, True, full, draws).sent(gpus) for draws in sampled) / len(sampled)
+    sampled = [Samples([costs[s].parameters for s in d], u, forwards) for d, u in zip(steps, unions, strict=True)]
+    return sum(step_traffic(stage, True, full, samples).sent(gpus) for samples in sampled) / len(sampled)
 
 
 def main() -> None:

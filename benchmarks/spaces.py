@@ -3,7 +3,7 @@
 What may grow is the number of parameters, one or a few for each width step, not that of sub-networks: the space of
 1,000 has 25 feed-forward widths where that of 24 has 3. Engines of the three live in one process, and each round times
 the full network and one sub-network that all three hold, in each of them and extracted under plain DeepSpeed. `step`,
-which is of the full size whatever was drawn, is compared with that of the smallest space.
+which is of the full size whatever was active, is compared with that of the smallest space.
 """
 
 import gc
@@ -29,12 +29,12 @@ from benchmarks.common import (
     timed,
     token_ids,
 )
-from sorted_ds.run.config import Optim
 from sorted_ds.engine import Engine
-from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.nested import costs_of, extract, nest
-from sorted_ds.space.sampling import STRATEGIES, SubNetSchedule
+from sorted_ds.run.config import Optim
 from sorted_ds.space import SubNet, SubNetSpace
+from sorted_ds.space.sampling import STRATEGIES, Sampler
+from sorted_ds.tasks.losses import SummedLoss
 from tests.spawn import on_ranks
 
 WARM_UP_ROUNDS = 2
@@ -170,7 +170,7 @@ def print_python_table(size: Size) -> None:
 
 
 def python_ms(size: Size, space: SubNetSpace) -> dict[str, float]:
-    """Once each, but draws, which are a step's."""
+    """Once each, but samples, which are a step's."""
     model, names = nested_llama(size, space), [subnet.name for subnet in space]
     found = {
         "the space from names": ms(lambda: SubNetSpace.of(names)),
@@ -178,8 +178,8 @@ def python_ms(size: Size, space: SubNetSpace) -> dict[str, float]:
         "set_subnet": ms(lambda: [model.set_subnet(subnet) for subnet in model.space]) / len(space),
     }
     for strategy in STRATEGIES:
-        schedule = SubNetSchedule(model.space, 4, strategy, seed=1)
-        found[f"a step's draws, {strategy}"] = ms(lambda schedule=schedule: list(map(schedule.draw, range(50)))) / 50
+        schedule = Sampler(model.space, 4, strategy, seed=1)
+        found[f"a step's samples, {strategy}"] = ms(lambda schedule=schedule: list(map(schedule.sample, range(50)))) / 50
         found[f"expected visits, {strategy}"] = ms(lambda schedule=schedule: schedule.expected_visits(1000))
     return found
 

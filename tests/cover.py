@@ -52,7 +52,7 @@ class Mode:
 
     @property
     def twin(self) -> "Mode":
-        """The same rounding, with the full network in every draw: what bf16 is compared with.
+        """The same rounding, with the full network in every sample: what bf16 is compared with.
 
         Overlap, checkpointing and evaluation change no number, so modes share twins.
         """
@@ -98,8 +98,8 @@ def cover(candidates: Sequence[Setting], seed: int = 0) -> list[Setting]:
     chosen: list[Setting] = []
     generator = random.Random(seed)
     while left:
-        drawn = generator.sample(candidates, min(CANDIDATES, len(candidates)))
-        best = max(drawn, key=lambda setting: len(wanted(setting) & left))
+        active = generator.sample(candidates, min(CANDIDATES, len(candidates)))
+        best = max(active, key=lambda setting: len(wanted(setting) & left))
         if not wanted(best) & left:
             best = next(setting for setting in candidates if wanted(setting) & left)
         chosen.append(best)

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from sorted_ds.run.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.nested import nest
 from sorted_ds.nested.bundles import parts_of
 from sorted_ds.nested.layout import is_laid_out
 from sorted_ds.nested.weights import hf_tensors
+from sorted_ds.run.config import Optim
 from sorted_ds.space import SubNetSpace
 from tests import reference
 from tests.traffic import counted
@@ -78,7 +78,7 @@ class Case:
     without: str = ""
     """The part of the fix that is switched off: see `PARTS`."""
     static: bool = False
-    """Every draw is the full network: what rounding alone does in this mode."""
+    """Every sample is the full network: what rounding alone does in this mode."""
 
     @property
     def name(self) -> str:
@@ -138,12 +138,12 @@ def plain_model(case: Case) -> PreTrainedModel:
 
 
 def micro_batches(case: Case, num_ranks: int) -> list[list[list[reference.MicroBatch]]]:
-    """[step][draw][rank]: the rows differ, and so does the number of targets of each rank."""
+    """[step][sample][rank]: the rows differ, and so does the number of targets of each rank."""
     generator = torch.Generator().manual_seed(11)
     steps = []
-    for draws in SCHEDULE:
+    for samples in SCHEDULE:
         step = []
-        for subnet in draws:
+        for subnet in samples:
             ids = torch.randint(0, VOCAB, (num_ranks, ROWS_PER_RANK, ROW_TOKENS + 1), generator=generator)
             labels = ids[..., 1:].clone()
             for rank in range(num_ranks):
@@ -156,7 +156,7 @@ def micro_batches(case: Case, num_ranks: int) -> list[list[list[reference.MicroB
 
 
 def flat(step: list[list[reference.MicroBatch]]) -> list[reference.MicroBatch]:
-    return [micro_batch for draw in step for micro_batch in draw]
+    return [micro_batch for sample in step for micro_batch in sample]
 
 
 def reference_weights(case: Case, num_ranks: int, num_steps: int, skip_unused: bool = False) -> dict:
@@ -188,11 +188,11 @@ def parts_off(case: Case):
 
 def _managed(*args) -> dict:
     config = complete(*args)
-    num_draws = len(SCHEDULE[0])
+    num_visits = len(SCHEDULE[0])
     config.update(
         managed_gradient_accumulation=True,
-        gradient_accumulation_steps=num_draws,
-        train_batch_size=config["train_batch_size"] * num_draws,
+        gradient_accumulation_steps=num_visits,
+        train_batch_size=config["train_batch_size"] * num_visits,
     )
     return config
 
@@ -233,13 +233,13 @@ def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
     steps = batches[:num_steps]
     for step in steps:
         num_targets = sum(int((labels != -100).sum()) for _, _, labels in flat(step))
-        for draw in step:
-            own_targets = int((draw[ranks.rank][2] != -100).sum()) * len(step) * ranks.size
+        for sample in step:
+            own_targets = int((sample[ranks.rank][2] != -100).sum()) * len(step) * ranks.size
             _one_micro_batch(
-                engine, draw[ranks.rank], own_targets if case.without == "summed_loss" else num_targets, seen
+                engine, sample[ranks.rank], own_targets if case.without == "summed_loss" else num_targets, seen
             )
             if case.evaluate_between:
-                engine.evaluate(*draw[ranks.rank][1:], LARGE)
+                engine.evaluate(*sample[ranks.rank][1:], LARGE)
             if is_managed:
                 engine.deepspeed.step()
         if is_managed:

@@ -81,16 +81,16 @@ def one_error(said: str) -> str:
 
 STAYING = """
 import json, os, sys, time
-from sorted_ds.space.sampling import SubNetSchedule
+from sorted_ds.space.sampling import Sampler
 from sorted_ds.cluster.stop import listen
 from sorted_ds.run.train import main
-draw, seconds = SubNetSchedule.draw, json.loads(sys.argv.pop(1))[int(os.environ["RANK"])]
+sample, seconds = Sampler.sample, json.loads(sys.argv.pop(1))[int(os.environ["RANK"])]
 def stay_here(self, step):
     if step == 3:
         print("staying", file=sys.stderr, flush=True)
         time.sleep(seconds)
-    return draw(self, step)
-SubNetSchedule.draw = stay_here
+    return sample(self, step)
+Sampler.sample = stay_here
 listen()
 sys.exit(main(sys.argv[1:]))
 """

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sorted_ds.run.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.engine.optimizers import build_optimizer
-from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.nested import NestedModel, extract, nest
+from sorted_ds.run.config import Optim
 from sorted_ds.space import SubNet, SubNetSpace
+from sorted_ds.tasks.losses import SummedLoss
 
 
 class LiveBytes(TorchDispatchMode):
@@ -90,13 +90,13 @@ class StepBytes:
 REPEATS = 5
 """Steps that are measured."""
 NAMED = {"full": lambda space: space.full, "smallest": lambda space: space.smallest}
-"""The draws that are measured."""
+"""The samples that are measured."""
 
 
-def of_draws(
+def of_samples(
     ranks, config: LlamaConfig, space: SubNetSpace, zero: dict, ids: torch.Tensor, bf16: bool = False
 ) -> dict[str, StepBytes]:
-    """Of a step with each named draw in the engine. A collective."""
+    """Of a step with each named sample in the engine. A collective."""
     return of_steps(ranks, config, space, zero, ids, {name: [named(space)] for name, named in NAMED.items()}, bf16)
 
 
@@ -109,7 +109,7 @@ def of_steps(
     steps: dict[str, list[SubNet]],
     bf16: bool = False,
 ) -> dict[str, StepBytes]:
-    """Of each step, named, with its draws, in the engine. A collective."""
+    """Of each step, named, with its samples, in the engine. A collective."""
     keys = {"zero_optimization": zero, "bf16": {"enabled": bf16}}
     with LiveBytes() as live:
         model = nest(LlamaForCausalLM(copy.deepcopy(config)), space).to(ranks.device)
@@ -118,13 +118,13 @@ def of_steps(
         del model
         engine.warm_up(*ids.shape)
 
-        def passes(draws: list[SubNet]) -> None:
-            for subnet in draws:
+        def passes(samples: list[SubNet]) -> None:
+            for subnet in samples:
                 engine.backward(engine.forward(ids, ids, subnet) / ids.numel())
 
         return {
-            name: _measured(ranks, live, partial(passes, draws), lambda: engine.step(0.0))
-            for name, draws in steps.items()
+            name: _measured(ranks, live, partial(passes, samples), lambda: engine.step(0.0))
+            for name, samples in steps.items()
         }
 
 
@@ -138,7 +138,7 @@ def of_plain(
     chunked: bool = True,
     grouped: bool = False,
 ) -> StepBytes:
-    """Of a named draw's extracted model under plain DeepSpeed, with fused AdamW. A collective.
+    """Of a named sample's extracted model under plain DeepSpeed, with fused AdamW. A collective.
 
     `chunked`: its loss is ours in chunks, not Hugging Face's. `grouped`: its optimizer has our groups, not one.
     """

@@ -1,7 +1,7 @@
 """Three models that run one sub-network, and how far they are apart. `python -m benchmarks.parity` prints the table.
 
 Nested: the nested model. Extracted: the plain model cut out of it. Reference: the plain full model, which knows nothing
-of `sorted_ds.nested`: run to the drawn depth, the undrawn heads and channels zeroed before the output projections.
+of `sorted_ds.nested`: run to the active depth, the inactive heads and channels zeroed before the output projections.
 """
 
 import copy
@@ -97,11 +97,11 @@ def zero_beyond(channels: int):
 
 
 def norm_over(channels: int):
-    """OLMo 2's norm runs across all heads: over the drawn ones alone, the rest zero."""
+    """OLMo 2's norm runs across all heads: over the active ones alone, the rest zero."""
 
     def hook(norm, inputs, _output):
-        drawn = inputs[0][..., :channels]
-        scaled = F.rms_norm(drawn, (channels,), norm.weight[:channels], norm.variance_epsilon)
+        active = inputs[0][..., :channels]
+        scaled = F.rms_norm(active, (channels,), norm.weight[:channels], norm.variance_epsilon)
         return F.pad(scaled, (0, inputs[0].shape[-1] - channels))
 
     return hook
@@ -112,24 +112,24 @@ def logits_difference(a: Outcome, b: Outcome) -> float:
     return ((a.logits - b.logits).abs().max() / b.logits.abs().max()).item()
 
 
-def grads_difference(drawn: Outcome, reference: Outcome) -> tuple[float, float]:
+def grads_difference(active: Outcome, reference: Outcome) -> tuple[float, float]:
     """Largest difference relative to the tensor's largest gradient, and relative to the largest of all.
 
-    Raises: AssertionError where the reference has a gradient outside the drawn part, or none inside.
+    Raises: AssertionError where the reference has a gradient outside the active part, or none inside.
     """
     by_tensor, largest, all_grads = [], 0.0, []
     for name, whole in reference.grads.items():
-        part = drawn.grads.get(name, whole.new_zeros(tuple(0 for _ in whole.shape)))
+        part = active.grads.get(name, whole.new_zeros(tuple(0 for _ in whole.shape)))
         prefix = tuple(slice(size) for size in part.shape)
         outside = whole.clone()
         outside[prefix] = 0
-        assert not outside.any(), f"{name} has a gradient outside the drawn part"
+        assert not outside.any(), f"{name} has a gradient outside the active part"
         if part.numel():
             difference = (part - whole[prefix]).abs().max().item()
             by_tensor.append(difference / whole.abs().max().item())
             largest = max(largest, difference)
             all_grads.append(whole.abs().max().item())
-    assert set(drawn.grads) <= set(reference.grads), set(drawn.grads) - set(reference.grads)
+    assert set(active.grads) <= set(reference.grads), set(active.grads) - set(reference.grads)
     return max(by_tensor), largest / max(all_grads)
 
 

@@ -1,6 +1,6 @@
 """Sorted training in plain single-process PyTorch: what every engine mode is compared with.
 
-Imports nothing of the nested code: a draw runs the whole Hugging Face model to the drawn depth with the undrawn heads
+Imports nothing of the nested code: a sample runs the whole Hugging Face model to the active depth with the inactive heads
 and channels masked to zero, so gradients land in the full weights by autograd alone.
 """
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from sorted_ds.space import SubNet
 
 MicroBatch = tuple[SubNet, Tensor, Tensor]
-"""Drawn sub-network, input_ids [rows, row_tokens], labels [rows, row_tokens] (shifted, -100 = no target)."""
+"""Active sub-network, input_ids [rows, row_tokens], labels [rows, row_tokens] (shifted, -100 = no target)."""
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def summed_loss(model: PreTrainedModel, micro_batch: MicroBatch) -> Tensor:
 
 
 def accumulate(model: PreTrainedModel, step: Sequence[MicroBatch], skip_unused: bool = False) -> None:
-    """The gradient of the step's mean loss over all its targets; zero for what no draw used."""
+    """The gradient of the step's mean loss over all its targets; zero for what no sample used."""
     num_targets = sum(int((labels != -100).sum()) for _, _, labels in step)
     model.zero_grad()
     for micro_batch in step:

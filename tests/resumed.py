@@ -1,6 +1,6 @@
 """A run cut into legs: each trains some steps from the newest checkpoint, in a mode of its own, and saves at its end.
 
-Rows, draws and checkpoints are the real ones; the model is that of the exactness tests.
+Rows, samples and checkpoints are the real ones; the model is that of the exactness tests.
 """
 
 import json
@@ -15,19 +15,19 @@ from unittest import mock
 import numpy as np
 
 from sorted_ds.checkpoint import Checkpoints, shard_files
+from sorted_ds.checkpoint.identity import Identity
 from sorted_ds.data.loader import Loader
 from sorted_ds.data.rows import PackedRows
 from sorted_ds.engine import Engine
-from sorted_ds.checkpoint.identity import Identity
-from sorted_ds.run.learning_rate import lr_at
 from sorted_ds.nested import nest
 from sorted_ds.nested.weights import hf_tensors
-from sorted_ds.space.sampling import SubNetSchedule
+from sorted_ds.run.learning_rate import lr_at
 from sorted_ds.space import SubNetSpace
+from sorted_ds.space.sampling import Sampler
 from tests import exactness
 from tests.exactness import SPACE, Case
 
-SEED, STEP_ROWS, DRAWS = 3, 24, 2
+SEED, STEP_ROWS, SAMPLES = 3, 24, 2
 HALF, STEPS = 3, 6
 TOKENS = np.random.default_rng(7).integers(0, exactness.VOCAB, 61 * exactness.ROW_TOKENS + 1)
 """61 rows: epochs end within the run."""
@@ -44,7 +44,7 @@ class Leg:
     asynchronous: bool = True
     space: SubNetSpace = SPACE
     schedule: SubNetSpace = SPACE
-    """Whose sub-networks are drawn."""
+    """Whose sub-networks are active."""
 
     @property
     def name(self) -> str:
@@ -58,8 +58,8 @@ class Trainer:
     def __init__(self, ranks, leg: Leg, folder: str, facts: dict[str, str] | None = None, **settings):
         rows = PackedRows(TOKENS, exactness.ROW_TOKENS)
         self.ranks = ranks
-        self.loader = Loader(rows, SEED, STEP_ROWS, DRAWS, leg.micro_batch_rows, ranks.rank, ranks.size)
-        self.schedule = SubNetSchedule(list(leg.schedule), DRAWS, "stratified", SEED)
+        self.loader = Loader(rows, SEED, STEP_ROWS, SAMPLES, leg.micro_batch_rows, ranks.rank, ranks.size)
+        self.schedule = Sampler(list(leg.schedule), SAMPLES, "stratified", SEED)
         model = nest(exactness.plain_model(leg.case), leg.space)
         self.optim = leg.case.optim
         self.engine = Engine(model, leg.case.deepspeed(), "test.json", self.optim, leg.micro_batch_rows, ranks)
@@ -68,22 +68,22 @@ class Trainer:
         settings = {"keep_last": 2, "asynchronous": leg.asynchronous, **settings}
         self.checkpoints = Checkpoints(Path(folder), identity=identity, ranks=ranks, **settings)
         self.rows: list[list[list[int]]] = []
-        self.draws: list[str] = []
+        self.samples: list[str] = []
 
     def train(self, first_step: int, last_step: int) -> None:
         for step in range(first_step, last_step):
-            draws, batches = self.schedule.draw(step), self.loader.batches(step)
-            num_targets = self.ranks.sum([sum(batch.num_targets for draw in batches for batch in draw)])[0]
-            for subnet, draw in zip(draws, batches, strict=True):
-                for batch in draw:
+            samples, batches = self.schedule.sample(step), self.loader.batches(step)
+            num_targets = self.ranks.sum([sum(batch.num_targets for sample in batches for batch in sample)])[0]
+            for subnet, sample in zip(samples, batches, strict=True):
+                for batch in sample:
                     nll = self.engine.forward(batch.input_ids, batch.labels, subnet)
                     self.engine.backward(nll / num_targets)
             self.engine.step(lr_at(step, STEPS, self.optim))
-            self.rows.append([self._rows_of(draw) for draw in batches])
-            self.draws.append(" ".join(map(str, draws)))
+            self.rows.append([self._rows_of(sample) for sample in batches])
+            self.samples.append(" ".join(map(str, samples)))
 
     def _rows_of(self, batches) -> list[int]:
-        """Of one draw, over all ranks."""
+        """Of one sample, over all ranks."""
         own = [zlib.crc32(ids.numpy().tobytes()) for batch in batches for ids in batch.input_ids[: batch.num_rows]]
         return sorted(row for rows in self.ranks.gather(json.dumps(own)) for row in json.loads(rows))
 
@@ -96,7 +96,7 @@ class Trainer:
                 engine, self.ranks, lambda shard, kind=kind: engine.state_of(shard)[kind]
             )
         gathered = {kind: hf_tensors(engine.model, full, values.__getitem__) for kind, values in states.items()}
-        return {**gathered, "rows": self.rows, "draws": self.draws}
+        return {**gathered, "rows": self.rows, "samples": self.samples}
 
 
 def train(ranks, leg: Leg, folder: str, first_step: int, last_step: int, **settings) -> dict:

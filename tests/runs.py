@@ -14,8 +14,8 @@ num_key_value_heads = 2, max_position_embeddings = 64 }}
 depths = [1, 3]
 groups = [1, 2]
 ffn = [32, 64]
-[schedule]
-draws = 4
+[sampling]
+subnets_per_step = 4
 [data]
 text = ["text"]
 vocab_size = 300

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from benchmarks import draws, kept, matrix, spaces, step_time, whole_steps
+from benchmarks import samples, kept, matrix, spaces, step_time, whole_steps
 from benchmarks.common import SIZES, Setting, interval, nested_llama, training_tflops
 from sorted_ds.engine.modes import check_modes
 from sorted_ds.nested import costs_of
@@ -44,8 +44,8 @@ def test_spaces_hold_as_many_sub_networks_as_they_say_and_the_common_one(size):
 
 def test_every_timed_sub_network_is_in_its_space_and_the_last_is_the_full_one():
     for size in SIZES.values():
-        assert all(size.of(*quarters) in size.space() for quarters in draws.QUARTERS)
-        assert size.of(*draws.QUARTERS[-1]) == size.space().full
+        assert all(size.of(*quarters) in size.space() for quarters in samples.QUARTERS)
+        assert size.of(*samples.QUARTERS[-1]) == size.space().full
 
 
 def test_training_costs_three_times_the_forward_passs_flops():

@@ -7,7 +7,7 @@
 A save has two halves. Each rank copies its shards aside, and training goes on while a thread writes and syncs them into
 a hidden folder; when all have told that they are done, rank 0's thread adds checkpoint.json and renames the folder. So
 a run that is killed leaves either the whole checkpoint or none. Ranks tell each other within the sum that begins each
-step (`is_ready`): the threads need no word of their own. The step is the only cursor: rows, draws and learning rate
+step (`is_ready`): the threads need no word of their own. The step is the only cursor: rows, samples and learning rate
 follow from it. Nothing is pickled.
 """
 
@@ -22,14 +22,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sorted_ds.base.errors import AgreedError
+from sorted_ds.base.files import sync
 from sorted_ds.checkpoint.background import Staging, Task, wait_for_all
 from sorted_ds.checkpoint.finding import complete_ones, newest_whole
+from sorted_ds.checkpoint.identity import Identity
 from sorted_ds.checkpoint.index import Index, name_of, see_all
 from sorted_ds.checkpoint.shard_files import Sharded, file_of, fill, state_keys_of, tensors_of, write_file
 from sorted_ds.checkpoint.waiting import wait_for
-from sorted_ds.base.errors import AgreedError
-from sorted_ds.base.files import sync
-from sorted_ds.checkpoint.identity import Identity
 from sorted_ds.cluster.ranks import Ranks
 
 FAILURES_IN_A_ROW = 2

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sorted_ds.checkpoint import waiting
-from sorted_ds.checkpoint.index import DamagedError, Index
 from sorted_ds.base.errors import AgreedError
+from sorted_ds.checkpoint import waiting
 from sorted_ds.checkpoint.identity import Identity
+from sorted_ds.checkpoint.index import DamagedError, Index
 from sorted_ds.cluster.ranks import Ranks
 
 PUBLISHED = re.compile(r"step_\d{8,}")

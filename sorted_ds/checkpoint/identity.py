@@ -11,8 +11,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from sorted_ds.run.config import Run
 from sorted_ds.base.errors import UserError
+from sorted_ds.run.config import Run
 from sorted_ds.space import SubNetSpace
 
 OF_THE_RUN_FILE = ("seed", "space.", "schedule.", "batch.step_rows", "batch.row_tokens", "optim.name")

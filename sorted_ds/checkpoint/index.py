@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
+from sorted_ds.base.errors import UserError
+from sorted_ds.base.files import sync
 from sorted_ds.checkpoint.background import Task, wait_for_all
 from sorted_ds.checkpoint.shard_files import sha256_of
 from sorted_ds.checkpoint.waiting import wait_for
-from sorted_ds.base.errors import UserError
-from sorted_ds.base.files import sync
 from sorted_ds.cluster.ranks import Ranks
 
 INDEX = "checkpoint.json"

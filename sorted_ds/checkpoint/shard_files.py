@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sorted_ds.engine.shards import MASTER, Shard
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import share, sync
+from sorted_ds.engine.shards import MASTER, Shard
 
 SEPARATOR = "|"
 """Between a weight's name, the first element and the key of its state; in none of them."""

@@ -18,8 +18,8 @@ from types import FrameType
 import psutil
 import torch
 
-from sorted_ds.cluster.ancestors import FIRST
 from sorted_ds.base.errors import UserError
+from sorted_ds.cluster.ancestors import FIRST
 from sorted_ds.cluster.stop import SIGNALLED
 
 _said_of_this_machine: set[str] = set()

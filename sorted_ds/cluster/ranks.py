@@ -1,7 +1,7 @@
 """What ranks say to each other outside of DeepSpeed.
 
 May be imported by every stage. Ranks agree on few things: sums, a stop, and whether one of them failed or is gone.
-Everything else (rows, draws, learning rate) is a pure function of (seed, step) and needs no word.
+Everything else (rows, samples, learning rate) is a pure function of (seed, step) and needs no word.
 """
 
 import json
@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 from sorted_ds.base.errors import AgreedError, UserError
+from sorted_ds.base.shuffle import keyed_number
 from sorted_ds.cluster.neighbours import EXIT_CODE, Neighbours, card, names
 from sorted_ds.cluster.rendezvous import Place, find_place
-from sorted_ds.base.shuffle import keyed_number
 from sorted_ds.cluster.slurm import is_preempted, job_of, requeue
 from sorted_ds.cluster.stop import LATER, SIGNALLED, nothing_to_save
 

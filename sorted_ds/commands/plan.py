@@ -5,10 +5,18 @@ import json
 from dataclasses import asdict
 
 from sorted_ds.cluster.launcher import num_devices
+from sorted_ds.deploy.table import (
+    checkpoint_line,
+    compute_lines,
+    console,
+    plan_table,
+    stage_line,
+    stage_table,
+    step_lines,
+)
 from sorted_ds.run.plan import make_plan
 from sorted_ds.run.resolve import check_run
 from sorted_ds.run.run_file import load_run
-from sorted_ds.deploy.table import checkpoint_line, compute_lines, console, plan_table, stage_line, stage_table, step_lines
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Packed rows to this rank's micro-batches; which rows is a pure function of (seed, step).
 
-In: `PackedRows`, a step, a rank. Out: for each draw of the step the micro-batches of this rank. A draw's rows are dealt
+In: `PackedRows`, a step, a rank. Out: for each sample of the step the micro-batches of this rank. A sample's rows are dealt
 over the ranks: every rank runs the same number of forwards of the same shape, short ones filled up by rows without
 targets. Nothing is on disk, and nothing needs saving: the step is the only cursor.
 """
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sorted_ds.data.rows import PackedRows
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.shuffle import Shuffle
+from sorted_ds.data.rows import PackedRows
 
 NO_TARGET = -100
 """The label that torch's losses leave out, and ours."""
@@ -35,34 +35,34 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Dealt:
-    """How the rows of one draw are shared out over the ranks."""
+    """How the rows of one sample are shared out over the ranks."""
 
-    rows_per_draw: int
+    rows_per_sample: int
     forwards: int
-    """Of each rank for one draw."""
+    """Of each rank for one sample."""
     rows_per_forward: int
     padded_fraction: float
     """Rows without targets among those that run, on all ranks."""
 
 
-def deal(step_rows: int, draws: int, micro_batch_rows: int, world_size: int) -> Dealt:
+def deal(step_rows: int, samples: int, micro_batch_rows: int, world_size: int) -> Dealt:
     """The fewest forwards of at most `micro_batch_rows`, and the smallest shape that so many need.
 
-    Raises: UserError when the draws cannot have equally many rows.
+    Raises: UserError when the samples cannot have equally many rows.
     """
-    if step_rows % draws:
-        below = step_rows - step_rows % draws
-        nearest = ", ".join(str(rows) for rows in (below, below + draws) if rows)
+    if step_rows % samples:
+        below = step_rows - step_rows % samples
+        nearest = ", ".join(str(rows) for rows in (below, below + samples) if rows)
         raise UserError(
-            f"batch.step_rows = {step_rows} cannot be shared out over schedule.draws = {draws}. "
+            f"batch.step_rows = {step_rows} cannot be shared out over sampling.subnets_per_step = {samples}. "
             f"Nearest that can: {nearest}."
         )
-    rows_per_draw = step_rows // draws
-    most_per_rank = _divide_up(rows_per_draw, world_size)
+    rows_per_sample = step_rows // samples
+    most_per_rank = _divide_up(rows_per_sample, world_size)
     forwards = _divide_up(most_per_rank, micro_batch_rows)
     rows_per_forward = _divide_up(most_per_rank, forwards)
-    padded_fraction = 1 - rows_per_draw / (world_size * forwards * rows_per_forward)
-    return Dealt(rows_per_draw, forwards, rows_per_forward, padded_fraction)
+    padded_fraction = 1 - rows_per_sample / (world_size * forwards * rows_per_forward)
+    return Dealt(rows_per_sample, forwards, rows_per_forward, padded_fraction)
 
 
 def _divide_up(number: int, parts: int) -> int:
@@ -77,31 +77,31 @@ class Loader:
         rows: PackedRows,
         seed: int,
         step_rows: int,
-        draws: int,
+        samples: int,
         micro_batch_rows: int,
         rank: int,
         world_size: int,
     ):
-        """Raises: UserError when the draws cannot have equally many rows."""
+        """Raises: UserError when the samples cannot have equally many rows."""
         self.rows = rows
         self.seed = seed
-        self.draws = draws
+        self.samples = samples
         self.rank = rank
         self.world_size = world_size
-        self.dealt = deal(step_rows, draws, micro_batch_rows, world_size)
+        self.dealt = deal(step_rows, samples, micro_batch_rows, world_size)
 
     def batches(self, step: int) -> list[list[MicroBatch]]:
-        """For each draw of the step, this rank's micro-batches: as many, and of the same shape, on every rank."""
-        per_draw = self.dealt.rows_per_draw
-        starts = ((step * self.draws + draw) * per_draw for draw in range(self.draws))
-        return [list(self._draw(range(start, start + per_draw))) for start in starts]
+        """For each sample of the step, this rank's micro-batches: as many, and of the same shape, on every rank."""
+        per_sample = self.dealt.rows_per_sample
+        starts = ((step * self.samples + sample) * per_sample for sample in range(self.samples))
+        return [list(self._sample(range(start, start + per_sample))) for start in starts]
 
-    def _draw(self, positions: range) -> Iterator[MicroBatch]:
+    def _sample(self, positions: range) -> Iterator[MicroBatch]:
         mine = [self.row_at(position) for position in positions[self.rank :: self.world_size]]
         return _micro_batches(self.rows, mine, self.dealt)
 
     def row_at(self, position: int) -> int:
-        """The row at a position of the whole training, counted over all steps and draws."""
+        """The row at a position of the whole training, counted over all steps and samples."""
         epoch, place = divmod(position, len(self.rows))
         return Shuffle(len(self.rows), (self.seed, "rows", epoch))(place)
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.deploy.model_dir import SORTED_JSON, Measured, ModelDir, Sorted
 from sorted_ds.nested import NestedModel, costs_of
 from sorted_ds.nested.load import build
 from sorted_ds.space import Cost, SubNet, SubNetSpace
+from sorted_ds.tasks.losses import SummedLoss
 
 if TYPE_CHECKING:
     from sorted_ds.data.loader import MicroBatch

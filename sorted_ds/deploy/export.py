@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sorted_ds.data.text.content_key import TOKENIZER_FILES
 from sorted_ds.base.errors import UserError
-from sorted_ds.deploy.evaluate import load_nested, stored_dtype
 from sorted_ds.base.files import share
+from sorted_ds.data.text.content_key import TOKENIZER_FILES
 from sorted_ds.deploy.card import model_card
+from sorted_ds.deploy.evaluate import load_nested, stored_dtype
 from sorted_ds.deploy.model_dir import ModelDir
 from sorted_ds.nested import NestedModel, extract
 from sorted_ds.space import SubNet

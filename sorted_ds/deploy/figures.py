@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from sorted_ds.deploy.model_dir import PARETO_PNG, Measured
-from sorted_ds.space import SubNet
 from sorted_ds.deploy.table import human
+from sorted_ds.space import SubNet
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
 SMALLEST_AREA, LARGEST_AREA = 55.0, 165.0

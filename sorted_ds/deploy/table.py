@@ -71,7 +71,7 @@ def plan_table(plan: "Plan") -> Table:
             human(row.non_embedding_parameters),
             human(row.flops_per_token),
             f"{row.kv_bytes_per_token:,}",
-            f"{row.share_of_draws:.1%}",
+            f"{row.share_of_samples:.1%}",
             f"{row.visits:,.0f}",
             human(row.tokens),
         )
@@ -96,11 +96,11 @@ def step_lines(plan: "Plan") -> Iterator[str]:
     """The step's arithmetic."""
     total = plan.steps * plan.tokens_per_step
     yield (
-        f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens, {human(total)} in all; {plan.draws} draws a step of "
-        f"{plan.rows_per_draw} rows each"
+        f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens, {human(total)} in all; {plan.samples} samples a step of "
+        f"{plan.rows_per_sample} rows each"
     )
     yield (
-        f"ranks: {plan.num_ranks}; forward passes of each for one draw: {plan.forwards_per_draw}; rows in each: "
+        f"ranks: {plan.num_ranks}; forward passes of each for one sample: {plan.forwards_per_sample}; rows in each: "
         f"{plan.rows_per_forward}; rows that are padding: {plan.padded_fraction:.1%}"
     )
 
@@ -111,8 +111,8 @@ def compute_lines(plan: "Plan", tflops: float | None) -> Iterator[str]:
     yield f"Compute of forward and backward ({plan.flops.forwards} x forward; without the optimizer), expected:"
     num, tokens = len(plan.subnets), human(total)
     full, each = human(flops.full_alone), human(flops.each_alone)
-    yield f"  this run, {num} sub-networks: {human(flops.run)} FLOPs; each by itself on the tokens it is drawn for"
-    yield "    costs the same in sum, since a draw costs its own size"
+    yield f"  this run, {num} sub-networks: {human(flops.run)} FLOPs; each by itself on the tokens it is active for"
+    yield "    costs the same in sum, since a sample costs its own size"
     yield f"  the full network alone on all {tokens} tokens: {full}, {_times(flops.full_alone, flops.run)}"
     yield f"  each by itself on all {tokens} tokens: {each}, {_times(flops.each_alone, flops.run)}"
     if tflops:
@@ -127,7 +127,7 @@ def stage_line(plan: "Plan") -> str:
         f"Model states per GPU in {plan.memory.precision}, bytes per parameter, {human(plan.subnets[-1].parameters)} "
         f"parameters on {plan.num_ranks} ranks. Stage 1 shares out the optimizer's part, 2 the gradients too, "
         f"3 the weights too{offload}; activations and buffers come on top. Sent by each rank in an optimizer step, on "
-        "average: gradients and gathered weights, which grow with the number of draws at stages 2 and 3 alone."
+        "average: gradients and gathered weights, which grow with the number of samples at stages 2 and 3 alone."
     )
 
 

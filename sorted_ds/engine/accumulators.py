@@ -8,9 +8,9 @@ bf16 in the fp32 gradients of the master weights alone.
 
 At stages 1 and 2 in fp32 without offload, DeepSpeed copies reduced gradients into a new buffer of a rank's part of the
 full network, at stage 2 with each micro-batch, and keeps it as long as any of them, with zeros for what was not used.
-Here a parameter's gradient is kept by itself from its first use to the optimizer step, so a draw costs its own memory
+Here a parameter's gradient is kept by itself from its first use to the optimizer step, so a sample costs its own memory
 and its own time. In bf16 DeepSpeed accumulates in an fp32 buffer, at stage 1 of the full network and at stage 2 of a
-rank's part of it, whatever is drawn; that is left.
+rank's part of it, whatever is active; that is left.
 
 Source: DeepSpeed 0.19.8, runtime/zero/stage3.py (`partition_grads`), runtime/zero/stage_1_and_2.py
 (`copy_grads_in_partition`, `async_accumulate_grad_in_cpu_via_gpu`, `complete_grad_norm_calculation_for_cpu_offload`).
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 def keep_what_is_used(optimizer) -> None:
-    """At stages 1 and 2 in fp32 without offload: keeps gradients of what a step's draws used, and of nothing else.
+    """At stages 1 and 2 in fp32 without offload: keeps gradients of what a step's samples used, and of nothing else.
 
     Call once, after `deepspeed.initialize`. Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py
     (`reduce_ipg_grads`, `independent_gradient_partition_epilogue`, `finalize_gradient_accumulation_boundary`).

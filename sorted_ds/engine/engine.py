@@ -1,21 +1,21 @@
 """The training engine: DeepSpeed, made exact for sub-networks that change from micro-batch to micro-batch.
 
-In: a nested model, the user's engine keys, micro-batches and draws. Out: summed losses, one optimizer step for the
-gradients of all draws, and this rank's shards of weights and optimizer state for checkpoints.
+In: a nested model, the user's engine keys, micro-batches and samples. Out: summed losses, one optimizer step for the
+gradients of all samples, and this rank's shards of weights and optimizer state for checkpoints.
 
 What plain DeepSpeed 0.19.8 gets silently wrong here, and what is done about it (measured: docs/log.md):
 - accumulation is our own: `managed_gradient_accumulation` is off and `step()` is called once per optimizer step;
 - each step starts with clean accumulators, or a parameter that is first used later, or not at all, would get the
   previous step's gradient at stage 3 and with offload (accumulators.py);
-- under ZeRO-3 a layer half gathers what is drawn of it (gathering.py), and each sub-network has a trace of its own, or
+- under ZeRO-3 a layer half gathers what is active of it (gathering.py), and each sub-network has a trace of its own, or
   layers that it skips would be gathered (traces.py);
 - losses are sums: DeepSpeed averages over ranks, so a loss is multiplied by their number, and the only division is by
-  the step's targets over all ranks and draws.
+  the step's targets over all ranks and samples.
 
-What else a small draw would pay for is not done: zeros that ranks reduce (reduction.py), and in fp32 buffers for
+What else a small sample would pay for is not done: zeros that ranks reduce (reduction.py), and in fp32 buffers for
 gradients that do not come (accumulators.py).
 
-A parameter that no draw of a step used gets a zero gradient at every stage, so its moments decay and weight decay
+A parameter that no sample of a step used gets a zero gradient at every stage, so its moments decay and weight decay
 applies; plain PyTorch would skip it. Ranks and stages would differ otherwise.
 """
 
@@ -29,9 +29,9 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from sorted_ds.run.config import Optim
+from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.engine import accumulators
-from sorted_ds.engine.gathering import gather_drawn, gather_side_by_side, persist_as_extracted
+from sorted_ds.engine.gathering import gather_active, gather_side_by_side, persist_as_extracted
 from sorted_ds.engine.modes import check_modes, complete, is_bf16, is_offloaded, stage_of
 from sorted_ds.engine.optimizers import (
     build_optimizer,
@@ -44,13 +44,13 @@ from sorted_ds.engine.optimizers import (
 from sorted_ds.engine.reduction import reduce_what_is_used
 from sorted_ds.engine.shards import Shard, publish_masters, shards_of
 from sorted_ds.engine.traces import Traces
-from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.nested import NestedModel, compiled
 from sorted_ds.nested.bundles import bundle, parts_of
 from sorted_ds.nested.layout import lay_out
 from sorted_ds.nested.weights import named_values, slices_of
-from sorted_ds.cluster.ranks import Ranks
+from sorted_ds.run.config import Optim
 from sorted_ds.space import SubNet
+from sorted_ds.tasks.losses import SummedLoss
 
 warnings.filterwarnings("ignore", r".*torch\.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
 
@@ -81,7 +81,7 @@ class Engine:
         self.is_compiled = compile_layers
         if self.stage == 3:
             bundle(model)
-            gather_drawn(model)
+            gather_active(model)
         if compile_layers:
             compiled.compile_layers(model)
         loss = SummedLoss(model)
@@ -140,7 +140,7 @@ class Engine:
             raise RuntimeError(f"a forward pass of {self.model.subnet} waits for its backward pass; call it first")
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of a share of the step's mean loss; the shares of all ranks and draws add up to it."""
+        """Adds the gradient of a share of the step's mean loss; the shares of all ranks and samples add up to it."""
         self.deepspeed.backward(loss * self.ranks.size, scale_wrt_gas=False)
         self._awaits_backward = False
 

@@ -1,10 +1,10 @@
-"""Under ZeRO-3, what a layer half gathers when it is called: the bundles that are drawn, and no others.
+"""Under ZeRO-3, what a layer half gathers when it is called: the bundles that are active, and no others.
 
 DeepSpeed gathers the parameters that a called module owns and those that it lists as *external*: owned elsewhere, used
-here. Bundles and blocks are modules of their own that are never called; the list of a half is what is drawn of it. So a
+here. Bundles and blocks are modules of their own that are never called; the list of a half is what is active of it. So a
 half costs one fetch and one release, with a parameter for each width step.
 What was gathered is copied once out of the buffer that all ranks' shares arrive in. DeepSpeed gives each parameter
-memory of its own there; here the drawn bundles of a half share theirs, the blocks of each weight one after the other,
+memory of its own there; here the active bundles of a half share theirs, the blocks of each weight one after the other,
 so that each weight is one matrix without a further copy, also where DeepSpeed's prefetch cuts the half. (Not where its
 first bundles stay gathered, nor on one rank, where nothing is gathered.)
 Source: DeepSpeed 0.19.8, runtime/zero/partition_parameters.py (`_init_external_params`, which keeps a list that is
@@ -31,7 +31,7 @@ KEPT = 4096
 """Answers of `pieces_of` that are kept: one for each number of width steps of each bundle, while they fit."""
 
 
-def gather_drawn(model: NestedModel) -> None:
+def gather_active(model: NestedModel) -> None:
     """Call before `deepspeed.initialize`."""
     for module in model.modules():
         if isinstance(module, BundledHalf):
@@ -45,11 +45,11 @@ def _gather_for(module: nn.Module, width: Width, by_steps: Sequence[dict[str, nn
     own = [{f"{step}.{name}": p for name, p in added.items()} for step, added in enumerate(by_steps)]
     prefixes = list(accumulate(own, lambda before, more: before | more))
 
-    def drawn() -> ItemsView[str, nn.Parameter]:
+    def active() -> ItemsView[str, nn.Parameter]:
         return prefixes[width.num_steps - 1].items()
 
     module._external_params = {}  # type: ignore[assignment]
-    module.ds_external_parameters = drawn  # type: ignore[assignment]
+    module.ds_external_parameters = active  # type: ignore[assignment]
 
 
 def _of_half(half: BundledHalf) -> list[dict[str, nn.Parameter]]:

@@ -9,9 +9,9 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch import nn
 
-from sorted_ds.run.config import Optim
 from sorted_ds.base.errors import UserError
 from sorted_ds.nested import NestedModel
+from sorted_ds.run.config import Optim
 
 
 def implementation_of(optim: Optim, is_offloaded: bool, is_cuda: bool) -> str:
@@ -42,7 +42,7 @@ def build_optimizer(model: NestedModel, optim: Optim, implementation: str) -> to
 
     A layer's parameters keep their order, so that its blocks lie side by side in ZeRO's flat buffers. Layers do not
     (`_place`): at stages 1 and 2 a rank owns a stretch of a flat buffer, and the first ranks would own all gradients of
-    a shallow draw, and alone add them up, or move them to the CPU. The smaller group comes first: stages 1 and 2 keep
+    a shallow sample, and alone add them up, or move them to the CPU. The smaller group comes first: stages 1 and 2 keep
     the gradients of both until the last group's turn, and AdamW's own temporary tensors come on top (measured, the
     other way round: 1.04 x the bytes of one group).
 

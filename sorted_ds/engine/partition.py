@@ -15,8 +15,8 @@ from io import StringIO
 import deepspeed
 from torch import nn
 
-from sorted_ds.engine.modes import complete
 from sorted_ds.cluster.ranks import Ranks
+from sorted_ds.engine.modes import complete
 
 
 def partitioner(config: dict, micro_batch_rows: int, clip_norm: float, ranks: Ranks) -> Callable[[nn.Parameter], None]:

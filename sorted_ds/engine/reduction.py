@@ -1,7 +1,7 @@
-"""At stage 0, and at stage 1 in bf16, ranks reduce the gradients of what a step's draws used, and no others.
+"""At stage 0, and at stage 1 in bf16, ranks reduce the gradients of what a step's samples used, and no others.
 
 In: DeepSpeed's engine. Out: the same one. DeepSpeed reduces zeros for every parameter that has no gradient, because its
-ranks might differ in which ones do; ours draw alike. Elsewhere it reduces what a backward pass has reached.
+ranks might differ in which ones do; ours sample alike. Elsewhere it reduces what a backward pass has reached.
 Source: DeepSpeed 0.19.8, runtime/engine.py (`buffered_allreduce_fallback`), runtime/bf16_optimizer.py.
 """
 

@@ -1,9 +1,9 @@
 """ZeRO-3's prefetch, told for each sub-network what will run.
 
 In: DeepSpeed's parameter coordinator, which records the order of modules of one pass and gathers ahead by it in the
-next. With draws that change it would record anew and throw away again: without prefetch, or gathering layers that are
+next. With samples that change it would record anew and throw away again: without prefetch, or gathering layers that are
 skipped. Here the full network's order is recorded once for training and once for evaluation, and a sub-network's is
-derived from it: without the layers that it does not run, and with the blocks that it draws. Tests prove it equal to a
+derived from it: without the layers that it does not run, and with the blocks that it samples. Tests prove it equal to a
 recorded one.
 Source of the attributes: DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py.
 """

@@ -6,7 +6,7 @@ channels on their other side (input-side weights are stored transposed), so a bu
 and norms stay blocks.
 
 A half, not its linear layers, is what ZeRO-3 gathers for and releases after; they are called without hooks, so those
-that somebody registers on them do not run. Autograd sees the drawn bundles once a half: each linear layer gets a
+that somebody registers on them do not run. Autograd sees the active bundles once a half: each linear layer gets a
 *placeholder* for its weight and writes the weight's gradient into those of the bundles, which are handed on when all
 placeholders' gradients have come. A weight is looked up anew in each pass, never kept for the backward one, since
 bundles come and go.
@@ -104,18 +104,18 @@ class BundledHalf(nn.Module):
         return super().__call__(hidden_states if hidden is None else hidden, *args, **kwargs)
 
     def forward(self, hidden: Tensor, *args, **kwargs):
-        drawn = self.drawn()
-        grads = _Grads(drawn)
-        placeholders = _Placeholders.apply(grads, *(bundle.parameter for bundle in drawn))
+        active = self.active()
+        grads = _Grads(active)
+        placeholders = _Placeholders.apply(grads, *(bundle.parameter for bundle in active))
         for number, (layer, placeholder) in enumerate(zip(self.linears, placeholders, strict=True)):
-            layer.source = _Bundled(drawn, number, placeholder, grads)
+            layer.source = _Bundled(active, number, placeholder, grads)
         try:
             return self.plain_forward(hidden, *args, **kwargs)
         finally:
             for layer in self.linears:
                 layer.source = None
 
-    def drawn(self) -> list[Bundle]:
+    def active(self) -> list[Bundle]:
         return list(islice(self.all_bundles(), self.width.num_steps))
 
     def all_bundles(self) -> Iterable[Bundle]:
@@ -123,27 +123,27 @@ class BundledHalf(nn.Module):
         return self._modules["bundles"]._modules.values()  # type: ignore[union-attr, return-value]
 
     def room(self, step: int, like: Tensor) -> Tensor:
-        """Flat memory, which a drawn bundle is given. All drawn ones share it, so blocks of a weight are neighbours.
+        """Flat memory, which an active bundle is given. All active ones share it, so blocks of a weight are neighbours.
 
-        It is that of a drawn bundle which came before, or new, of the dtype and device of `like`.
+        It is that of an active bundle which came before, or new, of the dtype and device of `like`.
         """
-        drawn = self.drawn()
-        memory, num_steps = None, len(drawn)
-        for other in drawn:
+        active = self.active()
+        memory, num_steps = None, len(active)
+        for other in active:
             if other.num_steps >= num_steps and (shared := other.shared) is not None:
                 memory, num_steps = shared, other.num_steps
                 break
         num_elements = sum(sum(bundle.sizes) for bundle in islice(self.all_bundles(), num_steps))
         memory = like.new_empty(num_elements) if memory is None else memory.as_strided((num_elements,), (1,), 0)
-        drawn[step].lay_apart(memory, self.starts[num_steps][step], num_steps)
+        active[step].lay_apart(memory, self.starts[num_steps][step], num_steps)
         return memory
 
 
 class _Grads:
-    """Of one pass: the gradients of the drawn bundles."""
+    """Of one pass: the gradients of the active bundles."""
 
-    def __init__(self, drawn: list[Bundle]):
-        self.drawn = drawn
+    def __init__(self, active: list[Bundle]):
+        self.active = active
         self.grads: list[Tensor] = []
         self.written: set[int] = set()
         """Linear layers whose rows are there."""
@@ -151,9 +151,9 @@ class _Grads:
     def add(self, number: int, left: Tensor, right: Tensor) -> None:
         """`left @ right` to the gradient of a linear layer's weight: [rows, N], [N, hidden]."""
         if not self.grads:
-            self.grads = [right.new_empty(bundle.places[-1][1], bundle.hidden) for bundle in self.drawn]
+            self.grads = [right.new_empty(bundle.places[-1][1], bundle.hidden) for bundle in self.active]
         row = 0
-        for bundle, grad in zip(self.drawn, self.grads, strict=True):
+        for bundle, grad in zip(self.active, self.grads, strict=True):
             start, stop = bundle.places[number]
             part = left[row : row + stop - start]
             if number in self.written:
@@ -165,7 +165,7 @@ class _Grads:
 
     def taken(self) -> list[Tensor]:
         """Gives them away; of a weight that the loss does not depend on, they are zeros."""
-        for bundle, grad in zip(self.drawn, self.grads, strict=True):
+        for bundle, grad in zip(self.active, self.grads, strict=True):
             for number, (start, stop) in enumerate(bundle.places):
                 if number not in self.written:
                     grad[start:stop].zero_()
@@ -175,13 +175,13 @@ class _Grads:
 
 
 class _Placeholders(torch.autograd.Function):
-    """The drawn bundles as one empty tensor for each of the half's weights."""
+    """The active bundles as one empty tensor for each of the half's weights."""
 
     @staticmethod
     def forward(ctx, grads: _Grads, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.grads = grads
         ctx.set_materialize_grads(False)
-        return tuple(weights[0].new_empty(0) for _ in grads.drawn[0].places)
+        return tuple(weights[0].new_empty(0) for _ in grads.active[0].places)
 
     @staticmethod
     def backward(ctx, *nothing: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -190,9 +190,9 @@ class _Placeholders(torch.autograd.Function):
 
 @dataclass(slots=True)
 class _Bundled:
-    """A weight of the drawn bundles, in one pass."""
+    """A weight of the active bundles, in one pass."""
 
-    drawn: list[Bundle]
+    active: list[Bundle]
     number: int
     placeholder: Tensor
     grads: _Grads
@@ -201,7 +201,7 @@ class _Bundled:
         return (self.placeholder,)
 
     def matrix(self) -> Tensor:
-        return together([bundle.block(self.number) for bundle in self.drawn])
+        return together([bundle.block(self.number) for bundle in self.active])
 
     def gradients(self, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
         self.grads.add(self.number, left, right)

@@ -2,7 +2,7 @@
 
 In: a nested model. Out: the same model, whose decoder layers run compiled. The weights that a layer takes out of its
 blocks, eagerly, are the graph's inputs, their rows are a dynamic size, and nothing else in the layer depends on the
-width: a layer is compiled once for all widths and depths. Once more where one head is drawn (PyTorch treats a size of 1
+width: a layer is compiled once for all widths and depths. Once more where one head is active (PyTorch treats a size of 1
 apart), without gradients (evaluation), and for another kind of layer (qwen2's sliding ones have a mask, the full ones
 have none).
 

@@ -24,9 +24,9 @@ def costs_of(space: SubNetSpace, config: PreTrainedConfig, row_tokens: int) -> d
 
 
 def union_parameters(steps: Iterable[Sequence[SubNet]], config: PreTrainedConfig) -> list[int]:
-    """For the draws of each step: parameters that any of them uses, each counted once."""
+    """For the samples of each step: parameters that any of them uses, each counted once."""
     counted = _LayerCounts(config)
-    return [counted.union(draws) for draws in steps]
+    return [counted.union(samples) for samples in steps]
 
 
 def sorted_by_cost(space: SubNetSpace, config: PreTrainedConfig) -> SubNetSpace:
@@ -61,10 +61,10 @@ class _LayerCounts:
     def layer_parameters(self, groups: int, ffn: int) -> int:
         return self.fixed_parameters + self.group_parameters * groups + self.ffn_parameters * ffn
 
-    def union(self, draws: Sequence[SubNet]) -> int:
+    def union(self, samples: Sequence[SubNet]) -> int:
         total, lower = self.shared_parameters, 0
-        for depth in sorted({subnet.depth for subnet in draws}):
-            deep = [subnet for subnet in draws if subnet.depth >= depth]
+        for depth in sorted({subnet.depth for subnet in samples}):
+            deep = [subnet for subnet in samples if subnet.depth >= depth]
             widest = (max(subnet.groups for subnet in deep), max(subnet.ffn for subnet in deep))
             total += (depth - lower) * self.layer_parameters(*widest)
             lower = depth

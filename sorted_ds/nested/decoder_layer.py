@@ -1,8 +1,8 @@
-"""Decoder layers that run on their drawn weights, each as one matrix.
+"""Decoder layers that run on their active weights, each as one matrix.
 
-In: a Hugging Face decoder layer whose projections are nested. Out: the same object, which first takes the drawn prefix
+In: a Hugging Face decoder layer whose projections are nested. Out: the same object, which first takes the active prefix
 of each weight out of its blocks. One autograd function does so for all of a layer's weights: one each would cost more
-Python than the products of a small draw (docs/log.md, "time, again"). Where blocks are no neighbours, and where a half
+Python than the products of a small sample (docs/log.md, "time, again"). Where blocks are no neighbours, and where a half
 has them in bundles (bundles.py), a nested layer is given nothing and looks for them itself.
 """
 
@@ -17,7 +17,7 @@ from sorted_ds.nested.classes import extended
 from sorted_ds.nested.layers import NestedLayer, are_adjacent, as_one
 
 Given = list[dict[str, Tensor]]
-"""Of each nested layer: the drawn weight, and bias, as one tensor."""
+"""Of each nested layer: the active weight, and bias, as one tensor."""
 
 
 class NestedDecoderLayer(nn.Module):
@@ -45,7 +45,7 @@ def nest_decoder_layer(layer: nn.Module) -> None:
 
 
 def run(layer: NestedDecoderLayer, hidden: Tensor, args: tuple, kwargs: dict):
-    """Hugging Face's forward of the layer, on the drawn weights as they are now."""
+    """Hugging Face's forward of the layer, on the active weights as they are now."""
     return run_on(joined(layer.nested), layer, hidden, args, kwargs)
 
 
@@ -66,7 +66,7 @@ def run_on(given: Given, layer: NestedDecoderLayer, hidden: Tensor, args: tuple,
 
 
 def joined(layers: Sequence[NestedLayer], make: Callable[[Sequence[Tensor]], Tensor] | None = None) -> Given:
-    """The drawn prefix of each weight, as what `make` makes of its blocks.
+    """The active prefix of each weight, as what `make` makes of its blocks.
 
     Without `make` nothing is copied: one block is itself, neighbours are a view, and others are not joined.
     """

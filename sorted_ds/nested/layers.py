@@ -1,6 +1,6 @@
 """Layers whose weights are stored as blocks, one per width step, and run on a prefix of them.
 
-In: activations of the drawn width. Out: the same layer's output at that width. The weight of a layer is a list of
+In: activations of the active width. Out: the same layer's output at that width. The weight of a layer is a list of
 *blocks*, each an `nn.Module` that owns the rows that one width step adds. Where the blocks lie side by side in memory,
 a prefix of them is one matrix, used without a copy; otherwise they are copied together for the time of a product.
 Under ZeRO-3 blocks are parts of bundles (bundles.py), and that matrix is made anew in each pass, and never kept.
@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 
 class Width:
-    """The drawn width of one dimension, shared by every layer that is nested in it. Changing it costs one assignment.
+    """The active width of one dimension, shared by every layer that is nested in it. Changing it costs one assignment.
 
-    `sizes` are the sizes that the space trains, ascending; `num_steps` of them are drawn now.
+    `sizes` are the sizes that the space trains, ascending; `num_steps` of them are active now.
     """
 
     def __init__(self, sizes: Sequence[int]):
@@ -75,7 +75,7 @@ class Source(Protocol):
         ...
 
     def matrix(self) -> Tensor:
-        """The drawn rows: [rows, other side]. For as long as a product takes."""
+        """The active rows: [rows, other side]. For as long as a product takes."""
         ...
 
     def gradients(self, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
@@ -150,7 +150,7 @@ class Block(nn.Module):
 
 
 class NestedLayer(nn.Module):
-    """What nested layers share: the blocks, and the prefix of them that is drawn."""
+    """What nested layers share: the blocks, and the prefix of them that is active."""
 
     transposed = False
     """Whether the blocks' rows are the columns of the Hugging Face weight."""
@@ -166,7 +166,7 @@ class NestedLayer(nn.Module):
         self.source: Source | None = None
         """Of the weight, while a half that owns it runs (bundles.py)."""
         self.given: dict[str, Tensor] = {}
-        """The drawn parameters as one tensor each, while a decoder layer runs; what is missing is used by blocks."""
+        """The active parameters as one tensor each, while a decoder layer runs; what is missing is used by blocks."""
         bounds = [0, *(size * rows_per_size for size in width.sizes)]
         self.bounds = list(pairwise(bounds))
         self.blocks = nn.ModuleList(
@@ -174,15 +174,15 @@ class NestedLayer(nn.Module):
         )
 
     def values(self, name: str) -> list[Tensor]:
-        """The parameter `name` of each drawn block. Asked for at every use, so not by way of slow attributes."""
-        drawn = islice(self._modules["blocks"]._modules.values(), self.width.num_steps)  # type: ignore[union-attr]
-        return [block._parameters[name] for block in drawn]  # type: ignore[union-attr, misc]
+        """The parameter `name` of each active block. Asked for at every use, so not by way of slow attributes."""
+        active = islice(self._modules["blocks"]._modules.values(), self.width.num_steps)  # type: ignore[union-attr]
+        return [block._parameters[name] for block in active]  # type: ignore[union-attr, misc]
 
-    def drawn_rows(self) -> list[int]:
-        """Of each drawn block."""
+    def active_rows(self) -> list[int]:
+        """Of each active block."""
         return [stop - start for start, stop in self.bounds[: self.width.num_steps]]
 
-    def drawn_source(self) -> Source:
+    def active_source(self) -> Source:
         """Of a weight that is not given as one tensor."""
         return self.source or _Blocks(self.values("weight"))
 
@@ -193,7 +193,7 @@ class NestedLayer(nn.Module):
 class OutputNestedLinear(NestedLayer):
     """A linear layer with a prefix of its output features: query, key, value, gate and up projections.
 
-    Shapes: [..., in] -> [..., rows drawn].
+    Shapes: [..., in] -> [..., rows active].
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,14 +202,14 @@ class OutputNestedLinear(NestedLayer):
             bias = torch.cat(self.values("bias"))
         if weight is not None:
             return F.linear(x, weight, bias)
-        source = self.drawn_source()
+        source = self.active_source()
         return _OutputProduct.apply(source, x.flatten(0, -2), bias, *source.tensors()).unflatten(0, x.shape[:-1])
 
 
 class InputNestedLinear(NestedLayer):
     """A linear layer over a prefix of its input features: attention output and down projections.
 
-    Shapes: [..., rows drawn] -> [..., out]. The bias belongs to the outputs, so it is not nested.
+    Shapes: [..., rows active] -> [..., out]. The bias belongs to the outputs, so it is not nested.
     """
 
     transposed = True
@@ -223,15 +223,15 @@ class InputNestedLinear(NestedLayer):
         if weight is not None:
             y = x @ weight
         else:
-            source = self.drawn_source()
+            source = self.active_source()
             y = _InputProduct.apply(source, x.flatten(0, -2), *source.tensors()).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
 
 class NestedRMSNorm(NestedLayer):
-    """The root mean square norm over all drawn heads (OLMo 2), scaled in fp32 as `Olmo2RMSNorm` does.
+    """The root mean square norm over all active heads (OLMo 2), scaled in fp32 as `Olmo2RMSNorm` does.
 
-    Shapes: [..., rows drawn] -> the same. Source: transformers 5.24, models/olmo2/modeling_olmo2.py.
+    Shapes: [..., rows active] -> the same. Source: transformers 5.24, models/olmo2/modeling_olmo2.py.
     """
 
     def __init__(self, weight: Tensor, eps: float, width: Width, rows_per_size: int):
@@ -244,6 +244,6 @@ class NestedRMSNorm(NestedLayer):
         weight = self.given.get("weight")
         if weight is not None:
             return (weight * normed).to(x.dtype)
-        parts = normed.split(self.drawn_rows(), dim=-1)
+        parts = normed.split(self.active_rows(), dim=-1)
         scaled = [weight * part for weight, part in zip(self.values("weight"), parts, strict=True)]
         return torch.cat(scaled, dim=-1).to(x.dtype)

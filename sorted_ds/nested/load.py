@@ -2,7 +2,7 @@
 
 In: a Hugging Face config, a space, and a seed or a directory of safetensors. Out: a nested model whose blocks lie side
 by side in memory. The model is made on the meta device and nested there; then each parameter gets memory and is filled
-with its slice of a Hugging Face tensor, drawn from the family's own initialisation or read from the file. So memory
+with its slice of a Hugging Face tensor, active from the family's own initialisation or read from the file. So memory
 holds the model once, and one whole tensor more. Where the caller takes each parameter over as soon as it is filled, the
 weights of a layer half are one parameter for each width step (bundles.py), and memory holds, instead of the model, what
 the caller keeps of it and one half.

@@ -14,9 +14,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.nested.classes import extended
-from sorted_ds.nested.costs import sorted_by_cost
-from sorted_ds.nested.decoder_layer import nest_decoder_layer
 from sorted_ds.families.decoder import (
     check_space,
     family_of,
@@ -25,6 +22,9 @@ from sorted_ds.families.decoder import (
     queries_per_group,
     subnet_config,
 )
+from sorted_ds.nested.classes import extended
+from sorted_ds.nested.costs import sorted_by_cost
+from sorted_ds.nested.decoder_layer import nest_decoder_layer
 from sorted_ds.nested.layers import InputNestedLinear, NestedRMSNorm, OutputNestedLinear, Width
 from sorted_ds.nested.weights import hf_tensors, named_values
 from sorted_ds.space import SubNet, SubNetSpace
@@ -123,10 +123,10 @@ def extract(
 
     Raises: UserError when the sub-network is not in the model's space.
     """
-    drawn = model.space[str(subnet)]
-    tensors = hf_tensors(model, drawn, weight_of or dict(named_values(model)).__getitem__)
+    active = model.space[str(subnet)]
+    tensors = hf_tensors(model, active, weight_of or dict(named_values(model)).__getitem__)
     whole = full_config(model)
-    plain = empty_model(model.hf_class, subnet_config(whole, drawn), next(iter(tensors.values())))
+    plain = empty_model(model.hf_class, subnet_config(whole, active), next(iter(tensors.values())))
     missing, unexpected = plain.load_state_dict(tensors, strict=False)
     tied = set(plain.all_tied_weights_keys or ())
     assert not unexpected, unexpected

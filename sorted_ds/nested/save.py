@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from sorted_ds.nested.nest import NestedModel, empty_model, full_config
-from sorted_ds.nested.weights import assembled, drawn_slices
+from sorted_ds.nested.weights import assembled, active_slices
 
 LARGEST_FILE = "5GB"
 """What the hub advises."""
@@ -26,16 +26,16 @@ def save_full(
     model: NestedModel, weights: Iterable[tuple[str, Tensor]], folder: Path, largest_file: int | str = LARGEST_FILE
 ) -> None:
     """Makes `folder`. `weights`: all parameters of the model, in any order. Raises: OSError, SafetensorError."""
-    drawn = drawn_slices(model, model.space.full)
+    active = active_slices(model, model.space.full)
     like = torch.empty(0, dtype=model.dtype, device="meta")
     plain = empty_model(model.hf_class, full_config(model), like)
     plain.generation_config = copy.deepcopy(model.generation_config)
     plain.save_pretrained(folder, state_dict={})  # the configs alone
-    names = {part.name for part in drawn.values()}  # a tied weight once
+    names = {part.name for part in active.values()}  # a tied weight once
     sizes = {name: tensor for name, tensor in plain.state_dict().items() if name in names}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=largest_file)
     waiting: dict[str, dict[str, Tensor]] = {file: {} for file in split.filename_to_tensors}
-    for name, tensor in assembled(drawn, weights):
+    for name, tensor in assembled(active, weights):
         file = split.tensor_to_filename[name]
         waiting[file][name] = tensor
         if len(waiting[file]) == len(split.filename_to_tensors[file]):

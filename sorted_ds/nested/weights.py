@@ -65,8 +65,8 @@ def named_values(
             yield from zip(parts.names, values, strict=True)
 
 
-def is_drawn(name: str, part: Slice, subnet: SubNet, model: nn.Module) -> bool:
-    """Whether the parameter `name` belongs to the sub-network: its layer and its width step are drawn."""
+def is_active(name: str, part: Slice, subnet: SubNet, model: nn.Module) -> bool:
+    """Whether the parameter `name` belongs to the sub-network: its layer and its width step are active."""
     if name.startswith(LAYERS_PREFIX) and int(name.removeprefix(LAYERS_PREFIX).split(".")[0]) >= subnet.depth:
         return False
     if not part.stop:
@@ -82,21 +82,21 @@ def hf_tensors(model: nn.Module, subnet: SubNet, weight_of: Callable[[str], Tens
 
     `weight_of(name)` gives the value of a parameter of the nested model; under ZeRO-3 it gathers.
     """
-    drawn = drawn_slices(model, subnet)
-    return dict(assembled(drawn, ((name, weight_of(name)) for name in drawn)))
+    active = active_slices(model, subnet)
+    return dict(assembled(active, ((name, weight_of(name)) for name in active)))
 
 
-def drawn_slices(model: nn.Module, subnet: SubNet) -> dict[str, Slice]:
+def active_slices(model: nn.Module, subnet: SubNet) -> dict[str, Slice]:
     """`slices_of` the sub-network's parameters."""
-    return {name: part for name, part in slices_of(model).items() if is_drawn(name, part, subnet, model)}
+    return {name: part for name, part in slices_of(model).items() if is_active(name, part, subnet, model)}
 
 
-def assembled(drawn: Mapping[str, Slice], weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def assembled(active: Mapping[str, Slice], weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face tensors of (parameter, value), each as soon as the last of its blocks has come."""
-    num_blocks = Counter(part.name for part in drawn.values())
+    num_blocks = Counter(part.name for part in active.values())
     blocks: dict[str, dict[int, Tensor]] = {name: {} for name in num_blocks}
     for name, value in weights:
-        part = drawn[name]
+        part = active[name]
         blocks[part.name][part.start] = value.detach()
         if len(blocks[part.name]) == num_blocks[part.name]:
             come = blocks.pop(part.name)

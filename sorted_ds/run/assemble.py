@@ -9,22 +9,22 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from sorted_ds.run.config import SCRATCH, Run
+from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.data.loader import Loader, MicroBatch, validation_batches
-from sorted_ds.data.text.prepare import TokenizedText
 from sorted_ds.data.rows import PackedRows
+from sorted_ds.data.text.prepare import TokenizedText
+from sorted_ds.deploy.evaluate import choose_spread
 from sorted_ds.engine import Engine, partitioner
 from sorted_ds.engine.modes import is_bf16, stage_of
-from sorted_ds.deploy.evaluate import choose_spread
 from sorted_ds.nested import NestedModel
 from sorted_ds.nested.load import build, fingerprint, resolve_source
-from sorted_ds.cluster.ranks import Ranks
+from sorted_ds.run.config import SCRATCH, Run
 from sorted_ds.run.run_file import load_engine_config
 from sorted_ds.space import SubNet, SubNetSpace
 
 
 def source_of(run: Run) -> Path | None:
-    """Where the first weights lie, on this host: downloaded where they are not. None where they are drawn.
+    """Where the first weights lie, on this host: downloaded where they are not. None where they are active.
 
     Raises: UserError when they are nowhere.
     """
@@ -66,7 +66,7 @@ def training_loader(run: Run, tokens: TokenizedText, ranks: Ranks) -> Loader:
     """This rank's rows of any step."""
     rows = PackedRows(tokens.train, run.batch.row_tokens)
     batch = run.batch
-    return Loader(rows, run.seed, batch.step_rows, run.schedule.draws, batch.micro_batch_rows, ranks.rank, ranks.size)
+    return Loader(rows, run.seed, batch.step_rows, run.sampling.subnets_per_step, batch.micro_batch_rows, ranks.rank, ranks.size)
 
 
 def validation_of(run: Run, tokens: TokenizedText, ranks: Ranks) -> list[MicroBatch]:

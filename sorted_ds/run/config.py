@@ -53,10 +53,10 @@ class Space(Section):
 class Schedule(Section):
     """Which sub-networks a step trains."""
 
-    draws: Positive = 4
-    """Sub-networks an optimizer step draws, each for an equal share of its rows. Does not depend on the ranks."""
+    samples: Positive = 4
+    """Sub-networks an optimizer step samples, each for an equal share of its rows. Does not depend on the ranks."""
     strategy: Literal["uniform", "stratified", "sandwich", "full_plus"] = "stratified"
-    """`stratified`: one from each cost quantile, all equally often. `uniform`: independent draws. `sandwich`: the full,
+    """`stratified`: one from each cost quantile, all equally often. `uniform`: independent samples. `sandwich`: the full,
     the smallest, the rest at random. `full_plus`: the full one, the rest stratified."""
 
 
@@ -86,7 +86,7 @@ class Batch(Section):
     """Rows of a step."""
 
     step_rows: Positive
-    """Rows of an optimizer step, over all draws and ranks."""
+    """Rows of an optimizer step, over all samples and ranks."""
     micro_batch_rows: Positive
     """Rows of one forward pass on one rank, at most."""
     row_tokens: Positive
@@ -181,7 +181,7 @@ class Run(Section):
     """A run file."""
 
     seed: int = 0
-    """Of weights, rows and draws."""
+    """Of weights, rows and samples."""
     run_dir: Path = Path("runs/{name}")
     """Where everything is written; `{name}` is the run file's name without its suffix, `{seed}` the seed."""
     model: Model

@@ -11,11 +11,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from sorted_ds.run.config import SCRATCH, Run
-from sorted_ds.data.text.tokenizer import Vocabulary
 from sorted_ds.base.errors import UserError
+from sorted_ds.data.text.tokenizer import Vocabulary
 from sorted_ds.families.decoder import family_of
 from sorted_ds.nested.load import resolve_source
+from sorted_ds.run.config import SCRATCH, Run
 
 ROTARY_KEYS = ("rope_theta", "rope_scaling")
 """Config keys that Hugging Face takes and keeps as `rope_parameters`."""

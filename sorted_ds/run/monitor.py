@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from sorted_ds.checkpoint import Saved
-from sorted_ds.run.config import Run
-from sorted_ds.deploy.model_dir import Measured
-from sorted_ds.run.plan import Plan
 from sorted_ds.cluster.ranks import Ranks
-from sorted_ds.space import SubNet, SubNetSpace
+from sorted_ds.deploy.model_dir import Measured
 from sorted_ds.deploy.table import console, measured_table, plan_table, step_lines
+from sorted_ds.run.config import Run
+from sorted_ds.run.plan import Plan
+from sorted_ds.space import SubNet, SubNetSpace
 
 GIB = 2**30
 METRICS, FULL_LOSS = "metrics.jsonl", "loss/full_validation"
@@ -41,17 +41,17 @@ class Trained:
     nll: float
     """Nats, summed over targets."""
     num_targets: float
-    num_draws: float
+    num_visits: float
 
 
 class LossSums:
     """Training losses since the last report, by sub-network, kept where the losses are made."""
 
-    def __init__(self, subnets: Iterable[SubNet], draw_share: float, device: torch.device):
-        """`draw_share`: the part of a draw that one forward pass of one rank is."""
+    def __init__(self, subnets: Iterable[SubNet], visit_share: float, device: torch.device):
+        """`visit_share`: the part of a sample that one forward pass of one rank is."""
         self._row = {subnet: row for row, subnet in enumerate(subnets)}
         self._sums = torch.zeros(len(self._row), 3, dtype=torch.float64, device=device)
-        self._draw_share = draw_share
+        self._visit_share = visit_share
 
     def add(self, losses: Sequence[tuple[SubNet, Tensor, int]]) -> None:
         """A step's micro-batches on this rank: sub-network, summed loss, number of targets."""
@@ -59,10 +59,10 @@ class LossSums:
             row = self._sums[self._row[subnet]]
             row[0] += nll
             row[1] += num_targets
-            row[2] += self._draw_share
+            row[2] += self._visit_share
 
     def take(self, ranks: Ranks) -> dict[SubNet, Trained]:
-        """The sums over all ranks of the sub-networks that were drawn, and a new start. A collective."""
+        """The sums over all ranks of the sub-networks that were active, and a new start. A collective."""
         sums = torch.tensor(ranks.sum(self._sums.flatten().tolist()), dtype=torch.float64).view(-1, 3).tolist()
         self._sums.zero_()
         return {subnet: Trained(*sums[row]) for subnet, row in self._row.items() if sums[row][1]}
@@ -103,7 +103,7 @@ class Monitor:
     def trained(
         self, step: int, sums: dict[SubNet, Trained], learning_rate: float, gradient_norm: float, paused_seconds: float
     ) -> None:
-        """The steps since the last report: all draws together, then each sub-network.
+        """The steps since the last report: all samples together, then each sub-network.
 
         `paused_seconds`: how long training has waited for checkpoints so far, which does not count as training.
         """
@@ -122,7 +122,7 @@ class Monitor:
         }
         for subnet, row in sums.items():
             values[f"subnets_training_loss/{subnet}"] = row.nll / row.num_targets
-            values[f"subnets_draws/{subnet}"] = row.num_draws
+            values[f"subnets_visits/{subnet}"] = row.num_visits
         self._write(step, values)
         self._show(step, values)
 

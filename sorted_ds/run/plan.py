@@ -10,36 +10,36 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sorted_ds.run.config import Run
 from sorted_ds.data.loader import deal
 from sorted_ds.engine.modes import STAGES, has_offloaded_weights, is_bf16, is_offloaded, mode_warnings, stage_of
 from sorted_ds.nested import costs_of, union_parameters
+from sorted_ds.run.config import Run
 from sorted_ds.run.resolve import schedule_of
 from sorted_ds.run.run_file import load_engine_config
-from sorted_ds.space.sampling import SubNetSchedule
+from sorted_ds.run.traffic import REUSE_DISTANCE, Samples, step_traffic
 from sorted_ds.space import Cost, SubNet, SubNetSpace
-from sorted_ds.run.traffic import REUSE_DISTANCE, Draws, step_traffic
+from sorted_ds.space.sampling import Sampler
 
 FEWEST_VISITS = 100
-"""Below this many expected draws a sub-network's own weights have hardly been trained."""
+"""Below this many expected samples a sub-network's own weights have hardly been trained."""
 SAMPLED_STEPS = 100
-"""Steps whose draws stand for all in the expected traffic."""
+"""Steps whose samples stand for all in the expected traffic."""
 FORWARD_AND_BACKWARD = 3
 """Times the forward pass's FLOPs: the backward pass costs two, and with activation checkpointing one more."""
 
 
 @dataclass(frozen=True)
 class PlannedSubNet:
-    """One sub-network, what it costs, and how often it will be drawn."""
+    """One sub-network, what it costs, and how often it will be active."""
 
     subnet: str
     parameters: int
     non_embedding_parameters: int
     flops_per_token: int
     kv_bytes_per_token: int
-    share_of_draws: float
+    share_of_samples: float
     visits: float
-    """Expected draws over the run."""
+    """Expected samples over the run."""
     tokens: float
     """Expected training tokens over the run."""
 
@@ -51,8 +51,8 @@ class TrainingFlops:
     forwards: int
     """What a micro-batch costs, in forward passes: 3, and with activation checkpointing 4."""
     run: float
-    """This run: `forwards` x forward FLOPs x tokens, summed over the expected draws. Training each sub-network alone
-    for as many tokens as this run draws it costs exactly as much."""
+    """This run: `forwards` x forward FLOPs x tokens, summed over the expected samples. Training each sub-network alone
+    for as many tokens as this run samples it costs exactly as much."""
     full_alone: float
     """The full network by itself on all of the run's tokens."""
     each_alone: float
@@ -102,11 +102,11 @@ class Plan:
     subnets: tuple[PlannedSubNet, ...]
     num_ranks: int
     steps: int
-    draws: int
-    rows_per_draw: int
+    samples: int
+    rows_per_sample: int
     tokens_per_step: int
-    forwards_per_draw: int
-    """Forward passes of each rank for one draw."""
+    forwards_per_sample: int
+    """Forward passes of each rank for one sample."""
     rows_per_forward: int
     padded_fraction: float
     """Rows without targets among those that run."""
@@ -124,8 +124,8 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
     costs = costs_of(space, config, run.batch.row_tokens)
     schedule = schedule_of(run, costs)
     visits = schedule.expected_visits(run.train.steps)
-    dealt = deal(run.batch.step_rows, run.schedule.draws, run.batch.micro_batch_rows, num_ranks)
-    rows_per_draw = run.batch.step_rows // run.schedule.draws
+    dealt = deal(run.batch.step_rows, run.sampling.subnets_per_step, run.batch.micro_batch_rows, num_ranks)
+    rows_per_sample = run.batch.step_rows // run.sampling.subnets_per_step
     engine = load_engine_config(run.engine.deepspeed)
     planned = []
     for subnet in space:
@@ -137,19 +137,19 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
                 cost.non_embedding_parameters,
                 cost.flops_per_token,
                 cost.kv_bytes_per_token,
-                visits[subnet] / (run.train.steps * run.schedule.draws),
+                visits[subnet] / (run.train.steps * run.sampling.subnets_per_step),
                 visits[subnet],
-                visits[subnet] * rows_per_draw * run.batch.row_tokens,
+                visits[subnet] * rows_per_sample * run.batch.row_tokens,
             )
         )
     return Plan(
         subnets=tuple(planned),
         num_ranks=num_ranks,
         steps=run.train.steps,
-        draws=run.schedule.draws,
-        rows_per_draw=rows_per_draw,
+        samples=run.sampling.subnets_per_step,
+        rows_per_sample=rows_per_sample,
         tokens_per_step=run.batch.step_rows * run.batch.row_tokens,
-        forwards_per_draw=dealt.forwards,
+        forwards_per_sample=dealt.forwards,
         rows_per_forward=dealt.rows_per_forward,
         padded_fraction=dealt.padded_fraction,
         flops=training_flops(
@@ -189,18 +189,18 @@ def memory(engine: dict, optimizer: str, num_parameters: int, num_ranks: int) ->
 
 
 def sent_bytes(
-    run: Run, engine: dict, schedule: SubNetSchedule, config, costs: dict[SubNet, Cost], forwards: int, num_ranks: int
+    run: Run, engine: dict, schedule: Sampler, config, costs: dict[SubNet, Cost], forwards: int, num_ranks: int
 ) -> dict[int, float]:
-    """Bytes that a rank sends in a step at each stage, averaged over the draws of the first steps."""
+    """Bytes that a rank sends in a step at each stage, averaged over the samples of the first steps."""
     distance = engine.get("zero_optimization", {}).get("stage3_max_reuse_distance", REUSE_DISTANCE)
     full = costs[schedule.subnets[-1]].parameters
-    steps = [schedule.draw(step) for step in range(min(SAMPLED_STEPS, run.train.steps))]
+    steps = [schedule.sample(step) for step in range(min(SAMPLED_STEPS, run.train.steps))]
     unions = union_parameters(steps, config)
-    sampled = [Draws([costs[s].parameters for s in step], u, forwards) for step, u in zip(steps, unions, strict=True)]
+    sampled = [Samples([costs[s].parameters for s in step], u, forwards) for step, u in zip(steps, unions, strict=True)]
     settings = (is_bf16(engine), full)
     kept = (int(distance), run.model.activation_checkpointing)
     return {
-        stage: sum(step_traffic(stage, *settings, draws, *kept).sent(num_ranks) for draws in sampled) / len(steps)
+        stage: sum(step_traffic(stage, *settings, samples, *kept).sent(num_ranks) for samples in sampled) / len(steps)
         for stage in STAGES
     }
 
@@ -228,5 +228,5 @@ def warnings(subnets: Sequence[PlannedSubNet]) -> tuple[str, ...]:
     fewest = min(few, key=lambda s: s.visits)
     return (
         f"{len(few)} of {len(subnets)} sub-networks are expected fewer than {FEWEST_VISITS} visits (fewest: "
-        f"{fewest.subnet}, {fewest.visits:.0f}). Train more steps, raise schedule.draws, or make the space smaller.",
+        f"{fewest.subnet}, {fewest.visits:.0f}). Train more steps, raise sampling.subnets_per_step, or make the space smaller.",
     )

@@ -9,21 +9,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedConfig
 
-from sorted_ds.run.config import TRAIN_TOKENIZER, Run
+from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import deal
-from sorted_ds.data.text.prepare import DataSpec, TokenizedText, prepare
 from sorted_ds.data.rows import PackedRows
+from sorted_ds.data.text.prepare import DataSpec, TokenizedText, prepare
 from sorted_ds.data.text.sources import find_files
 from sorted_ds.data.text.tokenizer import Vocabulary, load_tokenizer, trained_vocabulary, vocabulary_of
 from sorted_ds.engine.modes import check_modes, is_offloaded
 from sorted_ds.engine.optimizers import check_implementation
-from sorted_ds.base.errors import UserError
-from sorted_ds.run.model_config import model_config
-from sorted_ds.nested import costs_of, sorted_by_cost
 from sorted_ds.families.decoder import check_space
+from sorted_ds.nested import costs_of, sorted_by_cost
+from sorted_ds.run.config import TRAIN_TOKENIZER, Run
+from sorted_ds.run.model_config import model_config
 from sorted_ds.run.run_file import load_engine_config
-from sorted_ds.space.sampling import SubNetSchedule
 from sorted_ds.space import Cost, SubNet, SubNetSpace
+from sorted_ds.space.sampling import Sampler
 
 PROGRESS_COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
 
@@ -83,10 +83,10 @@ def vocabulary(run: Run) -> Vocabulary:
     return vocabulary_of(load_tokenizer(run.data.tokenizer))
 
 
-def schedule_of(run: Run, costs: Mapping[SubNet, Cost]) -> SubNetSchedule:
+def schedule_of(run: Run, costs: Mapping[SubNet, Cost]) -> Sampler:
     """The run's schedule over its sub-networks in ascending order of FLOPs."""
     ascending = sorted(costs, key=lambda subnet: (costs[subnet].flops_per_token, subnet))
-    return SubNetSchedule(ascending, run.schedule.draws, run.schedule.strategy, run.seed)
+    return Sampler(ascending, run.sampling.subnets_per_step, run.sampling.strategy, run.seed)
 
 
 def check_run(run: Run) -> tuple[PreTrainedConfig, SubNetSpace]:
@@ -96,7 +96,7 @@ def check_run(run: Run) -> tuple[PreTrainedConfig, SubNetSpace]:
     """
     config = model_config(run, vocabulary(run))
     space = space_of(run, config)
-    deal(run.batch.step_rows, run.schedule.draws, run.batch.micro_batch_rows, world_size=1)
+    deal(run.batch.step_rows, run.sampling.subnets_per_step, run.batch.micro_batch_rows, world_size=1)
     find_files(run.data.text, run.data.jsonl, run.data.suffixes)
     for name in run.eval.subnets:
         space[name]

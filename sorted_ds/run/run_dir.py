@@ -16,24 +16,24 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import sorted_ds
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+import sorted_ds
+from sorted_ds.base.errors import UserError
+from sorted_ds.base.files import share, sync
 from sorted_ds.checkpoint import Checkpoints
+from sorted_ds.checkpoint.identity import Identity, flat
 from sorted_ds.checkpoint.index import fingerprint, name_of
-from sorted_ds.run.config import Run
+from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.data.text.prepare import TokenizedText
 from sorted_ds.data.text.tokenizer import load_tokenizer, save_tokenizer
-from sorted_ds.engine import Engine
-from sorted_ds.base.errors import UserError
 from sorted_ds.deploy.evaluate import save, stored_dtype
-from sorted_ds.base.files import share, sync
-from sorted_ds.checkpoint.identity import Identity, flat
 from sorted_ds.deploy.model_dir import PARETO_PNG, SUBNETS_JSON, Measured, ModelDir, Sorted
+from sorted_ds.engine import Engine
 from sorted_ds.nested import NestedModel, save_full
-from sorted_ds.cluster.ranks import Ranks
+from sorted_ds.run.config import Run
 from sorted_ds.run.run_file import load_engine_config
 from sorted_ds.space import SubNetSpace
 

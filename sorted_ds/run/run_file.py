@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sorted_ds.run.config import SCRATCH, TRAIN_TOKENIZER, Run, Section
 from sorted_ds.base.errors import UserError
+from sorted_ds.run.config import SCRATCH, TRAIN_TOKENIZER, Run, Section
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
@@ -134,8 +134,8 @@ def _with_absolute_paths(run: Run, path: Path) -> Run:
 RUN_FILE_KEYS = {
     "train_batch_size": "[batch]",
     "train_micro_batch_size_per_gpu": "[batch]",
-    "gradient_accumulation_steps": "[batch] and [schedule]",
-    "managed_gradient_accumulation": "[schedule]",
+    "gradient_accumulation_steps": "[batch] and [sampling]",
+    "managed_gradient_accumulation": "[sampling]",
     "gradient_clipping": "optim.clip_norm",
     "optimizer": "[optim]",
     "scheduler": "[optim]",

@@ -1,7 +1,7 @@
 """Training: the loop, and how a rank comes to it.
 
 In: a run file, on every rank. Out, in RUN_DIR: run.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end
-model/ with the measured table, subnets.json and pareto.png. The step number is the only cursor: rows, draws and
+model/ with the measured table, subnets.json and pareto.png. The step number is the only cursor: rows, samples and
 learning rate follow from it, so a run that is started again goes on as if it had not stopped.
 """
 
@@ -16,31 +16,31 @@ from pathlib import Path
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from sorted_ds.cluster.ancestors import Ancestors
-from sorted_ds.run.assemble import engine_of, eval_subnets, load_model, source_of, training_loader, validation_of
+from sorted_ds.base.errors import AgreedError, UserError
+from sorted_ds.base.files import claim
 from sorted_ds.checkpoint import Checkpoints
-from sorted_ds.run.config import Run
+from sorted_ds.cluster.ancestors import Ancestors
+from sorted_ds.cluster.extensions import release_dead_locks
+from sorted_ds.cluster.launcher import settle_deepspeed
+from sorted_ds.cluster.ranks import Ranks, joined_ranks
+from sorted_ds.cluster.slurm import requeue
+from sorted_ds.cluster.stop import PARENT, Stop, Wanted
+from sorted_ds.cluster.watchdog import Watchdog
 from sorted_ds.data.loader import Loader, MicroBatch
 from sorted_ds.data.text.prepare import TokenizedText, find_prepared, open_tokens
-from sorted_ds.engine import Engine
-from sorted_ds.base.errors import AgreedError, UserError
 from sorted_ds.deploy.evaluate import measure
-from sorted_ds.cluster.extensions import release_dead_locks
-from sorted_ds.base.files import claim
-from sorted_ds.cluster.launcher import settle_deepspeed
-from sorted_ds.run.learning_rate import lr_at
 from sorted_ds.deploy.model_dir import Measured
-from sorted_ds.run.monitor import LossSums, Monitor
+from sorted_ds.engine import Engine
 from sorted_ds.nested import NestedModel, costs_of
+from sorted_ds.run.assemble import engine_of, eval_subnets, load_model, source_of, training_loader, validation_of
+from sorted_ds.run.config import Run
+from sorted_ds.run.learning_rate import lr_at
+from sorted_ds.run.monitor import LossSums, Monitor
 from sorted_ds.run.plan import make_plan
-from sorted_ds.cluster.ranks import Ranks, joined_ranks
 from sorted_ds.run.resolve import check_run, data_spec, schedule_of
 from sorted_ds.run.run_dir import RunDir, facts
 from sorted_ds.run.run_file import load_engine_config, load_run
-from sorted_ds.cluster.slurm import requeue
 from sorted_ds.space import Cost, SubNet
-from sorted_ds.cluster.stop import PARENT, Stop, Wanted
-from sorted_ds.cluster.watchdog import Watchdog
 
 
 def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> None:
@@ -79,12 +79,12 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
                     break
                 monitor.evaluated(step, measured, seconds)
                 evaluated = step
-            draws, batches = schedule.draw(step), loader.batches(step)
-            wanted, num_targets = ask(told(step, draws), count_targets(batches))
+            samples, batches = schedule.sample(step), loader.batches(step)
+            wanted, num_targets = ask(told(step, samples), count_targets(batches))
             if wanted.ends:
                 break
             learning_rate = lr_at(step, run.train.steps, run.optim)
-            losses = accumulate(engine, draws, batches, num_targets)
+            losses = accumulate(engine, samples, batches, num_targets)
             norm = engine.step(learning_rate)
             check_finite(step, losses, norm, checkpoints, ranks)
             sums.add(losses)
@@ -203,23 +203,23 @@ def is_due(step: int, every_steps: int) -> bool:
     return step > 0 and every_steps > 0 and step % every_steps == 0
 
 
-def told(step: int, draws: Sequence[SubNet]) -> str:
-    """What every rank must do alike in a step: the collectives of another draw would be others."""
-    return f"step {step} draws {', '.join(map(str, draws))}"
+def told(step: int, samples: Sequence[SubNet]) -> str:
+    """What every rank must do alike in a step: the collectives of another sample would be others."""
+    return f"step {step} samples {', '.join(map(str, samples))}"
 
 
 def count_targets(batches: Sequence[Sequence[MicroBatch]]) -> int:
-    """Of this rank, over all draws of a step."""
-    return sum(batch.num_targets for draw in batches for batch in draw)
+    """Of this rank, over all samples of a step."""
+    return sum(batch.num_targets for sample in batches for batch in sample)
 
 
 def accumulate(
-    engine: Engine, draws: Sequence[SubNet], batches: Sequence[Sequence[MicroBatch]], num_targets: float
+    engine: Engine, samples: Sequence[SubNet], batches: Sequence[Sequence[MicroBatch]], num_targets: float
 ) -> list[tuple[SubNet, Tensor, int]]:
     """The gradient of a step: of the mean over all ranks' targets. Returns this rank's summed losses in nats."""
     losses = []
-    for subnet, draw in zip(draws, batches, strict=True):
-        for batch in draw:
+    for subnet, sample in zip(samples, batches, strict=True):
+        for batch in sample:
             nll = engine.forward(batch.input_ids, batch.labels, subnet)
             engine.backward(nll / num_targets)
             losses.append((subnet, nll.detach(), batch.num_targets))
@@ -229,7 +229,7 @@ def accumulate(
 def check_finite(
     step: int, losses: Sequence[tuple[SubNet, Tensor, int]], norm: float, checkpoints: Checkpoints, ranks: Ranks
 ) -> None:
-    """Raises: UserError on all ranks when the step's gradient is not finite, naming the draw whose loss is not.
+    """Raises: UserError on all ranks when the step's gradient is not finite, naming the sample whose loss is not.
 
     The norm is the same on all ranks, and a loss that is not finite makes it so.
     """

@@ -1,6 +1,6 @@
 """Sub-networks and the space of those that are trained.
 
-In: sizes from the run file or from Python. Out: `SubNet` values in a `SubNetSpace`, on which the schedule draws,
+In: sizes from the run file or from Python. Out: `SubNet` values in a `SubNetSpace`, on which the schedule samples,
 and into which `nest` cuts a model. Nothing here knows a model; what a sub-network costs is in `nested/costs.py`.
 """
 
@@ -51,7 +51,7 @@ class Cost:
     parameters: int
     """All weights, tied ones once."""
     non_embedding_parameters: int
-    """Those of the drawn layers and the final norm: what depth and width change."""
+    """Those of the active layers and the final norm: what depth and width change."""
     flops_per_token: int
     """Forward matrix products, two per multiply-add, attention over `row_tokens` positions, causal mask not halved."""
     kv_bytes_per_token: int

@@ -44,5 +44,5 @@ def test_a_position_outside_is_an_error():
 def test_keyed_numbers_are_even_and_never_change():
     counts = Counter(keyed_number(5, 1, "draw", step) for step in range(10_000))
     assert all(abs(count - 2000) < 200 for count in counts.values())
-    # BLAKE2b of "(17, 'draw', 3)": a change here would silently change every run's rows and draws.
-    assert keyed_number(2**64, 17, "draw", 3) == int.from_bytes(bytes.fromhex("ccce85d5fb5115e9"), "little")
+    # BLAKE2b of "(17, 'sample', 3)": a change here would silently change every run's rows and samples.
+    assert keyed_number(2**64, 17, "sample", 3) == int.from_bytes(bytes.fromhex("ccce85d5fb5115e9"), "little")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sorted_ds.base.errors import AgreedError, UserError
 from sorted_ds.checkpoint.background import Task, wait_for_all
 from sorted_ds.checkpoint.checkpoints import _blocks_in
-from sorted_ds.base.errors import AgreedError, UserError
 from tests import exactness, resumed
 from tests.exactness import MOMENTS, SPACE, Case
 from tests.resumed import HALF, PART, STEPS, Leg, Trainer, held_back
@@ -70,7 +70,7 @@ def test_other_ranks_stages_and_micro_batches_go_on_with_the_same_rows_to_roundi
     assert len(results) == len(SOURCES) * len(TARGETS)
     for name, found in results.items():
         assert found["rows"] == uninterrupted["rows"][HALF:], name
-        assert found["draws"] == uninterrupted["draws"][HALF:], name
+        assert found["samples"] == uninterrupted["samples"][HALF:], name
         for kind, bound in BOUNDS.items():
             assert exactness.largest_difference(found[kind], uninterrupted[kind]) <= bound, (name, kind)
 
@@ -81,7 +81,7 @@ def spaces(part: list[str], whole: list[str]) -> tuple[dict, dict]:
 
 
 def extend(ranks, stage: int, folder: str) -> dict:
-    """Half the steps in a part of the space; then the rest there, and in the whole space with the same draws."""
+    """Half the steps in a part of the space; then the rest there, and in the whole space with the same samples."""
     leg = Leg(Case(stage), space=PART, schedule=PART)
     part, whole = spaces([s.name for s in PART], [s.name for s in SPACE])
     before = resumed.train(ranks, leg, folder, 0, HALF, facts=part)

@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 import torch
 
+from sorted_ds.base.errors import UserError
 from sorted_ds.checkpoint import read_master_weights, waiting
 from sorted_ds.checkpoint.background import Staging
 from sorted_ds.checkpoint.index import INDEX
-from sorted_ds.base.errors import UserError
 from tests import resumed
 from tests.resumed import Leg, Trainer
 from tests.spawn import on_ranks

@@ -6,8 +6,8 @@ from unittest import mock
 
 import pytest
 
-from sorted_ds.cluster import rendezvous
 from sorted_ds.base.errors import UserError
+from sorted_ds.cluster import rendezvous
 from sorted_ds.cluster.rendezvous import Place, find_place
 
 MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}

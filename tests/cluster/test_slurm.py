@@ -179,7 +179,9 @@ def test_a_job_that_is_preempted_before_it_has_ranks_is_started_again(cluster, l
 
 def test_a_rank_that_fails_at_once_ends_the_job_which_is_not_started_again(cluster, run):
     """Slurm signals rank 0, which waits for it: as in a preemption, and for ever where it were taken for one."""
-    failing = "bash -c '[ $SLURM_PROCID = 0 ] || { sleep 10; exit 7; }; exec python -m sorted_ds.commands.rank \"$@\"' rank"
+    failing = (
+        "bash -c '[ $SLURM_PROCID = 0 ] || { sleep 10; exit 7; }; exec python -m sorted_ds.commands.rank \"$@\"' rank"
+    )
     script = changed_script(run, "python -m sorted_ds.commands.rank", failing)
     job = Job(cluster, run, script, options=["--ntasks-per-node=1"])
     assert job.end() == "FAILED", job.log

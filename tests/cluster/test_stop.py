@@ -12,14 +12,14 @@ import psutil
 import pytest
 import torch
 
+from sorted_ds.base.errors import AgreedError, UserError
 from sorted_ds.cluster import ancestors, slurm, stop
 from sorted_ds.cluster.ancestors import FIRST, Ancestors
-from sorted_ds.base.errors import AgreedError, UserError
 from sorted_ds.cluster.launcher import free_port
 from sorted_ds.cluster.ranks import SECONDS_TO_ASK, Ranks, _leave_start
 from sorted_ds.cluster.stop import Stop, seconds_of
-from sorted_ds.run.train import left_early
 from sorted_ds.cluster.watchdog import EXIT_CODE
+from sorted_ds.run.train import left_early
 
 
 @pytest.fixture(autouse=True)

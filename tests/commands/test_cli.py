@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sorted_ds.commands.cli import main
 from sorted_ds.cluster.launcher import launch
+from sorted_ds.commands.cli import main
 from sorted_ds.deploy.model_dir import ModelDir
 from tests.launched import hears_all
 from tests.runs import run_file
@@ -22,7 +22,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def in_a_process(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", "import sys; from sorted_ds.commands.cli import main; sys.exit(main())", *arguments]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from sorted_ds.commands.cli import main; sys.exit(main())",
+        *arguments,
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **kwargs)
 
 

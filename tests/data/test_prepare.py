@@ -21,11 +21,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sorted_ds.base.errors import UserError
 from sorted_ds.data.text.content_key import HASHES_FILE
 from sorted_ds.data.text.encode import BATCH_CHARACTERS
 from sorted_ds.data.text.prepare import DataSpec, find_prepared, open_tokens, prepare
 from sorted_ds.data.text.tokens import TokenizedText
-from sorted_ds.base.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import Loader, MicroBatch, deal, validation_batches
 from sorted_ds.data.rows import PackedRows
-from sorted_ds.base.errors import UserError
 
 ROW_TOKENS = 5
 NUM_ROWS = 23
@@ -21,7 +21,7 @@ def packed() -> PackedRows:
 
 
 def loader(rank: int = 0, world_size: int = 1, **changes) -> Loader:
-    settings = {"seed": 17, "step_rows": 12, "draws": 3, "micro_batch_rows": 2, **changes}
+    settings = {"seed": 17, "step_rows": 12, "samples": 3, "micro_batch_rows": 2, **changes}
     return Loader(packed(), rank=rank, world_size=world_size, **settings)
 
 
@@ -75,26 +75,26 @@ def test_a_row_that_is_not_there_is_an_error():
 )
 def test_rows_are_dealt_in_the_fewest_forwards_and_the_smallest_shape(arguments, expected):
     dealt = deal(*arguments)
-    assert (dealt.rows_per_draw, dealt.forwards, dealt.rows_per_forward) == expected[:3]
+    assert (dealt.rows_per_sample, dealt.forwards, dealt.rows_per_forward) == expected[:3]
     assert dealt.padded_fraction == pytest.approx(expected[3])
 
 
-@pytest.mark.parametrize(("step_rows", "draws", "nearest"), [(250, 4, "248, 252"), (3, 4, "4"), (7, 2, "6, 8")])
-def test_draws_that_cannot_have_equally_many_rows_are_refused(step_rows, draws, nearest):
+@pytest.mark.parametrize(("step_rows", "samples", "nearest"), [(250, 4, "248, 252"), (3, 4, "4"), (7, 2, "6, 8")])
+def test_samples_that_cannot_have_equally_many_rows_are_refused(step_rows, samples, nearest):
     with pytest.raises(UserError) as raised:
-        deal(step_rows, draws, 4, 1)
-    cannot = f"batch.step_rows = {step_rows} cannot be shared out over schedule.draws = {draws}."
+        deal(step_rows, samples, 4, 1)
+    cannot = f"batch.step_rows = {step_rows} cannot be shared out over sampling.subnets_per_step = {samples}."
     assert str(raised.value) == f"{cannot} Nearest that can: {nearest}."
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
-def test_the_rows_of_a_draw_do_not_depend_on_the_number_of_ranks(world_size):
+def test_the_rows_of_a_sample_do_not_depend_on_the_number_of_ranks(world_size):
     alone = loader()
     ranks = [loader(rank, world_size) for rank in range(world_size)]
     for step in range(9):
         per_rank = [one.batches(step) for one in ranks]
-        for draw, expected in enumerate(alone.batches(step)):
-            union = [row for batches in per_rank for row in rows_in(batches[draw])]
+        for sample, expected in enumerate(alone.batches(step)):
+            union = [row for batches in per_rank for row in rows_in(batches[sample])]
             assert sorted(union) == sorted(rows_in(expected))
 
 
@@ -103,9 +103,9 @@ def test_every_rank_runs_the_same_number_of_forwards_of_the_same_shape(world_siz
     dealt = deal(12, 3, 2, world_size)
     real = 0
     for rank in range(world_size):
-        draws = loader(rank, world_size).batches(3)
-        assert [len(draw) for draw in draws] == [dealt.forwards] * 3
-        for batch in (batch for draw in draws for batch in draw):
+        samples = loader(rank, world_size).batches(3)
+        assert [len(sample) for sample in samples] == [dealt.forwards] * 3
+        for batch in (batch for sample in samples for batch in sample):
             assert batch.input_ids.shape == batch.labels.shape == (dealt.rows_per_forward, ROW_TOKENS)
             assert (batch.input_ids.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
             assert batch.input_ids[batch.num_rows :].eq(0).all()
@@ -117,17 +117,17 @@ def test_every_rank_runs_the_same_number_of_forwards_of_the_same_shape(world_siz
 
 def test_each_row_comes_once_an_epoch_and_in_another_order_each_epoch():
     one = loader(step_rows=6)
-    drawn = [row for step in range(23) for draw in one.batches(step) for row in rows_in(draw)]
-    epochs = [drawn[start : start + NUM_ROWS] for start in range(0, 6 * NUM_ROWS, NUM_ROWS)]
+    active = [row for step in range(23) for sample in one.batches(step) for row in rows_in(sample)]
+    epochs = [active[start : start + NUM_ROWS] for start in range(0, 6 * NUM_ROWS, NUM_ROWS)]
     assert all(sorted(epoch) == list(range(NUM_ROWS)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     assert list(range(NUM_ROWS)) not in epochs
 
 
-def test_a_draw_owns_the_positions_of_its_turn():
+def test_a_sample_owns_the_positions_of_its_turn():
     one = loader()
-    assert [rows_in(draw) for draw in one.batches(5)] == [
-        [one.row_at(5 * 12 + draw * 4 + k) for k in range(4)] for draw in range(3)
+    assert [rows_in(sample) for sample in one.batches(5)] == [
+        [one.row_at(5 * 12 + sample * 4 + k) for k in range(4)] for sample in range(3)
     ]
 
 
@@ -135,9 +135,9 @@ def test_a_steps_rows_follow_from_seed_and_step_alone():
     walked = loader()
     for step in range(8):
         walked.batches(step)
-    again = [rows_in(draw) for draw in loader().batches(7)]
-    assert [rows_in(draw) for draw in walked.batches(7)] == again
-    assert [rows_in(draw) for draw in loader(seed=18).batches(7)] != again
+    again = [rows_in(sample) for sample in loader().batches(7)]
+    assert [rows_in(sample) for sample in walked.batches(7)] == again
+    assert [rows_in(sample) for sample in loader(seed=18).batches(7)] != again
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sorted_ds.data.text.sources import Source, documents, find_files
 from sorted_ds.base.errors import UserError
+from sorted_ds.data.text.sources import Source, documents, find_files
 
 
 def write(folder: Path, **files: str) -> Path:

@@ -12,6 +12,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from sorted_ds.base.errors import UserError
 from sorted_ds.data.text.tokenizer import (
     TRAINING_CHARACTERS,
     Vocabulary,
@@ -22,7 +23,6 @@ from sorted_ds.data.text.tokenizer import (
     trained_vocabulary,
     vocabulary_of,
 )
-from sorted_ds.base.errors import UserError
 
 VOCAB_SIZE = 1024
 ODD = [
@@ -48,9 +48,9 @@ def library_texts() -> list[str]:
 
 def odd_texts() -> list[str]:
     """Runs and overlaps of few characters, where the order of merges would show."""
-    draw = random.Random(0)
+    sample = random.Random(0)
     alphabets = [" ab", "= ", "-=_", "01 ", "aeiourstn ", "\n \t", "()[],.'\"", "self._"]
-    return ODD + ["".join(draw.choices(a, k=draw.randint(1, 80))) for a in alphabets for _ in range(300)]
+    return ODD + ["".join(sample.choices(a, k=sample.randint(1, 80))) for a in alphabets for _ in range(300)]
 
 
 @pytest.fixture(scope="module")

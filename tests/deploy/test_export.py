@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from sorted_ds.deploy import export as export_module
 from sorted_ds.base.errors import UserError
+from sorted_ds.deploy import export as export_module
 from sorted_ds.deploy.evaluate import load_nested
 from sorted_ds.deploy.export import LogitsDifferError, compared_ids, export, load_tokenizer
 from sorted_ds.nested import extract

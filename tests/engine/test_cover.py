@@ -7,9 +7,9 @@ import json
 
 import pytest
 
+from sorted_ds.base.errors import UserError
 from sorted_ds.engine.modes import check_modes, complete, is_bf16, is_offloaded
 from sorted_ds.engine.optimizers import check_implementation
-from sorted_ds.base.errors import UserError
 from tests import cover, exactness
 from tests.cover import FACTORS, NUM_STEPS, Mode
 from tests.exactness import Case
@@ -90,8 +90,8 @@ def test_a_mode_trains_as_plain_pytorch_does(trained, mode):
 
 @pytest.mark.parametrize("mode", BF16, ids=lambda mode: mode.name)
 def test_bf16_is_as_close_as_a_static_network_in_the_same_mode(trained, mode):
-    drawn, static = cover.error(trained[mode], mode), cover.error(trained[mode.twin], mode.twin)
-    assert not cover.exceeds_static(drawn, static), (drawn, static)
+    active, static = cover.error(trained[mode], mode), cover.error(trained[mode.twin], mode.twin)
+    assert not cover.exceeds_static(active, static), (active, static)
 
 
 def test_what_is_not_a_number_exceeds_every_bound():

@@ -1,6 +1,6 @@
 """Every family under ZeRO on two ranks: biases, norms across heads, norms after a half, capped and divided logits.
 
-The exactness tests have one llama; here each family takes one step of SGD with three draws, and its weights are
+The exactness tests have one llama; here each family takes one step of SGD with three samples, and its weights are
 compared with those of the masked full model in one process.
 """
 
@@ -8,24 +8,24 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sorted_ds.run.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.nested import nest
 from sorted_ds.nested.weights import hf_tensors
+from sorted_ds.run.config import Optim
 from tests.exactness import SMALL_ZERO, gather_masters
 from tests.families import SPACE, VARIANTS, tiny_model, tokens
 from tests.parity import run_reference
 from tests.spawn import on_ranks
 
-DRAWS = ("d4-g4-f112", "d2-g3-f80", "d1-g1-f32")
+SAMPLES = ("d4-g4-f112", "d2-g3-f80", "d1-g1-f32")
 NUM_RANKS, ROWS, ROW_TOKENS = 2, 2, 12
-NUM_TARGETS = NUM_RANKS * len(DRAWS) * ROWS * (ROW_TOKENS - 1)
+NUM_TARGETS = NUM_RANKS * len(SAMPLES) * ROWS * (ROW_TOKENS - 1)
 RATE = 0.5
 CHECKPOINTED = ("gemma2", "olmo2", "qwen2, biases, sliding")
 
 
-def rows_of(rank: int, draw: int) -> torch.Tensor:
-    return tokens(ROWS, ROW_TOKENS, seed=10 * draw + rank)
+def rows_of(rank: int, sample: int) -> torch.Tensor:
+    return tokens(ROWS, ROW_TOKENS, seed=10 * sample + rank)
 
 
 def trained(ranks, stage: int) -> dict[str, dict]:
@@ -39,8 +39,8 @@ def trained(ranks, stage: int) -> dict[str, dict]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         engine = Engine(nest(model, SPACE), config, "test.json", optim, ROWS, ranks)
         engine.warm_up(ROWS, ROW_TOKENS)
-        for draw, name in enumerate(DRAWS):
-            ids = rows_of(ranks.rank, draw)
+        for sample, name in enumerate(SAMPLES):
+            ids = rows_of(ranks.rank, sample)
             labels = F.pad(ids[:, 1:], (0, 1), value=-100)
             engine.backward(engine.forward(ids, labels, SPACE[name]) / NUM_TARGETS)
         engine.step(RATE)
@@ -60,8 +60,8 @@ def test_a_step_of_every_family_is_that_of_the_masked_full_model(by_stage, stage
     before = {name: parameter.detach().double() for name, parameter in full.named_parameters()}
     expected = {name: value.clone() for name, value in before.items()}
     for rank in range(NUM_RANKS):
-        for draw, name in enumerate(DRAWS):
-            for key, grad in run_reference(full, SPACE[name], rows_of(rank, draw)).grads.items():
+        for sample, name in enumerate(SAMPLES):
+            for key, grad in run_reference(full, SPACE[name], rows_of(rank, sample)).grads.items():
                 expected[key] -= RATE * grad / NUM_TARGETS
     weights = by_stage[stage][variant]
     assert weights.keys() == expected.keys()

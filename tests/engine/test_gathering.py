@@ -11,6 +11,7 @@ from sorted_ds.engine.gathering import BUNDLE, _SideBySide, pieces_of
 from sorted_ds.nested import layers, nest
 from sorted_ds.nested.bundles import BundledHalf, Parts, parts_of
 from sorted_ds.space import SubNetSpace
+from tests.engine.test_traces import ids, one_pass
 from tests.exactness import (
     LARGE,
     MIDDLE,
@@ -22,7 +23,6 @@ from tests.exactness import (
     plain_model,
 )
 from tests.spawn import on_ranks
-from tests.engine.test_traces import ids, one_pass
 from tests.traffic import counted
 
 SPACE = SubNetSpace.grid(depths=[1, 2, 3], groups=[1, 2, 4], ffn=[8, 16, 24, 32, 64])

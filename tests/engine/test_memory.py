@@ -13,22 +13,22 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sorted_ds.run import assemble
-from sorted_ds.run.config import Optim
+from sorted_ds.base.errors import UserError
 from sorted_ds.engine import Engine, partitioner
 from sorted_ds.engine.optimizers import build_optimizer
-from sorted_ds.base.errors import UserError
 from sorted_ds.nested import nest
 from sorted_ds.nested.load import build
 from sorted_ds.nested.weights import LAYERS_PREFIX
+from sorted_ds.run import assemble
+from sorted_ds.run.config import Optim
 from sorted_ds.run.run_file import load_run
 from sorted_ds.space import SubNet, SubNetSpace
 from tests import exactness
+from tests.engine.test_traces import held_by
 from tests.exactness import ROWS_PER_RANK, SPACE, Case, plain_model
-from tests.memory import NAMED, LiveBytes, StepBytes, of_draws, of_plain, of_steps
+from tests.memory import NAMED, LiveBytes, StepBytes, of_samples, of_plain, of_steps
 from tests.runs import run_file
 from tests.spawn import on_ranks
-from tests.engine.test_traces import held_by
 
 NUM_RANKS = 3
 NUM_STEPS = 2
@@ -99,21 +99,21 @@ def live_bytes(ranks, depth: int, source: Path | None, precision: str) -> tuple[
 
 
 def step_bytes(ranks, stage: int) -> dict[str, tuple[StepBytes, StepBytes]]:
-    """Of each named draw: the engine's, and plain DeepSpeed's with the extracted model; of the full one with our groups
+    """Of each named sample: the engine's, and plain DeepSpeed's with the extracted model; of the full one with our groups
     too, "grouped"."""
     zero = {"stage": stage, "overlap_comm": False, **exactness.SMALL_ZERO, "reduce_bucket_size": 20_000}
     ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
     space = sized_space(DEPTHS[0])
     with mock.patch("sorted_ds.tasks.losses.CHUNK_ELEMENTS", {"cpu": CHUNK_ROWS * VOCAB}):
         model = (ranks, sized(DEPTHS[0]), space)
-        ours = of_draws(*model, zero, ids)
+        ours = of_samples(*model, zero, ids)
         plain = partial(of_plain, *model, zero=zero, ids=ids)
         pairs = {name: (ours[name], plain(name=name)) for name in NAMED}
         return {**pairs, "grouped": (ours["full"], plain(name="full", grouped=True))}
 
 
 def accumulated_bytes(ranks, stage: int) -> dict[str, StepBytes]:
-    """Of a step with draws of which each uses more than the one before, and of one with the full network as often."""
+    """Of a step with samples of which each uses more than the one before, and of one with the full network as often."""
     space = sized_space(DEPTHS[0])
     growing = [space.smallest, SubNet(DEPTHS[0], 1, 32), SubNet(DEPTHS[0], 1, 128), space.full]
     steps = {"growing": growing, "full": [space.full] * len(growing)}
@@ -149,7 +149,7 @@ def wide_step_bytes(ranks) -> dict[str, tuple[StepBytes, StepBytes]]:
     space = SubNetSpace.grid(depths=[1, 3], groups=[1, 2], ffn=[256, 512, 1024])
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 500_000}
     ids = torch.zeros(1, 16, dtype=torch.int64)
-    ours = of_draws(ranks, config, space, zero, ids)
+    ours = of_samples(ranks, config, space, zero, ids)
     return {name: (ours[name], of_plain(ranks, config, space, name, zero, ids)) for name in NAMED}
 
 
@@ -260,7 +260,7 @@ def test_one_ranks_other_weights_are_one_error_on_all_ranks(found):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_step_of_the_full_draw_holds_no_more_than_plain_deepspeeds(found, stage):
+def test_a_step_of_the_full_sample_holds_no_more_than_plain_deepspeeds(found, stage):
     """Where the update's own peak lies depends on where a rank's part begins: it is compared with the same groups."""
     ours, plain = found[f"stage {stage}"]["full"]
     _, grouped = found[f"stage {stage}"]["grouped"]
@@ -277,45 +277,45 @@ def test_the_smaller_group_of_the_optimizer_comes_first():
     assert 0 < small < large
 
 
-@pytest.mark.parametrize("draw", NAMED)
-def test_a_layer_half_at_once_holds_no_more_than_its_weights_one_by_one(found, draw):
+@pytest.mark.parametrize("sample", NAMED)
+def test_a_layer_half_at_once_holds_no_more_than_its_weights_one_by_one(found, sample):
     """Where DeepSpeed may keep what is gathered, as it does by default. Otherwise a half more: docs/scaling.md."""
-    ours, plain = found["wide"][draw]
+    ours, plain = found["wide"][sample]
     assert ours.added <= 1.02 * plain.added
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_passes_of_a_small_draw_add_what_its_extracted_model_would(found, stage):
+def test_the_passes_of_a_small_sample_add_what_its_extracted_model_would(found, stage):
     ours, plain = found[f"stage {stage}"]["smallest"]
     assert ours.added <= 1.02 * plain.added
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_gradients_of_draws_that_grow_take_no_more_than_the_full_networks(found, stage):
-    """DeepSpeed would keep a buffer of a rank's part for each draw that is the first to use something."""
+def test_gradients_of_samples_that_grow_take_no_more_than_the_full_networks(found, stage):
+    """DeepSpeed would keep a buffer of a rank's part for each sample that is the first to use something."""
     steps = found[f"accumulated, stage {stage}"]
     assert steps["growing"].passes <= steps["full"].passes
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_small_draws_gradients_take_no_buffer_of_a_ranks_part(found, stage):
-    """DeepSpeed's, of any draw. The update has the gradients, zeros for what was not drawn, and all in one piece."""
-    draw, _ = found[f"stage {stage}"]["smallest"]
+def test_a_small_samples_gradients_take_no_buffer_of_a_ranks_part(found, stage):
+    """DeepSpeed's, of any sample. The update has the gradients, zeros for what was not active, and all in one piece."""
+    sample, _ = found[f"stage {stage}"]["smallest"]
     part, largest = model_bytes(DEPTHS[0], "fp32") / NUM_RANKS, VOCAB * 64 * 4
-    assert draw.update - draw.between <= 2 * (part + largest), (
+    assert sample.update - sample.between <= 2 * (part + largest), (
         "a tensor may begin in one rank's part and end in another"
     )
 
 
 @pytest.mark.parametrize("depth", [2, 4])
 def test_the_first_layers_are_owned_by_all_ranks_about_alike(found, depth):
-    """In their own order the first ranks would add up a shallow draw's gradients alone, and offload them alone."""
+    """In their own order the first ranks would add up a shallow sample's gradients alone, and offload them alone."""
     assert sum(map(sum, found["owned"])) == pytest.approx(DEPTHS[1])
     assert max(sum(layers[:depth]) for layers in found["owned"]) <= depth / NUM_RANKS + 0.5
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_whole_logits_never_exist_in_the_engine(found, stage):
-    for draw, _ in found[f"stage {stage}"].values():
-        rows = {shape.numel() // VOCAB for shape in draw.shapes if shape and shape[-1] == VOCAB and len(shape) > 1}
+    for sample, _ in found[f"stage {stage}"].values():
+        rows = {shape.numel() // VOCAB for shape in sample.shapes if shape and shape[-1] == VOCAB and len(shape) > 1}
         assert rows == {CHUNK_ROWS, sized(1).hidden_size}, "chunks of logits, and the transposed head"

@@ -2,9 +2,9 @@
 
 import pytest
 
+from sorted_ds.base.errors import UserError
 from sorted_ds.engine import modes
 from sorted_ds.engine.modes import check_modes, complete, mode_warnings
-from sorted_ds.base.errors import UserError
 
 OFFLOAD = {"device": "cpu"}
 REFUSED = [

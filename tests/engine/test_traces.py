@@ -9,9 +9,9 @@ import torch
 
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
-from sorted_ds.tasks.losses import SummedLoss
 from sorted_ds.nested import extract, nest
 from sorted_ds.nested.bundles import Bundle, BundledHalf
+from sorted_ds.tasks.losses import SummedLoss
 from tests.exactness import DEEP, LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, VOCAB, WIDE, Case, plain_model
 from tests.spawn import on_ranks
 from tests.traffic import counted
@@ -94,7 +94,7 @@ def static_bytes(ranks, cases: list[Case]) -> dict[tuple, tuple[int, int]]:
     return found
 
 
-def test_a_draw_gathers_from_the_first_visit_on_what_a_static_network_of_its_size_does(measured, tmp_path):
+def test_a_sample_gathers_from_the_first_visit_on_what_a_static_network_of_its_size_does(measured, tmp_path):
     """But for a layer half where memory is so tight that hardly more than one fits: whole halves come and go here."""
     static = on_ranks(2, static_bytes, CASES, folder=tmp_path)
     for case in CASES:
@@ -111,7 +111,7 @@ def active(case: Case) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_draw_reduces_exactly_its_own_gradients(measured, case):
+def test_a_sample_reduces_exactly_its_own_gradients(measured, case):
     assert [row[2] for row in measured[case.name][0]] == list(active(case))
 
 

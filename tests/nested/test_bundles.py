@@ -49,14 +49,14 @@ def test_a_weight_that_the_loss_does_not_depend_on_has_a_gradient_of_zeros(name)
     mlp.plain_forward = lambda hidden: mlp.up_proj(hidden)
     x = torch.randn(2, 3, mlp.bundles[0].hidden)
     mlp(x).sum().backward()
-    drawn = mlp.drawn()
-    assert len(drawn) == mlp.width.num_steps
-    for own in drawn:
+    active = mlp.active()
+    assert len(active) == mlp.width.num_steps
+    for own in active:
         gate, up, down = (own.weight.grad[start:stop] for start, stop in own.places)
         torch.testing.assert_close(up, x.sum((0, 1)).expand_as(up))
         assert not gate.any()
         assert not down.any()
-    assert all(own.weight.grad is None for own in list(mlp.bundles)[len(drawn) :])
+    assert all(own.weight.grad is None for own in list(mlp.bundles)[len(active) :])
 
 
 def test_a_linear_layer_that_runs_twice_has_the_gradient_of_both_times():

@@ -11,10 +11,10 @@ import torch._dynamo
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
+from sorted_ds.base.errors import UserError
 from sorted_ds.commands.cli import main
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import check_modes
-from sorted_ds.base.errors import UserError
 from sorted_ds.nested import NestedModel, compiled, decoder_layer, nest
 from sorted_ds.nested.layers import NestedLayer
 from sorted_ds.run.run_file import load_run
@@ -54,7 +54,7 @@ def schedule_of(case: Case) -> tuple:
     """bf16 trains what has two heads or more: one graph less, for inductor takes 5 s and more for each."""
     fewest = 2 if case.precision == "bf16" else 1
     wider = {s: SPACE[f"d{s.depth}-g{max(s.groups, fewest)}-f{s.ffn}"] for s in SPACE}
-    return tuple(tuple(wider[subnet] for subnet in draws) for draws in exactness.SCHEDULE)
+    return tuple(tuple(wider[subnet] for subnet in samples) for samples in exactness.SCHEDULE)
 
 
 class Counting:

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sorted_ds.nested import costs_of, extract, nest, sorted_by_cost, union_parameters
-from sorted_ds.nested.weights import is_drawn, slices_of
+from sorted_ds.nested.weights import is_active, slices_of
 from tests.families import SPACE, VARIANTS, tiny_config, tiny_model, tokens
 
 ROW_TOKENS = 16
@@ -66,10 +66,10 @@ def test_longer_rows_cost_attention_alone():
     )  # layers, 2 x 2 FLOPs, tokens, heads, dim
 
 
-def test_the_union_of_draws_counts_each_parameter_once():
+def test_the_union_of_samples_counts_each_parameter_once():
     model = nest(tiny_model("llama"), SPACE)
     for names in (["d4-g1-f32", "d2-g4-f112"], ["d4-g4-f112", "d2-g1-f80"], ["d2-g3-f32", "d2-g1-f112", "d4-g1-f80"]):
-        draws = [SPACE[name] for name in names]
+        samples = [SPACE[name] for name in names]
         parts = slices_of(model)
-        used = {n: p for n, p in model.named_parameters() if any(is_drawn(n, parts[n], s, model) for s in draws)}
-        assert union_parameters([draws], model.config) == [sum(p.numel() for p in used.values())]
+        used = {n: p for n, p in model.named_parameters() if any(is_active(n, parts[n], s, model) for s in samples)}
+        assert union_parameters([samples], model.config) == [sum(p.numel() for p in used.values())]

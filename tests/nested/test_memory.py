@@ -1,4 +1,4 @@
-"""What a sub-network touches: nothing is copied, joined views are used, nothing undrawn gets a gradient."""
+"""What a sub-network touches: nothing is copied, joined views are used, nothing inactive gets a gradient."""
 
 import copy
 
@@ -14,7 +14,7 @@ from sorted_ds.nested.bundles import parts_of
 from sorted_ds.nested.decoder_layer import joined
 from sorted_ds.nested.layers import NestedLayer, OutputNestedLinear, Width, are_adjacent
 from sorted_ds.nested.layout import is_laid_out, lay_out
-from sorted_ds.nested.weights import is_drawn, slices_of
+from sorted_ds.nested.weights import is_active, slices_of
 from sorted_ds.space import SubNet, SubNetSpace
 from tests.families import SPACE, SUBNETS, VARIANTS, tiny_config, tiny_model, tokens
 from tests.parity import WAYS, in_way, logits_and_backward, logits_difference, run_nested, run_plain
@@ -86,21 +86,21 @@ def named_nested(model: nn.Module) -> list[tuple[str, NestedLayer]]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_undrawn_blocks_get_no_gradient_and_no_gradient_holds_more_than_the_drawn_bytes(variant, way):
+def test_inactive_blocks_get_no_gradient_and_no_gradient_holds_more_than_the_active_bytes(variant, way):
     model = in_way(tiny_nested(variant), way)
     for name in SUBNETS:
         subnet = SPACE[name]
         run_nested(model, subnet, tokens())
         slices, parts = slices_of(model), parts_of(model)
-        drawn_rows = {path: sum(layer.drawn_rows()) for path, layer in named_nested(model)}
+        active_rows = {path: sum(layer.active_rows()) for path, layer in named_nested(model)}
         for key, parameter in model.named_parameters():
             name = parts[key].names[0]
-            if not is_drawn(name, slices[name], subnet, model):
+            if not is_active(name, slices[name], subnet, model):
                 assert parameter.grad is None, key
                 continue
             assert parameter.grad.shape == parameter.shape
             path, _, block = key.partition(".blocks.")
-            rows = drawn_rows[path] if block else len(parameter)
+            rows = active_rows[path] if block else len(parameter)
             limit = rows * parameter.numel() // len(parameter) * parameter.element_size()
             assert parameter.grad.untyped_storage().nbytes() <= limit, key
 

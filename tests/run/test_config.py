@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from sorted_ds.run.config import Run
 from sorted_ds.base.errors import UserError
+from sorted_ds.run.config import Run
 from sorted_ds.run.run_file import load_engine_config, load_run
 from tests.runs import run_file
 
@@ -23,7 +23,7 @@ def edited(folder: Path, old: str, new: str) -> Path:
 
 def test_a_run_file_is_read_and_its_paths_start_at_its_folder(tmp_path):
     run = load_run(run_file(tmp_path))
-    assert (run.seed, run.schedule.draws, run.batch.row_tokens) == (17, 4, 32)
+    assert (run.seed, run.sampling.subnets_per_step, run.batch.row_tokens) == (17, 4, 32)
     assert run.data.text == [tmp_path / "text"]
     assert run.engine.deepspeed == tmp_path / "zero.json"
     assert run.run_dir == tmp_path / "runs" / "tiny"
@@ -40,14 +40,14 @@ def test_overrides_are_toml_values_or_plain_strings(tmp_path):
     changes = [
         "train.steps=7",
         "optim.learning_rate=1e-3",
-        "schedule.strategy=uniform",
+        "sampling.strategy=uniform",
         'space.subnets=["d1-g1-f32"]',
         "model.config.hidden_size=128",
         "run_dir=2024",
         "log.tensorboard=false",
     ]
     run = load_run(run_file(tmp_path), changes)
-    assert (run.train.steps, run.optim.learning_rate, run.schedule.strategy) == (7, 1e-3, "uniform")
+    assert (run.train.steps, run.optim.learning_rate, run.sampling.strategy) == (7, 1e-3, "uniform")
     assert run.space.subnets == ["d1-g1-f32"]
     assert run.model.config["hidden_size"] == 128
     assert run.run_dir == tmp_path / "2024"
@@ -78,7 +78,7 @@ def test_a_run_does_not_change_after_it_was_read(tmp_path):
         ("row_tokens = 32", "", r"'batch\.row_tokens' is missing"),
         ("step_rows = 8", 'step_rows = "eight"', r"batch\.step_rows = 'eight' should be a valid integer"),
         ("step_rows = 8", "step_rows = 0", r"batch\.step_rows = 0 should be greater than or equal to 1"),
-        ("draws = 4", 'draws = 4\nstrategy = "best"', r"schedule\.strategy = 'best' should be 'uniform', 'stratified'"),
+        ("samples = 4", 'samples = 4\nstrategy = "best"', r"schedule\.strategy = 'best' should be 'uniform', 'stratified'"),
         ("seed = 17", "seed = = 17", r"is no TOML: .*line 1"),
     ],
 )

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from sorted_ds.run.monitor import LossSums, Monitor, Trained
 from sorted_ds.cluster.ranks import Ranks
+from sorted_ds.run.monitor import LossSums, Monitor, Trained
 from sorted_ds.run.run_file import load_run
 from sorted_ds.space import SubNetSpace
 from tests.runs import run_file
@@ -24,7 +24,7 @@ def monitor(run, first_step: int = 0) -> Monitor:
 
 
 def report(made: Monitor, step: int) -> None:
-    made.trained(step, {SPACE.full: Trained(nll=30.0 * step, num_targets=10, num_draws=4)}, 1e-3, 0.5, 0.0)
+    made.trained(step, {SPACE.full: Trained(nll=30.0 * step, num_targets=10, num_visits=4)}, 1e-3, 0.5, 0.0)
 
 
 def steps(run) -> list[int]:
@@ -77,4 +77,4 @@ def test_losses_are_means_over_targets(tmp_path):
     row = json.loads((run.run_dir / "metrics.jsonl").read_text())
     assert row["loss/training"] == pytest.approx(6.0)
     assert row["subnets_training_loss/d3-g2-f64"] == pytest.approx(6.0)
-    assert row["subnets_draws/d3-g2-f64"] == 4
+    assert row["subnets_visits/d3-g2-f64"] == 4

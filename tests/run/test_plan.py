@@ -38,7 +38,7 @@ def test_parameters_are_those_of_a_llama_of_that_size(tmp_path):
     assert smallest.non_embedding_parameters == layer + 64
 
 
-def test_compute_is_three_forward_passes_of_what_is_drawn(tmp_path):
+def test_compute_is_three_forward_passes_of_what_is_active(tmp_path):
     plan = planned(tmp_path)
     by_hand = sum(3 * s.flops_per_token * s.visits * 2 * 32 for s in plan.subnets)
     assert plan.flops.run == pytest.approx(by_hand)
@@ -55,7 +55,7 @@ def test_compute_is_three_forward_passes_of_what_is_drawn(tmp_path):
 )
 def test_rows_are_dealt_over_the_ranks(tmp_path, num_ranks, forwards, rows, padded):
     plan = planned(tmp_path, num_ranks=num_ranks)
-    assert (plan.forwards_per_draw, plan.rows_per_forward) == (forwards, rows)
+    assert (plan.forwards_per_sample, plan.rows_per_forward) == (forwards, rows)
     assert plan.padded_fraction == pytest.approx(padded)
 
 
@@ -67,14 +67,14 @@ def test_memory_falls_with_the_stage_and_is_one_ranks_at_stage_0(tmp_path):
     assert (plan.memory.precision, plan.memory.chosen_stage) == ("fp32", 1)
 
 
-def test_what_is_sent_follows_from_the_draws(tmp_path):
+def test_what_is_sent_follows_from_the_samples(tmp_path):
     plan = planned(tmp_path, num_ranks=4)
-    full, draws = plan.subnets[-1].parameters, sum(s.share_of_draws * s.parameters for s in plan.subnets)
-    drawn = 4 * plan.draws * plan.forwards_per_draw * draws
-    assert 2 * 4 * draws * 3 / 4 < plan.sent_bytes[0] < 2 * 4 * full * 3 / 4
+    full, samples = plan.subnets[-1].parameters, sum(s.share_of_samples * s.parameters for s in plan.subnets)
+    active = 4 * plan.samples * plan.forwards_per_sample * samples
+    assert 2 * 4 * samples * 3 / 4 < plan.sent_bytes[0] < 2 * 4 * full * 3 / 4
     assert plan.sent_bytes[1] - plan.sent_bytes[0] == pytest.approx(4 * full * 3 / 4)
-    assert plan.sent_bytes[2] == pytest.approx((4 * full + 2 * drawn) * 3 / 4, rel=0.01)
-    assert plan.sent_bytes[3] == pytest.approx(2 * drawn * 3 / 4, rel=0.01)
+    assert plan.sent_bytes[2] == pytest.approx((4 * full + 2 * active) * 3 / 4, rel=0.01)
+    assert plan.sent_bytes[3] == pytest.approx(2 * active * 3 / 4, rel=0.01)
     assert set(planned(tmp_path / "alone", num_ranks=1).sent_bytes.values()) == {0}
 
 
@@ -123,7 +123,7 @@ def test_an_8b_network_is_planned_in_seconds(tmp_path):
             r"the space's largest sub-network is d4-g2-f64, but the model has 3 layers",
         ),
         ('text = ["text"]', 'text = ["txt"]', r"data\.text.*txt"),
-        ("step_rows = 8", "step_rows = 9", r"batch\.step_rows = 9 cannot be shared out over schedule\.draws = 4"),
+        ("step_rows = 8", "step_rows = 9", r"batch\.step_rows = 9 cannot be shared out over schedule\.samples = 4"),
         ("vocab_size = 300", 'tokenizer = "no/such/one"', r"no/such/one"),
         ('"zero.json"', '"zero9.json"', r"zero9\.json"),
     ],

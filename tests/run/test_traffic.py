@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sorted_ds.run.config import Optim
 from sorted_ds.engine import Engine
 from sorted_ds.nested import costs_of, nest, union_parameters
+from sorted_ds.run.config import Optim
+from sorted_ds.run.traffic import Samples, step_traffic
 from sorted_ds.space import SubNetSpace
-from sorted_ds.run.traffic import Draws, step_traffic
 from tests.exactness import LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, Case, plain_model
 from tests.spawn import on_ranks
 from tests.traffic import counted
@@ -40,9 +40,9 @@ def of_mode(ranks, stage: int, precision: str) -> list[dict[str, int]]:
     engine.warm_up(2, ROW_TOKENS)
     ids = torch.zeros(2, ROW_TOKENS, dtype=torch.int64)
     found = []
-    for draws in STEPS:
+    for samples in STEPS:
         with counted() as traffic:
-            for subnet in draws:
+            for subnet in samples:
                 engine.backward(engine.forward(ids, ids, subnet))
             engine.step(0.0)
         found.append(traffic.bytes)
@@ -58,8 +58,8 @@ def found(tmp_path_factory):
 def test_the_formula_is_what_is_counted(found, stage, precision):
     config = plain_model(Case(stage)).config
     costs = costs_of(SPACE, config, ROW_TOKENS)
-    for draws, counted_bytes in zip(STEPS, found[stage, precision], strict=True):
-        sizes = Draws([costs[s].parameters for s in draws], union_parameters([draws], config)[0], forwards=1)
+    for samples, counted_bytes in zip(STEPS, found[stage, precision], strict=True):
+        sizes = Samples([costs[s].parameters for s in samples], union_parameters([samples], config)[0], forwards=1)
         told = step_traffic(stage, precision == "bf16", costs[SPACE.full].parameters, sizes)
         assert counted_bytes["gather"] == pytest.approx(told.gathered, rel=1e-3)
         assert told.reduced <= counted_bytes["reduce"] <= told.reduced + SMALL_CHANGE
@@ -92,7 +92,7 @@ def test_what_is_not_kept_for_the_backward_pass_is_gathered_again(tmp_path):
     ratios = []
     for (distance, recomputed, prefetch), counts in on_ranks(2, gathered_again, folder=tmp_path).items():
         for subnet, cost in costs.items():
-            sizes = Draws([cost.parameters], cost.parameters, forwards=1)
+            sizes = Samples([cost.parameters], cost.parameters, forwards=1)
             told = step_traffic(3, False, costs[DEEP_SPACE.full].parameters, sizes, distance, recomputed).gathered
             assert 4 * cost.parameters <= counts[subnet.name] <= told
             assert prefetch or told - 4 * HALF <= counts[subnet.name]

@@ -129,14 +129,14 @@ def other_torch(folder: Path) -> None:
     (folder / "torch-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 0.1\n")
 
 
-OTHER_STRATEGY = 'rank 1 has schedule.strategy = "uniform", rank 0 has "stratified"'
+OTHER_STRATEGY = 'rank 1 has sampling.strategy = "uniform", rank 0 has "stratified"'
 
 
 @pytest.mark.parametrize(
     ("stage", "prepare", "settings", "told"),
     [
-        (2, Path.mkdir, ["schedule.strategy=uniform"], OTHER_STRATEGY),
-        (3, Path.mkdir, ["schedule.strategy=uniform"], OTHER_STRATEGY),
+        (2, Path.mkdir, ["sampling.strategy=uniform"], OTHER_STRATEGY),
+        (3, Path.mkdir, ["sampling.strategy=uniform"], OTHER_STRATEGY),
         (2, other_code, [], "rank 1 has code = "),
         (3, other_torch, [], "rank 1 has torch = 0.1, rank 0 has "),
     ],
@@ -158,19 +158,19 @@ def test_ranks_that_disagree_are_one_error_before_anything_is_trained(whole, tmp
 
 LYING_LATER = """
 import os, sys
-from sorted_ds.space.sampling import SubNetSchedule
+from sorted_ds.space.sampling import Sampler
 from sorted_ds.run.train import main
-draw = SubNetSchedule.draw
+sample = Sampler.sample
 def lie(self, step):
-    return draw(self, step)[:-1] + [self.subnets[0]] if step == 3 else draw(self, step)
+    return sample(self, step)[:-1] + [self.subnets[0]] if step == 3 else sample(self, step)
 if os.environ["RANK"] == "1":
-    SubNetSchedule.draw = lie
+    Sampler.sample = lie
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_ranks_that_draw_otherwise_at_a_later_step_are_one_error_within_seconds(whole, tmp_path, stage):
+def test_ranks_that_sample_otherwise_at_a_later_step_are_one_error_within_seconds(whole, tmp_path, stage):
     run = copied(whole, tmp_path, keep_steps=0)
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     (tmp_path / "lying.py").write_text(LYING_LATER)
@@ -178,7 +178,7 @@ def test_ranks_that_draw_otherwise_at_a_later_step_are_one_error_within_seconds(
     last_row = (run_dir(run) / "metrics.jsonl").stat().st_mtime
     assert time.time() - last_row < 30  # with the ranks' end; what waits for another rank waits for minutes
     assert codes == [2, 2]
-    assert "ranks disagree: step 3 draws " in one_error(said)
+    assert "ranks disagree: step 3 samples " in one_error(said)
     assert [row["step"] for row in metrics(run) if "loss/training" in row] == [1, 2, 3]
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sorted_ds.commands.cli import main
 from sorted_ds.cluster.launcher import ranks_of
+from sorted_ds.commands.cli import main
 from sorted_ds.run.monitor import FULL_LOSS
 from tests.forked import by_ranks
 from tests.launched import (
@@ -226,7 +226,7 @@ def test_a_space_grows_on_purpose_and_is_refused_otherwise(whole, tmp_path):
     assert len(json.loads((run_dir(run) / "model" / "sorted.json").read_text())["subnets"]) == 12
     before, after = masters(whole, 4), masters(run, 4)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    trained = [name for row in metrics(run) if row["step"] > 4 for name in row if name.startswith("subnets_draws/")]
+    trained = [name for row in metrics(run) if row["step"] > 4 for name in row if name.startswith("subnets_visits/")]
     assert any(name.endswith("-f16") for name in trained)
 
 

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.tasks.losses import CHUNK_ELEMENTS, IGNORED_LABEL, LossHead, SummedLoss, attach_loss_head
 from sorted_ds.nested import extract, nest
+from sorted_ds.tasks.losses import CHUNK_ELEMENTS, IGNORED_LABEL, LossHead, SummedLoss, attach_loss_head
 from tests.families import SPACE, SUBNETS, VARIANTS, VOCAB, tiny_model, tokens
 
 # fp32: sums over 131 logits and 33 positions in another order, measured at up to 3e-6.

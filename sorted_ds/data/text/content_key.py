@@ -15,8 +15,8 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from sorted_ds.data.text.sources import Source
 from sorted_ds.base.errors import UserError
+from sorted_ds.data.text.sources import Source
 
 FORMAT = 1
 """Of everything that is prepared. Raise it when the same text and settings would give other bytes."""

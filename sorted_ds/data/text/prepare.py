@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sorted_ds.base.errors import UserError
+from sorted_ds.base.files import sync
 from sorted_ds.data.text.content_key import content_key, tokenizer_identity
 from sorted_ds.data.text.encode import Encoding, Report, token_dtype, write_tokens
 from sorted_ds.data.text.sources import Source, documents, find_files
@@ -25,8 +27,6 @@ from sorted_ds.data.text.tokenizer import (
     vocabulary_of,
 )
 from sorted_ds.data.text.tokens import TOKENIZER_DIR, TokenizedText, open_tokens, write_meta
-from sorted_ds.base.errors import UserError
-from sorted_ds.base.files import sync
 
 TRAIN = "train"
 """`data.tokenizer` of a tokenizer that is trained on the run's text."""

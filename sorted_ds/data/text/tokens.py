@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from sorted_ds.base.errors import UserError
 from sorted_ds.data.text.content_key import FORMAT
 from sorted_ds.data.text.encode import TRAIN_FILE, VALIDATION_FILE
 from sorted_ds.data.text.tokenizer import Vocabulary
-from sorted_ds.base.errors import UserError
 
 META_FILE = "meta.json"
 TOKENIZER_DIR = "tokenizer"
