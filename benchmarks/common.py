@@ -48,12 +48,14 @@ class Size:
 
     def of(self, depth: int, groups: int, ffn: int) -> SubNet:
         """The sub-network of so many quarters of each dimension."""
-        return SubNet(self.layers * depth // 4, self.groups * groups // 4, self.ffn * ffn // 4)
+        return SubNet(d=self.layers * depth // 4, g=self.groups * groups // 4, f=self.ffn * ffn // 4)
 
     def space(self) -> SubNetSpace:
         """27 sub-networks: a quarter, a half and all of each dimension."""
         parts = [self.of(n, n, n) for n in (1, 2, 4)]
-        return SubNetSpace.grid({s.depth for s in parts}, {s.groups for s in parts}, {s.ffn for s in parts})
+        return SubNetSpace.grid(
+            depths={s.depth for s in parts}, groups={s["g"] for s in parts}, ffn={s["f"] for s in parts}
+        )
 
 
 SIZES = {

@@ -49,15 +49,15 @@ def spaces(size: Size) -> dict[int, SubNetSpace]:
     groups = [size.groups // 2**n for n in range(5)]
     depths = [size.layers * n // 8 for n in range(1, 9)]
     return {
-        24: SubNetSpace.grid(depths[1::2], groups[:2], [ffn[9], ffn[19], ffn[24]]),
-        160: SubNetSpace.grid(depths, groups[:4], ffn[4::5]),
-        1000: SubNetSpace.grid(depths, groups, ffn),
+        24: SubNetSpace.grid(depths=depths[1::2], groups=groups[:2], ffn=[ffn[9], ffn[19], ffn[24]]),
+        160: SubNetSpace.grid(depths=depths, groups=groups[:4], ffn=ffn[4::5]),
+        1000: SubNetSpace.grid(depths=depths, groups=groups, ffn=ffn),
     }
 
 
 def common(size: Size) -> SubNet:
     """One that all of them hold, of half of each size, about."""
-    return SubNet(size.layers // 2, size.groups // 2, size.ffn * 10 // 25)
+    return SubNet(d=size.layers // 2, g=size.groups // 2, f=size.ffn * 10 // 25)
 
 
 @dataclass

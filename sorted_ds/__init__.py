@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sorted_ds.base.errors import UserError
-    from sorted_ds.nested import NestedModel, extract, nest
+    from sorted_ds.families import nest
+    from sorted_ds.nested import NestedModel, extract
     from sorted_ds.space import SubNet, SubNetSpace
 
 __all__ = ["NestedModel", "SubNet", "SubNetSpace", "UserError", "extract", "nest"]
 
-_HOMES = {"SubNet": "space", "SubNetSpace": "space", "UserError": "base.errors"}
+_HOMES = {"nest": "families", "SubNet": "space", "SubNetSpace": "space", "UserError": "base.errors"}
 
 
 def __getattr__(name: str) -> object:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sorted_ds.nested import NestedModel, extract, nest
 from sorted_ds.nested.bundles import bundle, parts_of
-from sorted_ds.nested.decoder_layer import run_by_blocks
+from sorted_ds.nested.layers import run_by_blocks
 from sorted_ds.nested.layout import lay_out
 from sorted_ds.nested.weights import hf_tensors
 from sorted_ds.space import SubNet
@@ -72,13 +72,13 @@ def run_reference(full: PreTrainedModel, subnet: SubNet, input_ids: Tensor) -> O
     """The masked full model."""
     config = full.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    key_rows = subnet.groups * head
+    key_rows = subnet["g"] * head
     query_rows = key_rows * (config.num_attention_heads // config.num_key_value_heads)
     depth, config.num_hidden_layers = config.num_hidden_layers, subnet.depth
     hooks = []
     for layer in full.model.layers:
         hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(zero_beyond(query_rows)))
-        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(zero_beyond(subnet.ffn)))
+        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(zero_beyond(subnet["f"])))
         if config.model_type == "olmo2":
             hooks.append(layer.self_attn.q_norm.register_forward_hook(norm_over(query_rows)))
             hooks.append(layer.self_attn.k_norm.register_forward_hook(norm_over(key_rows)))

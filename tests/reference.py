@@ -23,12 +23,12 @@ def masked_to(model: PreTrainedModel, subnet: SubNet) -> Iterator[None]:
     """The full model computes what the sub-network would, for families without norms across heads."""
     full_depth = model.config.num_hidden_layers
     channels = (
-        subnet.groups * model.model.layers[0].self_attn.num_key_value_groups * model.model.layers[0].self_attn.head_dim
+        subnet["g"] * model.model.layers[0].self_attn.num_key_value_groups * model.model.layers[0].self_attn.head_dim
     )
     hooks = []
     for layer in model.model.layers:
         hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(_zero_from(channels)))
-        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(_zero_from(subnet.ffn)))
+        hooks.append(layer.mlp.down_proj.register_forward_pre_hook(_zero_from(subnet["f"])))
     model.config.num_hidden_layers = subnet.depth
     try:
         yield

@@ -1,7 +1,8 @@
 """Keyed randomness without state: numbers and permutations that are pure functions of their key.
 
-Rows and samples of a step come from here, so they follow from (seed, step) alone: any rank computes them, on any machine
-and after any interruption, and nothing about them is saved. Built on BLAKE2b, whose output no library version changes.
+The rows and the sampled sub-networks of a step come from here, so they follow from (seed, step) alone: any rank
+computes them, on any machine and after any interruption, and nothing about them is saved. They are built on BLAKE2b,
+whose output no library version changes.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """What makes a run this run: checkpoints of a run with another identity are refused, or grown on purpose.
 
-In: a run, its model's config and its data's key. Out: facts by name, and a comparison with those of a checkpoint. Other
-keys of a run file may change between two starts; each change is reported (run_dir.py).
+In: facts by name, of this run and of a checkpoint (run/run_dir.py says which keys they are). Out: whether the
+checkpoint is this run's. Other keys of a run file may change between two starts; each change is reported.
 """
 
 import json
@@ -9,17 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
 from sorted_ds.base.errors import UserError
-from sorted_ds.run.config import Run
-from sorted_ds.space import SubNetSpace
+from sorted_ds.space import AXES, SubNetSpace
 
-OF_THE_RUN_FILE = ("seed", "space.", "schedule.", "batch.step_rows", "batch.row_tokens", "optim.name")
-"""Sections and keys that a run cannot change and still be the same run."""
-NOT_THE_MODEL = ("transformers_version", "dtype", "use_cache", "architectures", "_name_or_path")
-"""Keys of a Hugging Face config that say nothing of the network."""
 SPACE, MODEL = "space.", "model."
+LAYER_ORDER = f"{SPACE}layer_order"
+
+RENAMED = {"schedule.draws": "sampling.subnets_per_step", "schedule.strategy": "sampling.strategy"}
+"""Keys of version 0.1, with today's names: its runs go on."""
+ADDED = {
+    "task": '"causal_lm"',
+    LAYER_ORDER: "[]",
+    **{f"{SPACE}{axis.sizes}": "[]" for axis in AXES.values()},
+}
+"""Keys that a checkpoint of an earlier version may not have, with the value that it was trained with."""
 
 
 @dataclass(frozen=True)
@@ -30,40 +33,33 @@ class Identity:
     extends_space: bool = False
     """Whether this run may go on from a checkpoint whose space is a part of its own."""
 
-    @classmethod
-    def of(cls, run: Run, config: PreTrainedConfig, data_key: str) -> "Identity":
-        keys = flat(run.model_dump(mode="json"))
-        model = flat({key: value for key, value in config.to_dict().items() if key not in NOT_THE_MODEL})
-        facts = {key: value for key, value in keys.items() if key.startswith(OF_THE_RUN_FILE)}
-        facts |= {f"{MODEL}{key}": value for key, value in model.items()}
-        return cls({**facts, "data": data_key}, run.checkpoint.extend_space)
+    def check(self, facts: Mapping[str, str], folder: Path) -> str:
+        """Compares with the facts of the checkpoints in `folder`. Returns how the space has grown, or nothing.
 
-    def check(self, there: Mapping[str, str], folder: Path) -> str:
-        """Whether the checkpoints of `folder`, which are of `there`, are this run's; returns how the space grew, if so.
-
-        Raises: UserError when they are another run's.
+        Raises: UserError when the checkpoints are another run's.
         """
-        keys = dict.fromkeys([*self.facts, *there])
-        differing = [key for key in keys if there.get(key) != self.facts.get(key)]
+        there, here = with_current_keys(facts), with_current_keys(self.facts)
+        keys = dict.fromkeys([*here, *there])
+        differing = [key for key in keys if there.get(key) != here.get(key)]
         # Another version of transformers may write more keys, or fewer; another model differs in those of both.
-        differing = [key for key in differing if not key.startswith(MODEL) or (key in there and key in self.facts)]
+        differing = [key for key in differing if not key.startswith(MODEL) or (key in there and key in here)]
         if not differing:
             return ""
-        if all(key.startswith(SPACE) for key in differing):
-            return self._extended(there, folder)
-        key = next(key for key in differing if not key.startswith(SPACE))
+        if all(key.startswith(SPACE) and key != LAYER_ORDER for key in differing):
+            return self._extended(there, here, folder)
+        key = next(key for key in differing if not key.startswith(SPACE) or key == LAYER_ORDER)
         more = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""
         raise UserError(
-            f"{folder} belongs to another run: {key} = {there.get(key)} there, {self.facts.get(key)} here{more}. Set "
+            f"{folder} belongs to another run: {key} = {there.get(key)} there, {here.get(key)} here{more}. Set "
             "another run_dir, or make the run file as it was."
         )
 
-    def _extended(self, there: Mapping[str, str], folder: Path) -> str:
-        before, now = _space_of(there), _space_of(self.facts)
+    def _extended(self, there: Mapping[str, str], here: Mapping[str, str], folder: Path) -> str:
+        before, now = _space_of(there), _space_of(here)
         if gone := [subnet.name for subnet in before if subnet not in now]:
             raise UserError(
-                f"{folder} belongs to a run whose space has {gone[0]} ({len(gone)} in all) which this run's has not. A "
-                "space can only grow: add to it what is missing, or set another run_dir."
+                f"{folder} belongs to a run whose space has {gone[0]} ({len(gone)} in all), which this run's space "
+                "does not have. A space can only grow: add to it what is missing, or set another run_dir."
             )
         if len(before) < len(now) and not self.extends_space:
             raise UserError(
@@ -74,10 +70,17 @@ class Identity:
 
 
 def _space_of(facts: Mapping[str, str]) -> SubNetSpace:
-    said = {key.removeprefix(SPACE): json.loads(value) for key, value in facts.items() if key.startswith(SPACE)}
-    if said["subnets"]:
-        return SubNetSpace.of(said["subnets"])
-    return SubNetSpace.grid(said["depths"], said["groups"], said["ffn"])
+    values = {key.removeprefix(SPACE): json.loads(value) for key, value in facts.items() if key.startswith(SPACE)}
+    names, order = values.pop("subnets"), values.pop("layer_order") or None
+    if names:
+        return SubNetSpace.of(names, order)
+    return SubNetSpace.grid(layer_order=order, **{key: sizes for key, sizes in values.items() if sizes})
+
+
+def with_current_keys(facts: Mapping[str, str]) -> dict[str, str]:
+    """Facts of an earlier version under today's keys; what it did not have yet is as it was then."""
+    renamed = {RENAMED.get(key, key): value for key, value in facts.items()}
+    return {**{key: value for key, value in ADDED.items() if f"{SPACE}subnets" in renamed}, **renamed}
 
 
 def flat(fields: Mapping, prefix: str = "") -> dict[str, str]:

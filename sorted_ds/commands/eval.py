@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
 
 import torch
 from rich.console import Console
@@ -20,9 +19,10 @@ def run(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.subnets.split(",")] if args.subnets else None
     evaluation = _evaluate(args, names, len(names or where.read().space))
     if args.json:
-        print(json.dumps(asdict(evaluation)))
+        rows = [row.to_json() for row in evaluation.measured]
+        print(json.dumps({"measured": rows, "baseline": evaluation.baseline}))
         return 0
-    console().print(measured_table(evaluation.measured, evaluation.unigram_nats))
+    console().print(measured_table(evaluation.measured, evaluation.metrics, evaluation.baseline))
     print(f"\nWritten: {where.root / SUBNETS_JSON}, {where.root / PARETO_PNG}", file=sys.stderr)
     return 0
 

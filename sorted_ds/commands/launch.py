@@ -12,8 +12,8 @@ from rich.console import Console
 from sorted_ds.base.errors import UserError
 from sorted_ds.cluster.launcher import environment_for_others
 from sorted_ds.cluster.stop import seconds_of
+from sorted_ds.run.build import check_run
 from sorted_ds.run.config import Run
-from sorted_ds.run.resolve import check_run
 from sorted_ds.run.run_file import load_run
 
 SCRIPT = "slurm.sbatch"

@@ -5,17 +5,10 @@ import json
 from dataclasses import asdict
 
 from sorted_ds.cluster.launcher import num_devices
-from sorted_ds.deploy.table import (
-    checkpoint_line,
-    compute_lines,
-    console,
-    plan_table,
-    stage_line,
-    stage_table,
-    step_lines,
-)
+from sorted_ds.deploy.table import console
+from sorted_ds.run.build import check_run
 from sorted_ds.run.plan import make_plan
-from sorted_ds.run.resolve import check_run
+from sorted_ds.run.plan_text import checkpoint_line, compute_lines, plan_table, stage_line, stage_table, step_lines
 from sorted_ds.run.run_file import load_run
 
 

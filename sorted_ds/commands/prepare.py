@@ -5,20 +5,14 @@ import json
 
 from rich.console import Console
 
-from sorted_ds.run.resolve import prepare_data
+from sorted_ds.run.build import prepare_data
 from sorted_ds.run.run_file import load_run
+from sorted_ds.tasks import task_of
 
 
 def run(args: argparse.Namespace) -> int:
-    tokens = prepare_data(load_run(args.run_file, args.overrides), Console(stderr=True))
+    settings = load_run(args.run_file, args.overrides)
+    data = prepare_data(settings, Console(stderr=True))
     if args.json:
-        found = {
-            "tokens_dir": str(tokens.tokenizer_dir.parent),
-            "tokenizer_dir": str(tokens.tokenizer_dir),
-            "vocab_size": tokens.vocab_size,
-            "train_tokens": len(tokens.train),
-            "validation_tokens": len(tokens.validation),
-            "unigram_nats": tokens.unigram_nats,
-        }
-        print(json.dumps(found))
+        print(json.dumps(task_of(settings.task).describe(data)))
     return 0

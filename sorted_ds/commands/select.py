@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
 
 from sorted_ds.deploy.model_dir import ModelDir
 from sorted_ds.deploy.select import parse_amount, reason, select
@@ -14,5 +13,5 @@ def run(args: argparse.Namespace) -> int:
     table = ModelDir.find(args.dir).table()
     chosen = select(table, *budgets)
     print(reason(chosen, table), file=sys.stderr)
-    print(json.dumps(asdict(chosen)) if args.json else chosen.subnet)
+    print(json.dumps(chosen.to_json()) if args.json else chosen.subnet)
     return 0

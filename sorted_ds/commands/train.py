@@ -5,7 +5,7 @@ import argparse
 from rich.console import Console
 
 from sorted_ds.cluster.launcher import launch, num_devices
-from sorted_ds.run.resolve import check_run, prepare_data
+from sorted_ds.run.build import check_run, prepare_data
 from sorted_ds.run.run_file import load_run
 
 

@@ -1,68 +1,79 @@
-"""Packed rows to this rank's micro-batches; which rows is a pure function of (seed, step).
+"""Rows to this rank's micro-batches; which rows is a pure function of (seed, step).
 
-In: `PackedRows`, a step, a rank. Out: for each sample of the step the micro-batches of this rank. A sample's rows are dealt
-over the ranks: every rank runs the same number of forwards of the same shape, short ones filled up by rows without
-targets. Nothing is on disk, and nothing needs saving: the step is the only cursor.
+In: rows, a step, a rank. Out: for each share of the step's rows the micro-batches of this rank. A share is dealt over
+the ranks: every rank runs the same number of forwards of the same shape, short ones filled up by rows without targets.
+Nothing is on disk, and nothing needs saving: the step is the only cursor.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.shuffle import Shuffle
-from sorted_ds.data.rows import PackedRows
 
 NO_TARGET = -100
 """The label that torch's losses leave out, and ours."""
+
+Batch = dict[str, Tensor]
+"""What a forward pass gets, by the names that its task gives: for text `input_ids` and `labels`."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """The rows of one forward pass of one rank."""
 
-    input_ids: Tensor
-    """int64 [rows, row_tokens]."""
-    labels: Tensor
-    """int64 [rows, row_tokens]: the next token of each position, -100 where there is no target."""
+    inputs: Batch
+    """Each tensor's first dimension is the rows."""
     num_targets: int
     num_rows: int
-    """Without those that fill up."""
+    """How many of the rows are real; the rest fill up and have no targets."""
+
+
+class Rows(Protocol):
+    """The rows of one side of the data, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Any: ...
+
+
+Collate = Callable[[Sequence[Any], int], MicroBatch]
+"""Makes a micro-batch of rows, filled up to a number of rows by some without targets."""
 
 
 @dataclass(frozen=True)
 class Dealt:
-    """How the rows of one sample are shared out over the ranks."""
+    """How the rows of one share are dealt over the ranks."""
 
-    rows_per_sample: int
+    rows_per_share: int
     forwards: int
-    """Of each rank for one sample."""
+    """Forward passes of each rank over one share."""
     rows_per_forward: int
     padded_fraction: float
-    """Rows without targets among those that run, on all ranks."""
+    """The part of the rows that run, on all ranks, that have no targets."""
 
 
-def deal(step_rows: int, samples: int, micro_batch_rows: int, world_size: int) -> Dealt:
+def deal(step_rows: int, num_shares: int, micro_batch_rows: int, world_size: int) -> Dealt:
     """The fewest forwards of at most `micro_batch_rows`, and the smallest shape that so many need.
 
-    Raises: UserError when the samples cannot have equally many rows.
+    Raises: UserError when the shares cannot have equally many rows.
     """
-    if step_rows % samples:
-        below = step_rows - step_rows % samples
-        nearest = ", ".join(str(rows) for rows in (below, below + samples) if rows)
+    if step_rows % num_shares:
+        below = step_rows - step_rows % num_shares
+        nearest = ", ".join(str(rows) for rows in (below, below + num_shares) if rows)
         raise UserError(
-            f"batch.step_rows = {step_rows} cannot be shared out over sampling.subnets_per_step = {samples}. "
+            f"batch.step_rows = {step_rows} cannot be divided by sampling.subnets_per_step = {num_shares}. "
             f"Nearest that can: {nearest}."
         )
-    rows_per_sample = step_rows // samples
-    most_per_rank = _divide_up(rows_per_sample, world_size)
+    rows_per_share = step_rows // num_shares
+    most_per_rank = _divide_up(rows_per_share, world_size)
     forwards = _divide_up(most_per_rank, micro_batch_rows)
     rows_per_forward = _divide_up(most_per_rank, forwards)
-    padded_fraction = 1 - rows_per_sample / (world_size * forwards * rows_per_forward)
-    return Dealt(rows_per_sample, forwards, rows_per_forward, padded_fraction)
+    padded_fraction = 1 - rows_per_share / (world_size * forwards * rows_per_forward)
+    return Dealt(rows_per_share, forwards, rows_per_forward, padded_fraction)
 
 
 def _divide_up(number: int, parts: int) -> int:
@@ -74,60 +85,52 @@ class Loader:
 
     def __init__(
         self,
-        rows: PackedRows,
+        rows: Rows,
+        collate: Collate,
         seed: int,
         step_rows: int,
-        samples: int,
+        num_shares: int,
         micro_batch_rows: int,
         rank: int,
         world_size: int,
     ):
-        """Raises: UserError when the samples cannot have equally many rows."""
-        self.rows = rows
+        """Raises: UserError when the shares cannot have equally many rows."""
+        self.rows, self.collate = rows, collate
         self.seed = seed
-        self.samples = samples
+        self.num_shares = num_shares
         self.rank = rank
         self.world_size = world_size
-        self.dealt = deal(step_rows, samples, micro_batch_rows, world_size)
+        self.dealt = deal(step_rows, num_shares, micro_batch_rows, world_size)
 
     def batches(self, step: int) -> list[list[MicroBatch]]:
-        """For each sample of the step, this rank's micro-batches: as many, and of the same shape, on every rank."""
-        per_sample = self.dealt.rows_per_sample
-        starts = ((step * self.samples + sample) * per_sample for sample in range(self.samples))
-        return [list(self._sample(range(start, start + per_sample))) for start in starts]
+        """For each share of the step's rows, this rank's micro-batches: as many, of the same shape, on every rank."""
+        size = self.dealt.rows_per_share
+        starts = ((step * self.num_shares + share) * size for share in range(self.num_shares))
+        return [list(self._share(range(start, start + size))) for start in starts]
 
-    def _sample(self, positions: range) -> Iterator[MicroBatch]:
+    def _share(self, positions: range) -> Iterator[MicroBatch]:
         mine = [self.row_at(position) for position in positions[self.rank :: self.world_size]]
-        return _micro_batches(self.rows, mine, self.dealt)
+        return _micro_batches(self.rows, self.collate, mine, self.dealt)
 
     def row_at(self, position: int) -> int:
-        """The row at a position of the whole training, counted over all steps and samples."""
+        """The row at a position of the whole training, counted over all steps and shares."""
         epoch, place = divmod(position, len(self.rows))
         return Shuffle(len(self.rows), (self.seed, "rows", epoch))(place)
 
 
 def validation_batches(
-    rows: PackedRows, num_rows: int, micro_batch_rows: int, rank: int, world_size: int
+    rows: Rows, collate: Collate, num_rows: int, micro_batch_rows: int, rank: int, world_size: int
 ) -> Iterator[MicroBatch]:
-    """This rank's share of `num_rows` rows (at most all) at equal distances over the whole text.
+    """This rank's share of `num_rows` rows (at most all) at equal distances over the whole data.
 
-    Every rank gets as many micro-batches of the same shape: collectives run in them.
+    Every rank gets as many micro-batches of the same shape, because collectives run in them.
     """
     num_rows = min(num_rows, len(rows))
     mine = [number * len(rows) // num_rows for number in range(rank, num_rows, world_size)]
-    return _micro_batches(rows, mine, deal(num_rows, 1, micro_batch_rows, world_size))
+    return _micro_batches(rows, collate, mine, deal(num_rows, 1, micro_batch_rows, world_size))
 
 
-def _micro_batches(rows: PackedRows, mine: Sequence[int], dealt: Dealt) -> Iterator[MicroBatch]:
+def _micro_batches(rows: Rows, collate: Collate, mine: Sequence[int], dealt: Dealt) -> Iterator[MicroBatch]:
     size = dealt.rows_per_forward
     for forward in range(dealt.forwards):
-        yield _micro_batch([rows[row] for row in mine[forward * size : (forward + 1) * size]], size, rows.row_tokens)
-
-
-def _micro_batch(rows: Sequence[np.ndarray], size: int, row_tokens: int) -> MicroBatch:
-    input_ids = torch.zeros(size, row_tokens, dtype=torch.int64)
-    labels = torch.full((size, row_tokens), NO_TARGET)
-    for number, ids in enumerate(rows):
-        row = torch.from_numpy(ids)
-        input_ids[number], labels[number] = row[:-1], row[1:]
-    return MicroBatch(input_ids, labels, num_targets=len(rows) * row_tokens, num_rows=len(rows))
+        yield collate([rows[row] for row in mine[forward * size : (forward + 1) * size]], size)

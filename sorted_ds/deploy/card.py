@@ -1,9 +1,13 @@
 """The README.md of an exported model: what it is, how it was cut, how good it is, how to use it."""
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedConfig
 
 from sorted_ds.deploy.model_dir import Measured, Sorted
-from sorted_ds.space import SubNet
+from sorted_ds.nested import Family
+from sorted_ds.space import AXES, SubNet
+from sorted_ds.tasks import Task
 
 HEADER = """\
 ---
@@ -19,10 +23,9 @@ their own (SortedNet, arXiv 2309.00255). It needs `transformers` alone.
 
 ## How it was cut
 
-From `{full}`: the first {depth} layers, in each the first {groups} attention groups ({heads} query heads of
-{head_dim} channels) and the first {ffn} feed-forward channels; embeddings, final norm and output head are shared.
-Nothing was trained or rounded afterwards. Its logits were compared with the nested model's before it was written:
-the largest difference is below 1e-5 of the largest logit, computed in fp32.
+From `{full}`: {layers}, in each {widths}; everything else is shared. Nothing was trained or rounded afterwards. Its
+logits were compared with the nested model's before it was written: the largest difference is below 1e-5 of the largest
+logit, computed in fp32.
 
 ## Measured
 """
@@ -31,52 +34,56 @@ USAGE = """
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
 folder = {name!r}
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
+model = {auto_class}.from_pretrained(folder)
 inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 """
 
 
-def model_card(trained: Sorted, subnet: SubNet, config: PreTrainedConfig, name: str) -> str:
+def model_card(trained: Sorted, subnet: SubNet, family: Family, config: PreTrainedConfig, task: Task, name: str) -> str:
     """Markdown; the figures come from the measured table, or say that there are none."""
+    widths = [f"the first {size:,} {AXES[letter].label}" for letter, size in subnet.sizes]
     header = HEADER.format(
         name=name,
         subnet=subnet,
         full=trained.space[-1],
         family=config.model_type,
-        depth=subnet.depth,
-        groups=subnet.groups,
-        ffn=subnet.ffn,
-        heads=config.num_attention_heads,
-        head_dim=config.head_dim,
+        layers=_layers(trained.sub_networks.layers_of(subnet)),
+        widths=" and ".join(widths[1:]),
     )
     rows = {row.subnet: row for row in trained.subnets}
-    return header + "\n" + _figures(rows, subnet.name, trained) + USAGE.format(name=name)
+    usage = USAGE.format(name=name, auto_class=family.auto_class.__name__)
+    return header + "\n" + _figures(rows, subnet.name, trained, task) + usage
 
 
-def _figures(rows: dict[str, Measured], name: str, trained: Sorted) -> str:
+def _layers(numbers: Sequence[int]) -> str:
+    """The first n layers, or their numbers."""
+    if list(numbers) == list(range(len(numbers))):
+        return f"the first {len(numbers)} layers"
+    return f"{len(numbers)} layers (numbers {', '.join(map(str, numbers))}, counted from 0)"
+
+
+def _figures(rows: dict[str, Measured], name: str, trained: Sorted, task: Task) -> str:
     if name not in rows:
         return "Not measured. `sorted-ds eval` on the run's directory measures it.\n"
     shown = [rows[key] for key in dict.fromkeys((name, trained.space[-1])) if key in rows]
     lines = [
         "| | " + " | ".join(f"`{row.subnet}`" for row in shown) + " |",
         "|---" + "|---:" * len(shown) + "|",
-        _line("validation loss, nats per token", [f"{row.loss:.4f}" for row in shown]),
-        _line("perplexity", [f"{row.perplexity:.2f}" for row in shown]),
-        _line("next-token accuracy", [f"{row.accuracy:.1%}" for row in shown]),
+        *(_line(f"validation {m.title}", [m.text(row.metrics[m.name]) for row in shown]) for m in task.metrics),
         _line("parameters", [f"{row.parameters:,}" for row in shown]),
         _line("of them in layers and final norm", [f"{row.non_embedding_parameters:,}" for row in shown]),
         _line("forward FLOPs per token", [f"{row.flops_per_token:,}" for row in shown]),
         _line("key/value cache, bytes per token (2 per element)", [f"{row.kv_bytes_per_token:,}" for row in shown]),
     ]
-    note = f"\nOn {shown[0].num_targets:,} validation tokens, in rows of {trained.row_tokens}."
-    if trained.unigram_nats is not None:
-        note += f" A unigram model of the training text: {trained.unigram_nats:.4f} nats per token."
+    note = f"\nOn {shown[0].num_targets:,} validation targets, in rows of {trained.row_tokens}."
+    for baseline, loss in (trained.baseline or {}).items():
+        note += f" The loss of a {baseline}: {loss:.4f}."
     return "\n".join(lines) + "\n" + note + "\n"
 
 

@@ -1,68 +1,73 @@
-"""Evaluation: the loss of every sub-network on the same validation rows.
+"""Evaluation: the metrics of every sub-network on the same validation rows.
 
 In: micro-batches of validation rows and something that runs a sub-network on one. Out: `Measured` for each, during
 training (through the engine, on all ranks) or afterwards (`sorted-ds eval DIR`, one process, a model from disk); then
 also on disk: the table in sorted.json and subnets.json, and pareto.png. Sums travel, means are made at the end.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.data.loader import MicroBatch, validation_batches
+from sorted_ds.deploy.figures import draw_pareto
 from sorted_ds.deploy.model_dir import SORTED_JSON, Measured, ModelDir, Sorted
+from sorted_ds.families import family_of
 from sorted_ds.nested import NestedModel, costs_of
 from sorted_ds.nested.load import build
 from sorted_ds.space import Cost, SubNet, SubNetSpace
-from sorted_ds.tasks.losses import SummedLoss
-
-if TYPE_CHECKING:
-    from sorted_ds.data.loader import MicroBatch
+from sorted_ds.tasks import LOSS, Metric, Prepared, SummedLoss, Task, task_of
+from sorted_ds.tasks.task import Sums
 
 MICRO_BATCH_TOKENS = 8192
 """Tokens of one forward pass of `sorted-ds eval`: enough for full speed, little memory at any depth."""
 
-Forward = Callable[["MicroBatch", SubNet], tuple[Tensor, Tensor]]
-"""Summed nats and number of right next tokens of one micro-batch through one sub-network."""
+Forward = Callable[[MicroBatch, SubNet], Sums]
+"""The task's sums of one micro-batch through one sub-network."""
 
 
 def measure(
     forward: Forward,
     subnets: Iterable[SubNet],
-    batches: Sequence["MicroBatch"],
+    batches: Sequence[MicroBatch],
+    metrics: Sequence[Metric],
     sum_over_ranks: Callable[[list[float]], list[float]],
     costs: Mapping[SubNet, Cost],
 ) -> list[Measured]:
-    """Every sub-network on the same rows. With several ranks, `batches` are this rank's share: a collective.
+    """Measures every sub-network on the same rows. With several ranks, `batches` are this rank's: a collective.
 
-    Units: loss in nats per target.
+    Every rank must have a batch.
     """
-    subnets = list(subnets)
-    sums = [float(sum(batch.num_targets for batch in batches))]
-    for subnet in subnets:
-        results = [torch.stack([value.double() for value in forward(batch, subnet)]) for batch in batches]
-        sums += torch.stack(results).sum(0).tolist() if results else [0.0, 0.0]
-    num_targets, *totals = sum_over_ranks(sums)
     return [
-        _measured(subnet, nll, correct, round(num_targets), costs[subnet])
-        for subnet, nll, correct in zip(subnets, totals[::2], totals[1::2], strict=True)
+        _measured(subnet, _totals(forward, subnet, batches, sum_over_ranks), metrics, costs[subnet])
+        for subnet in subnets
     ]
 
 
-def _measured(subnet: SubNet, nll: float, num_correct: float, num_targets: int, cost: Cost) -> Measured:
-    loss = nll / num_targets
+def _totals(
+    forward: Forward,
+    subnet: SubNet,
+    batches: Sequence[MicroBatch],
+    sum_over_ranks: Callable[[list[float]], list[float]],
+) -> dict[str, tuple[float, float]]:
+    """The sums and counts of all batches on all ranks, by name."""
+    each = [forward(batch, subnet) for batch in batches]
+    flat = [torch.stack([value.double() for pair in sums.values() for value in pair]) for sums in each]
+    totals = sum_over_ranks(torch.stack(flat).sum(0).tolist())
+    return dict(zip(each[0], zip(totals[::2], totals[1::2], strict=True), strict=True))
+
+
+def _measured(
+    subnet: SubNet, totals: dict[str, tuple[float, float]], metrics: Sequence[Metric], cost: Cost
+) -> Measured:
     return Measured(
         subnet=subnet.name,
-        loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
-        accuracy=num_correct / num_targets,
-        num_targets=num_targets,
+        metrics={metric.name: metric.value(totals) for metric in metrics},
+        num_targets=round(totals[LOSS][1]),
         parameters=cost.parameters,
         non_embedding_parameters=cost.non_embedding_parameters,
         flops_per_token=cost.flops_per_token,
@@ -84,9 +89,9 @@ def load_nested(folder: Path, dtype: torch.dtype | None = None, device: torch.de
     `dtype` None keeps the stored precision. Raises: UserError when files are missing, damaged or of another model.
     """
     where = ModelDir.find(folder)
-    space = SubNetSpace.of(where.read().space)
-    config = _config(where)
-    return build(config, space, where.model, seed=0, dtype=dtype or stored_dtype(where), device=device).eval()
+    space, config = where.read().sub_networks, _config(where)
+    family = family_of(config.model_type)
+    return build(family, config, space, where.model, seed=0, dtype=dtype or stored_dtype(where), device=device).eval()
 
 
 def stored_dtype(where: ModelDir) -> torch.dtype:
@@ -98,7 +103,7 @@ def stored_dtype(where: ModelDir) -> torch.dtype:
 def _config(where: ModelDir) -> PreTrainedConfig:
     if not (where.model / "config.json").is_file():
         raise UserError(f"{where.model} has a {SORTED_JSON} but no config.json. Get the model's files again.")
-    return AutoConfig.from_pretrained(where.model, local_files_only=True)
+    return AutoConfig.from_pretrained(where.model, local_files_only=True, trust_remote_code=False)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,10 @@ class Evaluation:
 
     measured: tuple[Measured, ...]
     """The whole table, ascending in parameters."""
-    unigram_nats: float
+    baseline: Mapping[str, float] | None
+    """Name and loss of something trivial to compare with."""
+    metrics: tuple[Metric, ...]
+    """The columns of the table."""
 
 
 def evaluate_directory(
@@ -123,21 +131,20 @@ def evaluate_directory(
 
     Raises: UserError for a name that is not in the space, or files that are missing.
     """
-    from sorted_ds.data.text.prepare import open_tokens
-
     where = ModelDir.find(folder)
     contents = where.read()
+    task = task_of(contents.task)
     model = load_nested(folder, device=device)
     subnets = [model.space[name] for name in names] if names else list(model.space)
-    tokens = open_tokens(_tokens_dir(where, contents.data))
-    batches = _validation_batches(tokens, contents.row_tokens, rows or contents.eval_rows)
+    data = task.open_prepared(_data_folder(where, contents.data))
+    batches = _validation_batches(task, data, contents.row_tokens, rows or contents.eval_rows)
     _check_rows(contents, names, sum(batch.num_targets for batch in batches))
-    costs = costs_of(model.space, model.config, contents.row_tokens)
+    costs = costs_of(model.space, model.family, model.config, contents.row_tokens)
     measured = []
     for subnet in subnets:
         report(subnet.name)
-        measured += measure(forward_of(model), [subnet], batches, list, costs)
-    return save(where, measured, tokens.unigram_nats)
+        measured += measure(forward_of(model, task), [subnet], batches, task.metrics, list, costs)
+    return save(where, measured, task, data)
 
 
 def _check_rows(contents: Sorted, names: Sequence[str] | None, num_targets: int) -> None:
@@ -150,30 +157,29 @@ def _check_rows(contents: Sorted, names: Sequence[str] | None, num_targets: int)
         )
 
 
-def forward_of(model: NestedModel) -> Forward:
+def forward_of(model: NestedModel, task: Task) -> Forward:
     """Runs a nested model in this process. The model's head becomes a loss head."""
-    loss, device = SummedLoss(model), model.device
+    loss, device = SummedLoss(model, task, model.family), model.device
 
     @torch.no_grad()
-    def forward(batch: "MicroBatch", subnet: SubNet) -> tuple[Tensor, Tensor]:
+    def forward(batch: MicroBatch, subnet: SubNet) -> Sums:
         model.set_subnet(subnet)
-        nll_sum, num_correct = loss(batch.input_ids.to(device), batch.labels.to(device), count_correct=True)
-        return nll_sum, num_correct
+        return loss(with_metrics=True, **{name: value.to(device) for name, value in batch.inputs.items()})
 
     return forward
 
 
-def save(where: ModelDir, measured: Sequence[Measured], unigram_nats: float) -> Evaluation:
+def save(where: ModelDir, measured: Sequence[Measured], task: Task, data: Prepared) -> Evaluation:
     """Writes the table (sorted.json, subnets.json) and the figure, and returns the whole table."""
-    from sorted_ds.deploy.figures import draw_pareto
+    trivial = task.baseline(data)
+    baseline = None if trivial is None else {trivial.name: trivial.loss}
+    table = where.add_measured(measured, baseline)
+    draw_pareto(table, baseline, len(where.read().space), where.root)
+    return Evaluation(table, baseline, task.metrics)
 
-    table = where.add_measured(measured, unigram_nats)
-    draw_pareto(table, unigram_nats, len(where.read().space), where.root)
-    return Evaluation(table, unigram_nats)
 
-
-def _tokens_dir(where: ModelDir, data: Mapping[str, object]) -> Path:
-    """Where they were at training, or at the same place as seen from the run's directory, if both were moved."""
+def _data_folder(where: ModelDir, data: Mapping[str, object]) -> Path:
+    """Where the data was at training, or at the same place as seen from the run's directory, if both were moved."""
     folder = data.get("tokens_dir")
     if not isinstance(folder, str):
         raise UserError(f"{where.model / SORTED_JSON} names no data.tokens_dir. Train again, or get the file again.")
@@ -181,15 +187,17 @@ def _tokens_dir(where: ModelDir, data: Mapping[str, object]) -> Path:
         if found.is_dir():
             return found
     raise UserError(
-        f"the prepared tokens of {where.root} are not in {folder}. Put them there, or run `sorted-ds prepare RUN.toml` "
+        f"the prepared data of {where.root} is not in {folder}. Put it there, or run `sorted-ds prepare RUN.toml` "
         "with the same data.cache_dir."
     )
 
 
-def _validation_batches(tokens, row_tokens: int, num_rows: int) -> list["MicroBatch"]:
-    from sorted_ds.data.loader import validation_batches
-    from sorted_ds.data.rows import PackedRows
-
-    packed = PackedRows(tokens.validation, row_tokens, "validation")
+def _validation_batches(task: Task, data: Prepared, row_tokens: int, num_rows: int) -> list[MicroBatch]:
+    rows = task.rows(data, row_tokens, is_validation=True)
     micro_batch_rows = max(1, MICRO_BATCH_TOKENS // row_tokens)
-    return list(validation_batches(packed, min(num_rows, len(packed)), micro_batch_rows, rank=0, world_size=1))
+
+    def collate(chosen: Sequence, size: int) -> MicroBatch:
+        return task.collate(chosen, size, row_tokens)
+
+    num_rows = min(num_rows, len(rows))
+    return list(validation_batches(rows, collate, num_rows, micro_batch_rows, rank=0, world_size=1))

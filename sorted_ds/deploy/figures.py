@@ -1,10 +1,11 @@
 """pareto.png: what each sub-network's size buys.
 
 In: the measured table. Out: one picture, a point per sub-network: validation loss against parameters, coloured by
-depth, its shape the number of groups, its area the feed-forward channels, and the Pareto frontier as a line.
+its first axis (depth), shaped by the axis in the middle (attention groups), as large as its last (feed-forward
+channels), and the Pareto frontier as a line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -15,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from sorted_ds.deploy.model_dir import PARETO_PNG, Measured
 from sorted_ds.deploy.table import human
-from sorted_ds.space import SubNet
+from sorted_ds.space import AXES, SubNet
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
 SMALLEST_AREA, LARGEST_AREA = 55.0, 165.0
@@ -23,12 +24,12 @@ DARKEST, BRIGHTEST = 0.05, 0.88
 """The stretch of viridis that is used: its yellow end is too light on white."""
 LEGEND_ENTRIES = 8
 """A dimension with more sizes shows this many of them."""
-UNIGRAM_MARGIN = 0.6
-"""The unigram line is drawn when it lies within this share of the losses' range above them, else it is text."""
+BASELINE_MARGIN = 0.6
+"""The baseline is drawn when it lies within this share of the losses' range above them, else it is text."""
 INK, PALE = "#222222", "#8a8a8a"
 
 
-def draw_pareto(table: Sequence[Measured], unigram_nats: float, space_size: int, folder: Path) -> Path:
+def draw_pareto(table: Sequence[Measured], baseline: Mapping[str, float] | None, space_size: int, folder: Path) -> Path:
     """Writes `folder`/pareto.png, 1800 x 1125 pixels, and returns its path. The space holds `space_size` of them."""
     figure = Figure(figsize=(12, 7.5), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -38,9 +39,9 @@ def draw_pareto(table: Sequence[Measured], unigram_nats: float, space_size: int,
         axes.scatter(
             row.parameters,
             row.loss,
-            s=style.area(subnet.ffn),
-            color=style.color(subnet.depth),
-            marker=style.marker(subnet.groups),
+            s=style.area(subnet),
+            color=style.color(subnet),
+            marker=style.marker(subnet),
             edgecolors="white",
             linewidths=0.8,
             zorder=3,
@@ -51,7 +52,7 @@ def draw_pareto(table: Sequence[Measured], unigram_nats: float, space_size: int,
     of_all = "" if len(table) == space_size else f" of {space_size}"
     title = f"One network: {len(table)}{of_all} sub-networks, measured"
     axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK, pad=26)
-    _draw_unigram(axes, table, unigram_nats)
+    _draw_baseline(axes, table, baseline or {})
     figure.legend(
         handles=style.handles(),
         loc="outside right upper",
@@ -76,42 +77,48 @@ def frontier(table: Sequence[Measured]) -> list[Measured]:
 
 
 class _Style:
-    """Which colour, shape and area the sizes have."""
+    """Which colour, shape and area a sub-network has: by its first axis, one in the middle, and its last."""
 
     def __init__(self, subnets: Sequence[SubNet]):
-        self.depths = sorted({s.depth for s in subnets})
-        self.groups = sorted({s.groups for s in subnets})
-        self.ffn = sorted({s.ffn for s in subnets})
+        letters = subnets[0].axes
+        self._colored, self._sized = letters[0], letters[-1]
+        self._shaped = letters[1] if len(letters) > 2 else ""
+        self._sizes = {letter: sorted({subnet[letter] for subnet in subnets}) for letter in letters}
 
-    def color(self, depth: int) -> tuple[float, float, float, float]:
-        share = self.depths.index(depth) / max(1, len(self.depths) - 1)
-        return colormaps["viridis"](DARKEST + share * (BRIGHTEST - DARKEST))
+    def _share(self, letter: str, size: int) -> float:
+        """Where a size stands among those of its axis, from 0 to 1."""
+        return self._sizes[letter].index(size) / max(1, len(self._sizes[letter]) - 1)
 
-    def marker(self, groups: int) -> str:
-        return MARKERS[self.groups.index(groups) % len(MARKERS)]
+    def color(self, subnet: SubNet) -> tuple[float, float, float, float]:
+        return self._color(subnet[self._colored])
 
-    def area(self, ffn: int) -> float:
-        share = self.ffn.index(ffn) / max(1, len(self.ffn) - 1)
-        return SMALLEST_AREA + share * (LARGEST_AREA - SMALLEST_AREA)
+    def _color(self, size: int) -> tuple[float, float, float, float]:
+        return colormaps["viridis"](DARKEST + self._share(self._colored, size) * (BRIGHTEST - DARKEST))
+
+    def marker(self, subnet: SubNet) -> str:
+        return self._marker(subnet[self._shaped]) if self._shaped else MARKERS[0]
+
+    def _marker(self, size: int) -> str:
+        return MARKERS[self._sizes[self._shaped].index(size) % len(MARKERS)]
+
+    def area(self, subnet: SubNet) -> float:
+        return self._area(subnet[self._sized])
+
+    def _area(self, size: int) -> float:
+        return SMALLEST_AREA + self._share(self._sized, size) * (LARGEST_AREA - SMALLEST_AREA)
 
     def handles(self) -> list[Line2D]:
-        depths = [_dot(f"{depth}", self.color(depth)) for depth in _some(self.depths)]
-        groups = [_dot(f"{groups}", PALE, self.marker(groups)) for groups in _some(self.groups)]
-        widths = [_dot(f"{ffn:,}", PALE, "o", self.area(ffn)) for ffn in _some(self.ffn)]
-        line = Line2D([], [], color=INK, linewidth=1.2, alpha=0.6, label="Pareto frontier")
-        gap = _title("")
-        return [
-            _title("layers"),
-            *depths,
-            gap,
-            _title("attention groups"),
-            *groups,
-            gap,
-            _title("ffn channels"),
-            *widths,
-            gap,
-            line,
-        ]
+        entries: list[Line2D] = []
+        for letter, sizes in self._sizes.items():
+            entries += [_title(AXES[letter].label), *(self._entry(letter, size) for size in _some(sizes)), _title("")]
+        return [*entries, Line2D([], [], color=INK, linewidth=1.2, alpha=0.6, label="Pareto frontier")]
+
+    def _entry(self, letter: str, size: int) -> Line2D:
+        if letter == self._colored:
+            return _dot(f"{size:,}", self._color(size))
+        if letter == self._shaped:
+            return _dot(f"{size:,}", PALE, self._marker(size))
+        return _dot(f"{size:,}", PALE, "o", self._area(size) if letter == self._sized else 90.0)
 
 
 def _some(sizes: list[int]) -> list[int]:
@@ -180,15 +187,16 @@ def _label(axes: Axes, table: Sequence[Measured]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_unigram(axes: Axes, table: Sequence[Measured], unigram_nats: float) -> None:
-    """As a line where it leaves the points their room, else in the line under the title."""
+def _draw_baseline(axes: Axes, table: Sequence[Measured], baseline: Mapping[str, float]) -> None:
+    """Shows the baseline's loss as a line where that leaves the points their room, else in the line under the title."""
+    caption = f"{table[0].num_targets:,} validation targets, the same for all"
     low, high = axes.get_ylim()
-    caption = f"{table[0].num_targets:,} validation tokens, the same for all"
-    if high < unigram_nats <= high + UNIGRAM_MARGIN * (high - low):
-        axes.set_ylim(low, unigram_nats + 0.05 * (high - low))
-        axes.axhline(unigram_nats, color=PALE, linestyle="--", linewidth=1.2)
-        text = f"unigram model: {unigram_nats:.3f}"
-        axes.annotate(text, (0.99, unigram_nats), (0, -14), ("axes fraction", "data"), "offset points", ha="right")
-    else:
-        caption += f"; a unigram model of the training text: {unigram_nats:.3f} nats (not drawn)"
+    for name, loss in baseline.items():
+        if high < loss <= high + BASELINE_MARGIN * (high - low):
+            axes.set_ylim(low, loss + 0.05 * (high - low))
+            axes.axhline(loss, color=PALE, linestyle="--", linewidth=1.2)
+            where = ((0.99, loss), (0, -14), ("axes fraction", "data"), "offset points")
+            axes.annotate(f"{name}: {loss:.3f}", *where, ha="right")
+        else:
+            caption += f"; {name}: {loss:.3f} nats (not drawn)"
     axes.text(0, 1.015, caption, transform=axes.transAxes, fontsize=11.5, color="#555555")

@@ -10,8 +10,9 @@ Training writes sorted.json, evaluation the table; selection and export read the
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.space import SubNetSpace
@@ -26,16 +27,30 @@ class Measured:
     """One sub-network on the validation rows, and what it costs."""
 
     subnet: str
-    loss: float
-    """Nats per target."""
-    perplexity: float
-    accuracy: float
-    """Share of targets that the largest logit hits."""
+    metrics: dict[str, float]
+    """The task's metrics by name; in JSON they stand beside the other fields."""
     num_targets: int
     parameters: int
     non_embedding_parameters: int
     flops_per_token: int
     kv_bytes_per_token: int
+
+    @property
+    def loss(self) -> float:
+        """The mean loss in nats per target, which every task has."""
+        return self.metrics["loss"]
+
+    def to_json(self) -> dict[str, object]:
+        """The fields of the row in subnets.json and sorted.json."""
+        costs = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        return {"subnet": self.subnet, **self.metrics, **costs}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Measured":
+        """Raises: KeyError when a field is missing."""
+        names = [field.name for field in fields(cls)]
+        own = {name: row[name] for name in names if name != "metrics"}
+        return cls(metrics={key: row[key] for key in ("loss", *row) if key not in own}, **own)
 
 
 @dataclass(frozen=True)
@@ -49,12 +64,21 @@ class Sorted:
     row_tokens: int
     eval_rows: int
     """Validation rows that an evaluation uses at most."""
+    task: str = "causal_lm"
+    """What the network was trained for."""
+    layer_order: tuple[int, ...] | None = None
+    """The order in which depth takes the layers; None in files that do not say: the network's own sequence."""
     checkpoint: str | None = None
     """Fingerprint of the checkpoint whose weights these are; None in files that do not say."""
     subnets: tuple[Measured, ...] = ()
     """The measured table; empty before the first evaluation."""
-    unigram_nats: float | None = None
-    """Validation loss of the unigram model of the training text; set with the table."""
+    baseline: Mapping[str, float] | None = None
+    """Name and validation loss of something trivial to compare with, like a unigram model; set with the table."""
+
+    @property
+    def sub_networks(self) -> SubNetSpace:
+        """The space. Raises: UserError when the names or the layer order make none."""
+        return SubNetSpace.of(self.space, self.layer_order)
 
 
 @dataclass(frozen=True)
@@ -80,17 +104,20 @@ class ModelDir:
         """Raises: UserError when sorted.json is damaged."""
         path = self.model / SORTED_JSON
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            rows = tuple(Measured(**row) for row in fields.pop("subnets", ()))
-            found = Sorted(**{**fields, "space": tuple(fields["space"])}, subnets=rows)
-            SubNetSpace.of(found.space)
+            contents = json.loads(path.read_text(encoding="utf-8"))
+            rows = tuple(Measured.from_json(row) for row in contents.pop("subnets", ()))
+            nats = contents.pop("unigram_nats", None)  # from before there were other baselines
+            contents = {"baseline": None if nats is None else {"unigram model": nats}, **contents}
+            found = Sorted(**{**contents, "space": tuple(contents["space"])}, subnets=rows)
+            _ = found.sub_networks
         except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
             raise UserError(f"{path} is no {SORTED_JSON} ({error}). Train again, or get the file again.") from error
         return found
 
     def write(self, contents: Sorted) -> None:
         """Complete or not at all: readers never see half a file."""
-        _write_json(self.model / SORTED_JSON, asdict(contents))
+        rows = [row.to_json() for row in contents.subnets]
+        _write_json(self.model / SORTED_JSON, {**asdict(contents), "subnets": rows})
 
     def table(self) -> tuple[Measured, ...]:
         """The measured sub-networks. Raises: UserError before the first evaluation."""
@@ -99,7 +126,7 @@ class ModelDir:
             raise UserError(f"{self.root} has no measured sub-networks. Run `sorted-ds eval {self.root}` first.")
         return rows
 
-    def add_measured(self, rows: Sequence[Measured], unigram_nats: float) -> tuple[Measured, ...]:
+    def add_measured(self, rows: Sequence[Measured], baseline: Mapping[str, float] | None) -> tuple[Measured, ...]:
         """Puts rows into the table in sorted.json and subnets.json, and returns the whole table in the space's order.
 
         Rows from before are kept where they were measured on as many targets; others cannot be compared.
@@ -108,9 +135,8 @@ class ModelDir:
         kept = [row for row in contents.subnets if row.num_targets == rows[0].num_targets]
         by_name = {row.subnet: row for row in [*kept, *rows]}
         table = tuple(by_name[name] for name in contents.space if name in by_name)
-        self.write(replace(contents, subnets=table, unigram_nats=unigram_nats))
-        fields = {"unigram_nats": unigram_nats, "subnets": [asdict(row) for row in table]}
-        _write_json(self.root / SUBNETS_JSON, fields)
+        self.write(replace(contents, subnets=table, baseline=baseline))
+        _write_json(self.root / SUBNETS_JSON, {"baseline": baseline, "subnets": [row.to_json() for row in table]})
         return table
 
 

@@ -1,7 +1,7 @@
 """Under ZeRO-3, what a layer half gathers when it is called: the bundles that are active, and no others.
 
 DeepSpeed gathers the parameters that a called module owns and those that it lists as *external*: owned elsewhere, used
-here. Bundles and blocks are modules of their own that are never called; the list of a half is what is active of it. So a
+here. Bundles and blocks are modules of their own that are never called; the list of a half has the active ones. So a
 half costs one fetch and one release, with a parameter for each width step.
 What was gathered is copied once out of the buffer that all ranks' shares arrive in. DeepSpeed gives each parameter
 memory of its own there; here the active bundles of a half share theirs, the blocks of each weight one after the other,
@@ -21,8 +21,9 @@ from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle
 from torch import Tensor, nn
 
 from sorted_ds.nested import NestedModel
+from sorted_ds.nested.blocks import NestedModule, Width
 from sorted_ds.nested.bundles import BundledHalf
-from sorted_ds.nested.layers import NestedLayer, Width
+from sorted_ds.nested.owned import OwnedModule
 
 BUNDLE = "sorted_ds_bundle"
 """Attribute of a bundle's parameter: the half, and the number of the width step."""
@@ -36,8 +37,10 @@ def gather_active(model: NestedModel) -> None:
     for module in model.modules():
         if isinstance(module, BundledHalf):
             _gather_for(module, module.width, _of_half(module))
-        elif isinstance(module, NestedLayer) and "weight" in module.names:  # a norm
+        elif isinstance(module, NestedModule) and "weight" in module.names:  # a norm
             _gather_for(module, module.width, [dict(block.named_parameters()) for block in module.blocks])
+        elif isinstance(module, OwnedModule):
+            _gather_own_copy(module)
 
 
 def _gather_for(module: nn.Module, width: Width, by_steps: Sequence[dict[str, nn.Parameter]]) -> None:
@@ -50,6 +53,13 @@ def _gather_for(module: nn.Module, width: Width, by_steps: Sequence[dict[str, nn
 
     module._external_params = {}  # type: ignore[assignment]
     module.ds_external_parameters = active  # type: ignore[assignment]
+
+
+def _gather_own_copy(module: OwnedModule) -> None:
+    """The copy that the active sub-network owns."""
+    copies = {owner: dict(copy.named_parameters()) for owner, copy in module.copies.items()}
+    module._external_params = {}  # type: ignore[assignment]
+    module.ds_external_parameters = lambda: copies[module.owner].items()  # type: ignore[assignment]
 
 
 def _of_half(half: BundledHalf) -> list[dict[str, nn.Parameter]]:
@@ -85,7 +95,7 @@ def _largest_weights(model: NestedModel) -> Iterator[tuple[int, int]]:
         if isinstance(module, BundledHalf):
             for step, bundle in enumerate(module.all_bundles()):
                 yield id(bundle.weight), bundle.hidden * max(layer.bounds[step][1] for layer in module.linears)
-        elif isinstance(module, NestedLayer):
+        elif isinstance(module, NestedModule):
             for block, (_, stop) in zip(module.blocks, module.bounds, strict=False):  # none where all is in bundles
                 yield from ((id(parameter), stop) for parameter in block.parameters())  # vectors
 

@@ -4,6 +4,8 @@ In: a nested model and the run's `[optim]`. Out: one of torch's optimizers, or D
 All follow the same formula; tests/engine/test_cover.py compares each with plain PyTorch.
 """
 
+from typing import Protocol
+
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
@@ -11,7 +13,23 @@ from torch import nn
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.nested import NestedModel
-from sorted_ds.run.config import Optim
+
+
+class Optim(Protocol):
+    """The settings of `[optim]` that the engine needs. Their meaning stands in run/config.py."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def implementation(self) -> str: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def clip_norm(self) -> float: ...
 
 
 def implementation_of(optim: Optim, is_offloaded: bool, is_cuda: bool) -> str:
@@ -40,11 +58,11 @@ def check_implementation(optim: Optim, is_offloaded: bool) -> None:
 def build_optimizer(model: NestedModel, optim: Optim, implementation: str) -> torch.optim.Optimizer:
     """AdamW or SGD. Norms, biases and embeddings are not decayed: only matrices that multiply activations are.
 
-    A layer's parameters keep their order, so that its blocks lie side by side in ZeRO's flat buffers. Layers do not
-    (`_place`): at stages 1 and 2 a rank owns a stretch of a flat buffer, and the first ranks would own all gradients of
-    a shallow sample, and alone add them up, or move them to the CPU. The smaller group comes first: stages 1 and 2 keep
-    the gradients of both until the last group's turn, and AdamW's own temporary tensors come on top (measured, the
-    other way round: 1.04 x the bytes of one group).
+    A layer's parameters keep their order, so that its blocks lie side by side in ZeRO's flat buffers. Layers are spread
+    (`_spread`): at stages 1 and 2 a rank owns a stretch of a flat buffer, and the first ranks would own all gradients
+    of a shallow sub-network, and alone add them up, or move them to the CPU. The smaller group comes first: stages 1
+    and 2 keep the gradients of both until the last group's turn, and AdamW's own temporary tensors come on top
+    (measured, the other way round: 1.04 x the bytes of one group).
 
     The rate is 0 until a step sets it: at stage 0 in bf16 DeepSpeed takes one while it initialises.
     """
@@ -60,19 +78,21 @@ def build_optimizer(model: NestedModel, optim: Optim, implementation: str) -> to
 
 def _groups(model: NestedModel, weight_decay: float) -> list[dict]:
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    places = {p: _place(n) for n, layer in enumerate(model.model.layers) for p in layer.parameters()}
-    parameters = sorted(model.parameters(), key=lambda p: places.get(p, 0.0 if p in embeddings else 1.0))
+    layers, order = model.all_layers, model.space.layer_order
+    keys = {p: _spread(place) for place, number in enumerate(order) for p in layers[number].parameters()}
+    parameters = sorted(model.parameters(), key=lambda p: keys.get(p, 0.0 if p in embeddings else 1.0))
     decayed = [p for p in parameters if _num_dims(p) > 1 and p not in embeddings]
     others = [p for p in parameters if _num_dims(p) <= 1 or p in embeddings]
     return [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
-def _place(layer: int) -> float:
-    """From 0 to below 1, about evenly spread for the first layers, however many: 0, 1/2, 1/4, 3/4, 1/8, 5/8, ...
+def _spread(place: int) -> float:
+    """A number from 0 to below 1 for a place in the layer order: 0, 1/2, 1/4, 3/4, 1/8, 5/8, ...
 
-    The layer's number with its binary digits mirrored at the point (van der Corput's sequence).
+    The first places are about evenly spread, however many they are: the binary digits of the place are mirrored at the
+    point (van der Corput's sequence).
     """
-    digits = f"{layer:b}"
+    digits = f"{place:b}"
     return int(digits[::-1], 2) / 2 ** len(digits)
 
 

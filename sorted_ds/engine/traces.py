@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import (
 from torch import nn
 
 from sorted_ds.nested import NestedModel
-from sorted_ds.space import SubNet
+from sorted_ds.space import Pass
 
 PRIVATE = "_PartitionedParameterCoordinator__"
 LARGEST_KEPT = 256
@@ -40,15 +40,15 @@ class Trace:
 
 
 class Traces:
-    """`select(subnet, training)` before every forward pass."""
+    """Call `select(run)` before every forward pass."""
 
     def __init__(self, coordinator: PartitionedParameterCoordinator, model: NestedModel):
         self._coordinator, self._model = coordinator, model
         self._layers = dict(_layer_numbers(model))
-        self._full: dict[bool, Order] = {}
-        """The recorded orders of the full network, in training and in evaluation."""
-        self._kept: OrderedDict[tuple[SubNet, bool], Trace] = OrderedDict()
-        self._running: tuple[SubNet, bool] | None = None
+        self._full: dict[str, Order] = {}
+        """The recorded orders of the full network, by the kind of pass: with a gradient, or without."""
+        self._kept: OrderedDict[Pass, Trace] = OrderedDict()
+        self._running: Pass | None = None
         self._is_recording = False
         self.num_invalidated = 0
         """Passes that did not follow their trace: right, but not prefetched from there on. Stays 0: tests say so."""
@@ -67,37 +67,37 @@ class Traces:
         self._finish()
         self._is_recording, self._running = False, None
 
-    def select(self, subnet: SubNet, training: bool) -> None:
-        """Ends the pass before, and prepares for one of `subnet`. A collective while the full network is recorded."""
+    def select(self, run: Pass) -> None:
+        """Ends the pass before, and prepares for this one. A collective while the full network is recorded."""
         self._coordinator.reset_step()
         self._finish()
-        self._running = (subnet, training)
+        self._running = run
         trace = self._trace()
         self._set("trace_mode", ZeRoTraceMode.COMPLETE if trace else ZeRoTraceMode.INVALID)
         self._set("submodule_order", trace.order if trace else [])
         self._set("param_order", trace.parameters if trace else [])
 
-    def order_of(self, subnet: SubNet, training: bool) -> Order:
-        """The modules that a pass of `subnet` runs, in order. Needs a pass of the full network before."""
-        return tuple(module for module in self._full[training] if self._layers.get(module, -1) < subnet.depth)
+    def order_of(self, run: Pass) -> Order:
+        """The modules that a pass runs, in order. The full network must have been recorded before."""
+        layers = set(self._model.space.layers_of(run.subnet))
+        order = self._full[_recorded_as(run)]
+        return tuple(module for module in order if self._layers.get(module) in layers or module not in self._layers)
 
     def _finish(self) -> None:
         """Keeps what the pass before recorded, or notices that it did not follow its trace."""
         if self._running is None:
             return
-        subnet, training = self._running
         is_complete = self._coordinator.is_complete_trace()
         if self._running in self._kept:
             self.num_invalidated += not is_complete
-        elif is_complete and self._is_recording and subnet == self._model.space.full:
-            self._full[training] = tuple(self._get("submodule_order"))
+        elif is_complete and self._is_recording and self._running.subnet == self._model.space.full:
+            self._full[_recorded_as(self._running)] = tuple(self._get("submodule_order"))
 
     def _trace(self) -> Trace | None:
         """That of the structure that runs now; None where the full network was not recorded yet."""
         assert self._running is not None
-        subnet, training = self._running
-        if self._running not in self._kept and training in self._full:
-            order = self.order_of(subnet, training)
+        if self._running not in self._kept and _recorded_as(self._running) in self._full:
+            order = self.order_of(self._running)
             self._kept[self._running] = Trace(order, tuple(self._parameters(order)))
             if len(self._kept) > LARGEST_KEPT:
                 self._kept.popitem(last=False)
@@ -126,6 +126,11 @@ class Traces:
         setattr(self._coordinator, f"{PRIVATE}{name}", value)
 
 
+def _recorded_as(run: Pass) -> str:
+    """Which recorded pass of the full network has the order of this one."""
+    return "with a gradient" if run.has_gradient else "without"
+
+
 def _uncached(decorated) -> Callable[..., set[int]]:
     """DeepSpeed's function under its two decorators, a timer around an lru_cache."""
     cached = next(c.cell_contents for c in decorated.__closure__ if hasattr(c.cell_contents, "cache_clear"))
@@ -134,5 +139,5 @@ def _uncached(decorated) -> Callable[..., set[int]]:
 
 def _layer_numbers(model: NestedModel) -> Iterator[tuple[nn.Module, int]]:
     """Every module of the layers, and the layer that it belongs to."""
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in enumerate(model.all_layers):
         yield from ((module, number) for module in layer.modules())

@@ -1,60 +1,130 @@
-"""The table of model families: which layers of a Hugging Face decoder are nested, and in which dimension.
+"""The table of decoder families: which layers of a Hugging Face decoder are nested, and along which axis.
 
 All families here share Hugging Face's names for the projections, infer the number of heads from the projection's
 output (`view(..., -1, head_dim)`) and loop over `layers[: config.num_hidden_layers]`, so a family is its exceptions.
-Source: transformers 5.24, models/*/modeling_*.py. How to add one: CONTRIBUTING.md, "A model family".
+Source: transformers 5.24, models/*/modeling_*.py. How to add one: docs/add-a-family.md.
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.nested.family import Half, LogitsRule, Part
 from sorted_ds.space import SubNet, SubNetSpace
+
+PER_LAYER_KEYS = ("layer_types", "no_rope_layers")
+"""Config lists with one entry for each layer."""
 
 
 @dataclass(frozen=True)
-class Family:
-    """How a family differs from llama."""
+class Decoder:
+    """A decoder family, and how it differs from llama."""
 
     nested_head_norms: tuple[str, ...] = ()
-    """Norms in `self_attn` that run across all heads; per-head norms (qwen3) need nothing."""
+    """Norms in `self_attn` that run across all heads; norms of each head (qwen3) need nothing."""
     softcap_key: str = ""
     """Config key of the cap on the logits: `cap * tanh(logits / cap)`."""
     logits_divisor_key: str = ""
     """Config key of the number that logits are divided by."""
+    auto_class: Any = AutoModelForCausalLM
+    axes: tuple[str, ...] = ("d", "g", "f")
+    layers: str = "model.layers"
+    body: str = "model"
+    head: str = "lm_head"
+    owned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def logits_softcap(self, config: PreTrainedConfig) -> float | None:
-        return getattr(config, self.softcap_key) if self.softcap_key else None
+    def full(self, config: PreTrainedConfig) -> SubNet:
+        """The full network, as a sub-network of itself."""
+        return SubNet(d=config.num_hidden_layers, g=config.num_key_value_heads, f=config.intermediate_size)
 
-    def logits_divisor(self, config: PreTrainedConfig) -> float:
-        return getattr(config, self.logits_divisor_key) if self.logits_divisor_key else 1.0
-
-
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "gemma2": Family(softcap_key="final_logit_softcapping"),
-    "olmo2": Family(nested_head_norms=("q_norm", "k_norm")),
-    "granite": Family(logits_divisor_key="logits_scaling"),
-}
-
-PER_LAYER_KEYS = ("layer_types", "no_rope_layers")
-"""Config lists with one entry a layer, cut with the depth."""
-
-
-def family_of(model_type: str) -> Family:
-    """Raises: UserError that names the known families and how to add one."""
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"model family {model_type!r} is not known. Known: {', '.join(FAMILIES)}. "
-            "To add one, see 'A model family' in CONTRIBUTING.md."
+    def halves(self, config: PreTrainedConfig) -> tuple[Half, ...]:
+        """Attention along `g`, with the query heads of a group together; feed-forward along `f`."""
+        head = head_dim(config)
+        query_rows = head * queries_per_group(config)
+        norms = (Part(name, "norm", query_rows if name.startswith("q") else head) for name in self.nested_head_norms)
+        attention = (
+            Part("q_proj", "output", query_rows),
+            Part("k_proj", "output", head),
+            Part("v_proj", "output", head),
+            Part("o_proj", "input", query_rows),
+            *norms,
         )
-    return FAMILIES[model_type]
+        mlp = (Part("gate_proj", "output", 1), Part("up_proj", "output", 1), Part("down_proj", "input", 1))
+        return Half("self_attn", "g", attention), Half("mlp", "f", mlp)
+
+    def subnet_config(self, config: PreTrainedConfig, subnet: SubNet, layers: Sequence[int]) -> PreTrainedConfig:
+        """The plain config of a sub-network; `head_dim` is written out, and lists keep the entries of its layers.
+
+        Raises: whatever the family's config class refuses with (ValueError or StrictDataclassError).
+        """
+        fields = copy.deepcopy(config.to_dict())
+        fields.update({key: [whole[n] for n in layers] for key, whole in self.layer_lists(config).items()})
+        fields.update(
+            num_hidden_layers=subnet.depth,
+            num_attention_heads=subnet["g"] * queries_per_group(config),
+            num_key_value_heads=subnet["g"],
+            intermediate_size=subnet["f"],
+            head_dim=head_dim(config),
+        )
+        cut = type(config).from_dict(fields)
+        cut._attn_implementation = config._attn_implementation
+        return cut
+
+    def layer_lists(self, config: PreTrainedConfig) -> dict[str, list]:
+        """The lists of the config that have one entry for each layer."""
+        return {key: list(getattr(config, key)) for key in PER_LAYER_KEYS if getattr(config, key, None)}
+
+    def check(self, space: SubNetSpace, config: PreTrainedConfig) -> None:
+        """Raises: UserError when heads cannot be shared out over groups, or the family refuses a number of groups."""
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise UserError(
+                f"the model has {config.num_attention_heads} attention heads and {config.num_key_value_heads} "
+                "key/value heads: the first must be a multiple of the second. Change one of them."
+            )
+        for groups in space.sizes("g"):
+            if not self._is_valid(config, groups):
+                raise UserError(
+                    f"space.groups contains {groups}: that is {groups * queries_per_group(config)} heads, and "
+                    f"{config.model_type} needs hidden_size {config.hidden_size} divisible by the number of heads. "
+                    f"Nearest that work: {', '.join(map(str, self._nearest_valid(config, groups)))}."
+                )
+
+    def _is_valid(self, config: PreTrainedConfig, groups: int) -> bool:
+        """Whether the family's config class takes this number of groups. Only its architecture check can refuse it."""
+        full = self.full(config)
+        try:
+            self.subnet_config(config, full.replace(g=groups), range(full.depth))
+        except (ValueError, StrictDataclassError):
+            return False
+        return True
+
+    def _nearest_valid(self, config: PreTrainedConfig, groups: int) -> list[int]:
+        """The nearest valid numbers of groups under and over."""
+        valid = [g for g in range(1, config.num_key_value_heads + 1) if self._is_valid(config, g)]
+        return [g for g in valid if g < groups][-1:] + [g for g in valid if g > groups][:1]
+
+    def logits_rule(self, config: PreTrainedConfig) -> LogitsRule:
+        """What the head's output goes through."""
+        divisor = getattr(config, self.logits_divisor_key) if self.logits_divisor_key else 1.0
+        return LogitsRule(divisor, getattr(config, self.softcap_key) if self.softcap_key else None)
+
+    def mixing_flops(self, config: PreTrainedConfig, subnet: SubNet, row_tokens: int) -> int:
+        """Queries times keys, and weights times values."""
+        return 4 * row_tokens * subnet["g"] * queries_per_group(config) * head_dim(config)
+
+    def kv_elements(self, config: PreTrainedConfig, subnet: SubNet) -> int:
+        """A key and a value for each group."""
+        return 2 * subnet["g"] * head_dim(config)
+
+    def hidden_states(self, body: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The last hidden states, behind the final norm. Shapes: input_ids [B, T] -> [B, T, H]."""
+        return body(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -63,72 +133,17 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def queries_per_group(config: PreTrainedConfig) -> int:
+    """Query heads for each key/value head."""
     return config.num_attention_heads // config.num_key_value_heads
 
 
-def full_size(config: PreTrainedConfig) -> SubNet:
-    """The full network as a sub-network of itself."""
-    return SubNet(config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
-
-
-def subnet_config(config: PreTrainedConfig, subnet: SubNet) -> PreTrainedConfig:
-    """The plain Hugging Face config of a sub-network; `head_dim` is written out, lists of layers are cut.
-
-    Raises: whatever the family's config class refuses with (ValueError or StrictDataclassError).
-    """
-    fields = copy.deepcopy(config.to_dict())
-    fields.update(per_layer_fields(config, subnet.depth))
-    fields.update(
-        num_hidden_layers=subnet.depth,
-        num_attention_heads=subnet.groups * queries_per_group(config),
-        num_key_value_heads=subnet.groups,
-        intermediate_size=subnet.ffn,
-        head_dim=head_dim(config),
-    )
-    cut = type(config).from_dict(fields)
-    cut._attn_implementation = config._attn_implementation
-    return cut
-
-
-def per_layer_fields(config: PreTrainedConfig, depth: int) -> dict[str, list]:
-    return {key: list(getattr(config, key)[:depth]) for key in PER_LAYER_KEYS if getattr(config, key, None)}
-
-
-def check_space(space: SubNetSpace, config: PreTrainedConfig) -> None:
-    """Raises: UserError when the space and the model's sizes differ, or the family's config refuses a sub-network."""
-    full = full_size(config)
-    if config.num_attention_heads % full.groups:
-        raise UserError(
-            f"the model has {config.num_attention_heads} attention heads and {full.groups} key/value heads: "
-            "the first must be a multiple of the second. Change one of them."
-        )
-    if space.full != full:
-        raise UserError(
-            f"the space's largest sub-network is {space.full}, but the model has {full.depth} layers, {full.groups} "
-            f"attention groups and {full.ffn} feed-forward channels. Make {full} the largest."
-        )
-    for groups in space.groups:
-        if not _is_valid(config, groups):
-            heads = groups * queries_per_group(config)
-            raise UserError(
-                f"space.groups contains {groups}: that is {heads} heads, and {config.model_type} needs hidden_size "
-                f"{config.hidden_size} divisible by the number of heads. "
-                f"Nearest that work: {', '.join(map(str, _nearest_valid(config, groups)))}."
-            )
-
-
-def _is_valid(config: PreTrainedConfig, groups: int) -> bool:
-    """Whether the family's own config class takes this number of groups. Only its architecture check can refuse it."""
-    try:
-        subnet_config(config, SubNet(config.num_hidden_layers, groups, config.intermediate_size))
-    except (ValueError, StrictDataclassError):
-        return False
-    return True
-
-
-def _nearest_valid(config: PreTrainedConfig, groups: int) -> list[int]:
-    """The nearest valid numbers of groups under and over."""
-    valid = [g for g in range(1, config.num_key_value_heads + 1) if _is_valid(config, g)]
-    under = [g for g in valid if g < groups][-1:]
-    over = [g for g in valid if g > groups][:1]
-    return under + over
+DECODERS = {
+    "llama": Decoder(),
+    "mistral": Decoder(),
+    "qwen2": Decoder(),
+    "qwen3": Decoder(),
+    "gemma2": Decoder(softcap_key="final_logit_softcapping"),
+    "olmo2": Decoder(nested_head_norms=("q_norm", "k_norm")),
+    "granite": Decoder(logits_divisor_key="logits_scaling"),
+}
+"""By Hugging Face's `model_type`."""

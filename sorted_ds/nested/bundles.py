@@ -15,17 +15,14 @@ bundles come and go.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sorted_ds.nested.classes import extended
-from sorted_ds.nested.decoder_layer import NestedDecoderLayer, run_by_blocks
-from sorted_ds.nested.layers import InputNestedLinear, NestedLayer, OutputNestedLinear, Width, together
-
-HALVES = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
-"""The halves of a decoder layer, and the linear layers of each, in the order of their rows in a bundle."""
+from sorted_ds.nested.blocks import InputNestedLinear, NestedModule, OutputNestedLinear, Width, together
+from sorted_ds.nested.layers import NestedLayer, extended, run_by_blocks
 
 
 class Bundle(nn.Module):
@@ -89,12 +86,12 @@ class Bundle(nn.Module):
 class BundledHalf(nn.Module):
     """What `bundle` adds to a Hugging Face class of attention or MLP."""
 
-    plain_forward: Callable
+    half_forward: Callable
     """Hugging Face's own."""
     bundles: nn.ModuleList
     names: tuple[str, ...]
     """Of the linear layers."""
-    linears: tuple[NestedLayer, ...]
+    linears: tuple[NestedModule, ...]
     width: Width
     starts: list[list[tuple[int, ...]]]
     """By the number of width steps: of each bundle, where its blocks start in memory that they all share."""
@@ -110,7 +107,7 @@ class BundledHalf(nn.Module):
         for number, (layer, placeholder) in enumerate(zip(self.linears, placeholders, strict=True)):
             layer.source = _Bundled(active, number, placeholder, grads)
         try:
-            return self.plain_forward(hidden, *args, **kwargs)
+            return self.half_forward(hidden, *args, **kwargs)
         finally:
             for layer in self.linears:
                 layer.source = None
@@ -226,17 +223,17 @@ _BARE = {OutputNestedLinear: _BareOutput, InputNestedLinear: _BareInput}
 def bundle(model: nn.Module) -> None:
     """Puts the weights of a nested model's halves together, in place; a copy of one half at a time. Once is enough."""
     for layer in model.modules():
-        if isinstance(layer, NestedDecoderLayer):
+        if isinstance(layer, NestedLayer):
             layer.run = run_by_blocks
-            for name, linears in HALVES.items():
-                half = getattr(layer, name)
-                if not isinstance(half, BundledHalf):
-                    _bundle_half(half, linears)
+            for half in layer.halves:
+                module = layer.get_submodule(half.path)
+                if not isinstance(module, BundledHalf):
+                    _bundle_half(module, tuple(part.path for part in half.parts if part.side != "norm"))
 
 
 def _bundle_half(half: nn.Module, names: tuple[str, ...]) -> None:
-    linears = tuple(getattr(half, name) for name in names)
-    half.__class__ = extended(type(half), BundledHalf, plain_forward=type(half).forward)
+    linears: Any = tuple(half.get_submodule(name) for name in names)
+    half.__class__ = extended(type(half), BundledHalf, half_forward=type(half).forward)
     assert isinstance(half, BundledHalf)
     half.names, half.linears, half.width = names, linears, linears[0].width
     half.bundles = nn.ModuleList()

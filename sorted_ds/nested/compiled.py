@@ -2,9 +2,9 @@
 
 In: a nested model. Out: the same model, whose decoder layers run compiled. The weights that a layer takes out of its
 blocks, eagerly, are the graph's inputs, their rows are a dynamic size, and nothing else in the layer depends on the
-width: a layer is compiled once for all widths and depths. Once more where one head is active (PyTorch treats a size of 1
-apart), without gradients (evaluation), and for another kind of layer (qwen2's sliding ones have a mask, the full ones
-have none).
+width: a layer is compiled once for all widths and depths. It is compiled once more where one head is active (PyTorch
+treats a size of 1 apart), without gradients (evaluation), and for another kind of layer (qwen2's sliding ones have a
+mask, the full ones have none).
 
 A layer that cannot be compiled as a whole, or that is compiled too often, is an error: never eager in silence.
 """
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sorted_ds.nested.decoder_layer import NestedDecoderLayer, joined, run_on
-from sorted_ds.nested.layers import are_adjacent
+from sorted_ds.nested.blocks import are_adjacent
+from sorted_ds.nested.layers import NestedLayer, joined, run_on
 from sorted_ds.nested.nest import NestedModel
 
 MOST_GRAPHS = 16
@@ -28,7 +28,7 @@ def compile_layers(model: NestedModel, backend: str = "inductor") -> None:
     config.recompile_limit = max(MOST_GRAPHS, config.recompile_limit)
     compiled = torch.compile(run_on, fullgraph=True, backend=backend)
 
-    def run(layer: NestedDecoderLayer, hidden: Tensor, args: tuple, kwargs: dict):
+    def run(layer: NestedLayer, hidden: Tensor, args: tuple, kwargs: dict):
         if not torch.is_grad_enabled():
             hidden = hidden.detach()  # with checkpointing the first layer's requires a gradient even here
         given = joined(layer.nested, _standing_alone)
@@ -37,8 +37,8 @@ def compile_layers(model: NestedModel, backend: str = "inductor") -> None:
                 torch._dynamo.mark_dynamic(tensor, 0)
         return compiled(given, layer, hidden, args, kwargs)
 
-    for layer in model.model.layers:
-        assert isinstance(layer, NestedDecoderLayer)
+    for layer in model.all_layers:
+        assert isinstance(layer, NestedLayer)
         layer.run = run
 
 

@@ -1,7 +1,7 @@
 """What each sub-network costs, counted on the family's own modules.
 
-In: a Hugging Face config and a space. Out: `Cost` of every sub-network, and the space in their order.
-Counts come from one layer built on the meta device (no memory, a few ms), so a new family needs no formula.
+In: a Hugging Face config, its family and a space. Out: the `Cost` of every sub-network, and the space in their order.
+The counts come from one layer built on the meta device (no memory, a few ms), so a new family needs no formula.
 """
 
 import math
@@ -9,84 +9,92 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from sorted_ds.families.decoder import family_of, full_size, head_dim, queries_per_group, subnet_config
+from sorted_ds.nested.family import Family, Half, layers_of
 from sorted_ds.space import Cost, SubNet, SubNetSpace
 
 KV_BYTES_PER_ELEMENT = 2
 
 
-def costs_of(space: SubNetSpace, config: PreTrainedConfig, row_tokens: int) -> dict[SubNet, Cost]:
+def costs_of(space: SubNetSpace, family: Family, config: PreTrainedConfig, row_tokens: int) -> dict[SubNet, Cost]:
     """The cost of every sub-network, attention counted over `row_tokens` positions."""
-    counted = _LayerCounts(config)
-    return {subnet: counted.cost(subnet, row_tokens) for subnet in space}
+    counts = _LayerCounts(family, config)
+    return {subnet: counts.cost(subnet, row_tokens) for subnet in space}
 
 
-def union_parameters(steps: Iterable[Sequence[SubNet]], config: PreTrainedConfig) -> list[int]:
-    """For the samples of each step: parameters that any of them uses, each counted once."""
-    counted = _LayerCounts(config)
-    return [counted.union(samples) for samples in steps]
+def union_parameters(steps: Iterable[Sequence[SubNet]], family: Family, config: PreTrainedConfig) -> list[int]:
+    """For the sub-networks of each step: parameters that any of them uses, each counted once."""
+    counts = _LayerCounts(family, config)
+    return [counts.union(subnets) for subnets in steps]
 
 
-def sorted_by_cost(space: SubNetSpace, config: PreTrainedConfig) -> SubNetSpace:
-    """The space in ascending order of parameters, ties by depth."""
-    costs = costs_of(space, config, row_tokens=1)
-    return space.sorted_by(lambda s: (costs[s].parameters, s))
+def sorted_by_cost(space: SubNetSpace, family: Family, config: PreTrainedConfig) -> SubNetSpace:
+    """The space in ascending order of parameters, ties by the sizes."""
+    costs = costs_of(space, family, config, row_tokens=1)
+    return space.sorted_by(lambda subnet: (costs[subnet].parameters, subnet))
 
 
 class _LayerCounts:
-    """Parameters of one layer by what they grow with, and of the rest."""
+    """Parameters of one layer by the axis along which they grow, and of the rest of the network."""
 
-    def __init__(self, config: PreTrainedConfig):
-        self.config = config
-        full = full_size(config)
+    def __init__(self, family: Family, config: PreTrainedConfig):
+        self.family, self.config = family, config
+        full = family.full(config)
+        self.widths = tuple(letter for letter in family.axes if letter != "d")
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(subnet_config(config, SubNet(1, full.groups, full.ffn)))
-        layer = model.model.layers[0]
-        attention, mlp = layer.self_attn, layer.mlp
-        norms = [getattr(attention, name) for name in family_of(config.model_type).nested_head_norms]
-        group_rows = [p for m in (attention.q_proj, attention.k_proj, attention.v_proj, *norms) for p in m.parameters()]
-        ffn_rows = [p for m in (mlp.gate_proj, mlp.up_proj) for p in m.parameters()]
-        self.group_parameters = _numel([*group_rows, attention.o_proj.weight]) // full.groups
-        self.group_products = _matrix_numel([*group_rows, attention.o_proj.weight]) // full.groups
-        self.ffn_parameters = _numel([*ffn_rows, mlp.down_proj.weight]) // full.ffn
-        self.ffn_products = _matrix_numel([*ffn_rows, mlp.down_proj.weight]) // full.ffn
-        nested = self.group_parameters * full.groups + self.ffn_parameters * full.ffn
-        self.fixed_parameters = _numel(layer.parameters()) - nested
-        self.final_norm_parameters = _numel(model.model.norm.parameters())
-        self.shared_parameters = _numel(model.parameters()) - _numel(layer.parameters())
-        self.head_products = model.get_output_embeddings().weight.numel()
+            one_layer = family.subnet_config(config, full.replace(d=1), layers=[0])
+            model = family.auto_class.from_config(one_layer)
+        layer = layers_of(model, family)[0]
+        self.parameters = dict.fromkeys(self.widths, 0)
+        self.products = dict.fromkeys(self.widths, 0)
+        for half in family.halves(config):
+            nested = _nested_parameters(layer, half)
+            self.parameters[half.axis] += _numel(nested) // full[half.axis]
+            self.products[half.axis] += _matrix_numel(nested) // full[half.axis]
+        self.fixed = _numel(layer.parameters()) - sum(self.parameters[a] * full[a] for a in self.widths)
+        self.shared = _numel(model.parameters()) - _numel(layer.parameters())
+        head = model.get_submodule(family.head)
+        embeddings = [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+        ends = {id(p): p for p in (*embeddings, *head.parameters())}
+        self.shared_between_ends = self.shared - _numel(ends.values())
+        self.head_products = head.weight.numel()
 
-    def layer_parameters(self, groups: int, ffn: int) -> int:
-        return self.fixed_parameters + self.group_parameters * groups + self.ffn_parameters * ffn
+    def layer_parameters(self, subnet: SubNet) -> int:
+        return self.fixed + sum(self.parameters[letter] * subnet[letter] for letter in self.widths)
 
-    def union(self, samples: Sequence[SubNet]) -> int:
-        total, lower = self.shared_parameters, 0
-        for depth in sorted({subnet.depth for subnet in samples}):
-            deep = [subnet for subnet in samples if subnet.depth >= depth]
-            widest = (max(subnet.groups for subnet in deep), max(subnet.ffn for subnet in deep))
-            total += (depth - lower) * self.layer_parameters(*widest)
+    def union(self, subnets: Sequence[SubNet]) -> int:
+        total, lower = self.shared, 0
+        for depth in sorted({subnet.depth for subnet in subnets}):
+            deep = [subnet for subnet in subnets if subnet.depth >= depth]
+            widest = deep[0].replace(**{letter: max(subnet[letter] for subnet in deep) for letter in self.widths})
+            total += (depth - lower) * self.layer_parameters(widest)
             lower = depth
         return total
 
     def cost(self, subnet: SubNet, row_tokens: int) -> Cost:
-        layers = subnet.depth * self.layer_parameters(subnet.groups, subnet.ffn)
-        products = self.group_products * subnet.groups + self.ffn_products * subnet.ffn
-        heads = subnet.groups * queries_per_group(self.config)
-        attention = 4 * row_tokens * heads * head_dim(self.config)
+        layers = subnet.depth * self.layer_parameters(subnet)
+        products = sum(self.products[letter] * subnet[letter] for letter in self.widths)
+        mixing = self.family.mixing_flops(self.config, subnet, row_tokens)
+        kv_elements = self.family.kv_elements(self.config, subnet)
         return Cost(
-            parameters=self.shared_parameters + layers,
-            non_embedding_parameters=self.final_norm_parameters + layers,
-            flops_per_token=2 * (self.head_products + subnet.depth * products) + subnet.depth * attention,
-            kv_bytes_per_token=2 * subnet.depth * subnet.groups * head_dim(self.config) * KV_BYTES_PER_ELEMENT,
+            parameters=self.shared + layers,
+            non_embedding_parameters=self.shared_between_ends + layers,
+            flops_per_token=2 * (self.head_products + subnet.depth * products) + subnet.depth * mixing,
+            kv_bytes_per_token=subnet.depth * kv_elements * KV_BYTES_PER_ELEMENT,
         )
 
 
-def _numel(parameters) -> int:
+def _nested_parameters(layer: nn.Module, half: Half) -> list[nn.Parameter]:
+    """The parameters that grow with the half's axis: all of a part but the bias of one that is nested on its inputs."""
+    parts = [(part, layer.get_submodule(half.path).get_submodule(part.path)) for part in half.parts]
+    return [p for part, module in parts for p in module.parameters() if part.side != "input" or p is module.weight]
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
     return sum(math.prod(p.shape) for p in parameters)
 
 
-def _matrix_numel(parameters: list[nn.Parameter]) -> int:
+def _matrix_numel(parameters: Iterable[nn.Parameter]) -> int:
     """Elements of the matrices alone: biases and norms cost no matrix product."""
     return _numel(p for p in parameters if p.dim() == 2)

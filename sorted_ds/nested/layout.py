@@ -7,7 +7,7 @@ cast, we do.
 import torch
 from torch import nn
 
-from sorted_ds.nested.layers import NestedLayer, are_adjacent
+from sorted_ds.nested.blocks import NestedModule, are_adjacent
 
 
 def lay_out(model: nn.Module) -> None:
@@ -27,6 +27,6 @@ def is_laid_out(model: nn.Module) -> bool:
 
 def _block_lists(model: nn.Module) -> list[list[nn.Parameter]]:
     """The weights, and the biases, of the blocks of each nested layer."""
-    layers = [layer for layer in model.modules() if isinstance(layer, NestedLayer)]
+    layers = [layer for layer in model.modules() if isinstance(layer, NestedModule)]
     lists = [[getattr(block, kind) for block in layer.blocks] for layer in layers for kind in ("weight", "bias")]
     return [parameters for parameters in lists if parameters and parameters[0] is not None]

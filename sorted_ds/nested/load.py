@@ -22,13 +22,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.nested.blocks import NestedModule
 from sorted_ds.nested.bundles import Parts, bundle, parts_of
-from sorted_ds.nested.layers import NestedLayer
-from sorted_ds.nested.nest import NestedModel, nest
-from sorted_ds.nested.weights import Slice, slices_of
+from sorted_ds.nested.family import Family
+from sorted_ds.nested.nest import NestedModel, nest_as
+from sorted_ds.nested.save import OWNED_FILE
+from sorted_ds.nested.weights import Slice, buffers_of, slices_of
 from sorted_ds.space import SubNetSpace
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -50,8 +52,13 @@ class WeightSource(Protocol):
         """A slice of the tensor `part.name`, rows first. May share memory with the whole tensor."""
         ...
 
+    def read_buffer(self, part: Slice) -> Tensor | None:
+        """A persistent buffer, or None where the source leaves it as it was initialised."""
+        ...
+
 
 def build(
+    family: Family,
     config: PreTrainedConfig,
     space: SubNetSpace,
     source: Path | None,
@@ -68,14 +75,14 @@ def build(
     parameters get memory and are handed over in the order of `named_parameters`: those of a layer half, or one.
     `beat` is called after each block.
 
-    Raises: UserError for an unknown family, a space that does not fit, or weights that are missing or misshapen, before
+    Raises: UserError for a space that does not fit, or weights that are missing or misshapen, before
     the first parameter is filled.
     """
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        plain = family.auto_class.from_config(config, dtype=dtype)
     modules = dict(copy.deepcopy(plain).named_modules())  # these stay on the meta device
-    model = nest(plain, space)
+    model = nest_as(family, plain, space)
     if take is not None:
         bundle(model)
     weights = _Scratch(model, modules, seed) if source is None else _Checkpoint(source, _hf_shapes(model, modules))
@@ -85,6 +92,7 @@ def build(
     else:
         _materialize_buffers(model, torch.device(device))
         _fill_one_by_one(model, weights, torch.device(device), take, beat)
+    _fill_buffers(model, weights)
     if source is not None and (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
@@ -96,7 +104,7 @@ def materialize(model: NestedModel, device: torch.device) -> None:
     Buffers are computed by the family's own `_init_weights`, as in `from_pretrained`.
     """
     for module in list(model.modules()):
-        if isinstance(module, NestedLayer):
+        if isinstance(module, NestedModule):
             _materialize_blocks(module, device)
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -113,7 +121,7 @@ def _materialize_buffers(model: NestedModel, device: torch.device) -> None:
             _initialize(model, module, keep_parameters=True)
 
 
-def _materialize_blocks(layer: NestedLayer, device: torch.device) -> None:
+def _materialize_blocks(layer: NestedModule, device: torch.device) -> None:
     for kind in ("weight", "bias"):
         like = getattr(layer.blocks[0], kind)
         if like is not None:
@@ -129,6 +137,14 @@ def _fill(model: NestedModel, weights: WeightSource, beat: Callable[[], None]) -
         for name, part in slices_of(model).items():
             parameters[name].copy_(weights.read(part))
             beat()
+
+
+def _fill_buffers(model: NestedModel, weights: WeightSource) -> None:
+    """Persistent buffers that the source has. From scratch they stay as the family's initialisation made them."""
+    buffers = dict(model.named_buffers())
+    for name, part in buffers_of(model).items():
+        if (value := weights.read_buffer(part)) is not None:
+            buffers[name].copy_(value)
 
 
 def _fill_one_by_one(
@@ -173,8 +189,8 @@ def _hand_over(module: nn.Module, kind: str, values: Tensor, device: torch.devic
 
 
 def _hf_shapes(model: NestedModel, modules: Mapping[str, nn.Module]) -> dict[str, torch.Size]:
-    """Of each Hugging Face tensor that is needed; `modules` are the plain model's."""
-    paths = (part.name.rpartition(".") for part in slices_of(model).values())
+    """The shape of each Hugging Face tensor that is needed; `modules` are the plain model's."""
+    paths = (part.name.rpartition(".") for part in (*slices_of(model).values(), *buffers_of(model).values()))
     return {f"{path}.{kind}": getattr(modules[path], kind).shape for path, _, kind in paths}
 
 
@@ -196,6 +212,9 @@ class _Scratch:
             self.module = nn.Module()  # released before the next is made
             self.path, self.module = path, self._made(path)
         return part.of(getattr(self.module, kind).detach())
+
+    def read_buffer(self, part: Slice) -> None:
+        return None
 
     def _made(self, path: str) -> nn.Module:
         module = copy.deepcopy(self.modules[path]).float().to_empty(device="cpu")
@@ -220,13 +239,15 @@ def _initialize(model: NestedModel, module: nn.Module, keep_parameters: bool = F
 class _Checkpoint:
     """Slices of the safetensors of a Hugging Face directory. A file is mapped for one slice, so its pages do not stay.
 
+    A copy that a sub-network owns is read from the side file; where that has none, the plain tensor is its first value.
+
     Raises, when it is made: UserError for a tensor of `shapes` that is missing or has another shape.
     """
 
     def __init__(self, source: Path, shapes: Mapping[str, torch.Size]):
         self.files: dict[str, Path] = {}
         found: dict[str, tuple] = {}
-        for path in _weight_files(source):
+        for path in _all_files(source):
             file = _opened(path)
             names = list(file.keys())
             self.files |= dict.fromkeys(names, path)
@@ -241,7 +262,12 @@ class _Checkpoint:
                 )
 
     def read(self, part: Slice) -> Tensor:
-        return part.of(_opened(self.files[part.name]).get_slice(part.name))
+        name = part.key if part.key in self.files else part.name
+        return part.of(_opened(self.files[name]).get_slice(name))
+
+    def read_buffer(self, part: Slice) -> Tensor:
+        name = part.key if part.key in self.files else part.name
+        return _opened(self.files[name]).get_tensor(name)
 
 
 def fingerprint(source: Path) -> str:
@@ -250,7 +276,7 @@ def fingerprint(source: Path) -> str:
     Raises: UserError when they cannot be read.
     """
     digest = hashlib.sha256()
-    for path in _weight_files(source):
+    for path in _all_files(source):
         file = _opened(path)
         for name in sorted(file.keys()):
             tensor = file.get_slice(name)
@@ -259,6 +285,12 @@ def fingerprint(source: Path) -> str:
             first = tensor[:1] if shape else file.get_tensor(name)
             digest.update(first.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _all_files(source: Path) -> list[Path]:
+    """The safetensors of the full network, and the side file, if there is one."""
+    owned = source / OWNED_FILE
+    return [*_weight_files(source), *([owned] if owned.is_file() else [])]
 
 
 def _weight_files(source: Path) -> list[Path]:

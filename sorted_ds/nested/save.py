@@ -1,12 +1,14 @@
 """The full network's Hugging Face directory, written while its weights come: no more than a file's of them at a time.
 
-In: a nested model, whose own weights are not looked at, and an iterator of (parameter, value), which gathers under
-ZeRO-3. Out: config.json, generation_config.json and safetensors, as `save_pretrained` would write them.
+In: a nested model, whose own parameters are not looked at, and an iterator of (parameter, value), which gathers under
+ZeRO-3. Out: config.json, generation_config.json and safetensors, as `save_pretrained` would write them; and, where
+sub-networks own tensors, `owned.safetensors` with the copies that are not the full network's.
 """
 
 import copy
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,8 +18,10 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from sorted_ds.nested.nest import NestedModel, empty_model, full_config
-from sorted_ds.nested.weights import assembled, active_slices
+from sorted_ds.nested.weights import all_slices, assembled
 
+OWNED_FILE = "owned.safetensors"
+"""Tensors that sub-networks own, but for the full network's, as `model.norm.weight@d4`."""
 LARGEST_FILE = "5GB"
 """What the hub advises."""
 
@@ -26,21 +30,28 @@ def save_full(
     model: NestedModel, weights: Iterable[tuple[str, Tensor]], folder: Path, largest_file: int | str = LARGEST_FILE
 ) -> None:
     """Makes `folder`. `weights`: all parameters of the model, in any order. Raises: OSError, SafetensorError."""
-    active = active_slices(model, model.space.full)
+    slices = all_slices(model)
     like = torch.empty(0, dtype=model.dtype, device="meta")
     plain = empty_model(model.hf_class, full_config(model), like)
     plain.generation_config = copy.deepcopy(model.generation_config)
     plain.save_pretrained(folder, state_dict={})  # the configs alone
-    names = {part.name for part in active.values()}  # a tied weight once
+    names = {part.key for part in slices.values()}  # a tied weight once
     sizes = {name: tensor for name, tensor in plain.state_dict().items() if name in names}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=largest_file)
     waiting: dict[str, dict[str, Tensor]] = {file: {} for file in split.filename_to_tensors}
-    for name, tensor in assembled(active, weights):
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in slices)
+    owned: dict[str, Tensor] = {}
+    for name, tensor in assembled(slices, chain(weights, buffers)):
+        if name not in sizes:
+            owned[name] = tensor.contiguous()
+            continue
         file = split.tensor_to_filename[name]
         waiting[file][name] = tensor
         if len(waiting[file]) == len(split.filename_to_tensors[file]):
             save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
     assert not waiting, f"weights are missing for {', '.join(waiting)}"
+    if owned:
+        save_file(owned, folder / OWNED_FILE, metadata={"format": "pt"})
     if split.is_sharded:
         metadata = {"total_parameters": plain.num_parameters(), **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}

@@ -1,14 +1,16 @@
 """What a run is: the sections and keys of a run file, with meaning, unit and default.
 
 In: nothing. Out: the frozen `Run` that `run_file.py` reads from TOML. A key's meaning stands under it and nowhere else:
-README's reference is made from here by tools/reference.py. Each number is stated once; what follows from it is derived
-in `resolve.py`.
+docs/run-file.md is made from here by tools/reference.py. Each number is stated once; what follows from it is derived in
+`build.py`.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from sorted_ds.space import AXES
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -37,27 +39,44 @@ class Model(Section):
     """Recompute each layer's activations in the backward pass: less memory, about a third more compute."""
 
 
-class Space(Section):
-    """The sub-networks: every combination of `depths`, `groups` and `ffn`, or the list `subnets`."""
+class SpaceBase(Section):
+    """The sub-networks: every combination of sizes along the axes of the model's family, or the list `subnets`."""
 
-    depths: list[Positive] = []
-    """Numbers of layers."""
-    groups: list[Positive] = []
-    """Numbers of attention groups (key/value heads with their query heads) in each layer."""
-    ffn: list[Positive] = []
-    """Numbers of feed-forward channels in each layer."""
     subnets: list[str] = []
     """Names instead of sizes, like `["d4-g2-f256", "d8-g4-f512"]`."""
+    layer_order: list[Annotated[int, Field(ge=0)]] = []
+    """A permutation of the layers, counted from 0. A sub-network of depth n has the first n layers of this order, and
+    runs them in the network's own sequence. Default: the network's own sequence."""
+
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        """The lists of sizes that are given, by their keys."""
+        return {axis.sizes: given for axis in AXES.values() if (given := getattr(self, axis.sizes))}
 
 
-class Schedule(Section):
+if TYPE_CHECKING:
+    Space = SpaceBase
+else:
+    Space = create_model(
+        "Space",
+        __base__=SpaceBase,
+        __doc__=SpaceBase.__doc__,
+        **{
+            axis.sizes: (list[Positive], Field(default=[], description=f"Numbers of {axis.counts}."))
+            for axis in AXES.values()
+        },
+    )
+
+
+class Sampling(Section):
     """Which sub-networks a step trains."""
 
-    samples: Positive = 4
-    """Sub-networks an optimizer step samples, each for an equal share of its rows. Does not depend on the ranks."""
-    strategy: Literal["uniform", "stratified", "sandwich", "full_plus"] = "stratified"
-    """`stratified`: one from each cost quantile, all equally often. `uniform`: independent samples. `sandwich`: the full,
-    the smallest, the rest at random. `full_plus`: the full one, the rest stratified."""
+    subnets_per_step: Positive = 4
+    """How many sub-networks an optimizer step samples. They share the step's rows equally. Does not depend on the
+    ranks."""
+    strategy: str = "stratified"
+    """`stratified`: one from each cost quantile, all equally often. `uniform`: independent samples. `sandwich`: the
+    full, the smallest, the rest at random. `full_plus`: the full one, the rest stratified."""
 
 
 class Data(Section):
@@ -86,7 +105,7 @@ class Batch(Section):
     """Rows of a step."""
 
     step_rows: Positive
-    """Rows of an optimizer step, over all samples and ranks."""
+    """Rows of an optimizer step, over all its sub-networks and ranks."""
     micro_batch_rows: Positive
     """Rows of one forward pass on one rank, at most."""
     row_tokens: Positive
@@ -181,12 +200,14 @@ class Run(Section):
     """A run file."""
 
     seed: int = 0
-    """Of weights, rows and samples."""
+    """Random weights, the order of rows and the sampled sub-networks follow from it."""
     run_dir: Path = Path("runs/{name}")
     """Where everything is written; `{name}` is the run file's name without its suffix, `{seed}` the seed."""
+    task: str = "causal_lm"
+    """What the network is trained for. `causal_lm`: predict the next token."""
     model: Model
     space: Space
-    schedule: Schedule = Schedule()
+    sampling: Sampling = Sampling()
     data: Data
     batch: Batch
     train: Train

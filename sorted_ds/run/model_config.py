@@ -1,7 +1,6 @@
 """The full network's Hugging Face config, from a run file or from a checkpoint.
 
-In: a `Run` and the vocabulary of its tokenizer. Out: a config that the family accepts, or one error that says which
-key it refuses.
+In: a `Run`. Out: a config that the family and the task accept, or one error that says which key is refused.
 """
 
 import difflib
@@ -9,36 +8,33 @@ from collections.abc import Mapping
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.data.text.tokenizer import Vocabulary
-from sorted_ds.families.decoder import family_of
+from sorted_ds.families import family_of
 from sorted_ds.nested.load import resolve_source
 from sorted_ds.run.config import SCRATCH, Run
+from sorted_ds.tasks import Task, task_of
 
 ROTARY_KEYS = ("rope_theta", "rope_scaling")
 """Config keys that Hugging Face takes and keeps as `rope_parameters`."""
 
 
-def model_config(run: Run, vocabulary: Vocabulary) -> PreTrainedConfig:
+def model_config(run: Run) -> PreTrainedConfig:
     """The full network's config: that of `model.init`, or of `model.family` with `model.config` filled in.
 
     Raises: UserError for an unknown family, a key that it does not have, or a value that it refuses.
     """
-    config = _scratch_config(run, vocabulary) if run.model.init == SCRATCH else _checkpoint_config(run, vocabulary)
+    task = task_of(run.task)
+    config = _scratch_config(run, task) if run.model.init == SCRATCH else _checkpoint_config(run)
+    task.check_config(run, config)
     config._attn_implementation = _attention(run, config)
-    longest = getattr(config, "max_position_embeddings", run.batch.row_tokens)
-    if run.batch.row_tokens > longest:
-        raise UserError(
-            f"batch.row_tokens = {run.batch.row_tokens}, but the model's max_position_embeddings is {longest}. "
-            f"Raise that in model.config, or set row_tokens to {longest} at most."
-        )
     return config
 
 
 def _attention(run: Run, config: PreTrainedConfig) -> str:
-    has_sdpa = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False)
+    model_class = family_of(config.model_type).auto_class._model_mapping[type(config)]
+    has_sdpa = getattr(model_class, "_supports_sdpa", False)
     if run.model.attention == "sdpa" and not has_sdpa:
         raise UserError(
             f'model.attention = "sdpa", which {config.model_type} does not have. Set "eager", or remove it.'
@@ -46,7 +42,7 @@ def _attention(run: Run, config: PreTrainedConfig) -> str:
     return run.model.attention or ("sdpa" if has_sdpa else "eager")
 
 
-def _checkpoint_config(run: Run, vocabulary: Vocabulary) -> PreTrainedConfig:
+def _checkpoint_config(run: Run) -> PreTrainedConfig:
     """Its dropout is switched off: random masks would make a resumed run another one."""
     if run.model.family or run.model.config:
         raise UserError(
@@ -55,22 +51,17 @@ def _checkpoint_config(run: Run, vocabulary: Vocabulary) -> PreTrainedConfig:
         )
     source = resolve_source(run.model.init)
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise UserError(f"{source / 'config.json'} cannot be used: {_first_line(error)}.") from error
     family_of(config.model_type)
-    if vocabulary.size > config.vocab_size:
-        raise UserError(
-            f"data.tokenizer = {run.data.tokenizer!r} has {vocabulary.size} tokens, but {run.model.init} knows "
-            f"{config.vocab_size}. Remove data.tokenizer to use the checkpoint's own."
-        )
     for key in _dropout_keys(config.to_dict()):
         setattr(config, key, 0.0)
     return config
 
 
-def _scratch_config(run: Run, vocabulary: Vocabulary) -> PreTrainedConfig:
-    family_of(run.model.family)
+def _scratch_config(run: Run, task: Task) -> PreTrainedConfig:
+    family = family_of(run.model.family)
     known = {*AutoConfig.for_model(run.model.family).to_dict(), *ROTARY_KEYS}
     for key in run.model.config:
         if key not in known:
@@ -81,24 +72,13 @@ def _scratch_config(run: Run, vocabulary: Vocabulary) -> PreTrainedConfig:
         raise UserError(
             f"model.config sets {key} = {run.model.config[key]}: dropout cannot be resumed exactly. Remove it."
         )
-    derived = {
-        "vocab_size": vocabulary.size,
-        "bos_token_id": vocabulary.bos_id,
-        "eos_token_id": vocabulary.eos_id,
-        "pad_token_id": None,
-        "use_cache": True,
-    }
+    fields = {**task.config_fields(run), **run.model.config}
     try:
-        config = AutoConfig.for_model(run.model.family, **{**derived, **run.model.config})
+        config = AutoConfig.for_model(run.model.family, **fields)
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
+            family.auto_class.from_config(config)
     except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
         raise UserError(f"model.config is refused by {run.model.family}: {_first_line(error)}.") from error
-    if vocabulary.size > config.vocab_size:
-        raise UserError(
-            f"model.config sets vocab_size = {config.vocab_size}, but the tokenizer has {vocabulary.size} tokens. "
-            "Remove it from model.config: it follows from the tokenizer."
-        )
     return config
 
 

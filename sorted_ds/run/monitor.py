@@ -9,7 +9,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,12 @@ from torch.utils.tensorboard import SummaryWriter
 from sorted_ds.checkpoint import Saved
 from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.deploy.model_dir import Measured
-from sorted_ds.deploy.table import console, measured_table, plan_table, step_lines
+from sorted_ds.deploy.table import console, measured_table
 from sorted_ds.run.config import Run
 from sorted_ds.run.plan import Plan
+from sorted_ds.run.plan_text import plan_table, step_lines
 from sorted_ds.space import SubNet, SubNetSpace
+from sorted_ds.tasks import task_of
 
 GIB = 2**30
 METRICS, FULL_LOSS = "metrics.jsonl", "loss/full_validation"
@@ -73,7 +75,7 @@ class Monitor:
 
     def __init__(self, run: Run, space: SubNetSpace, first_step: int, ranks: Ranks):
         self._is_on = ranks.is_first
-        self._num_steps, self._full = run.train.steps, space.full
+        self._num_steps, self._full, self._metrics = run.train.steps, space.full, task_of(run.task).metrics
         self.reported_step, self._paused = first_step, 0.0
         if not self._is_on:
             return
@@ -169,11 +171,11 @@ class Monitor:
         else:
             self._console.print(f"trained {step} steps; model, table and figure are in {self._run_dir}")
 
-    def table(self, measured: Sequence[Measured], unigram_nats: float) -> None:
+    def table(self, measured: Sequence[Measured], baseline: Mapping[str, float] | None) -> None:
         """Every sub-network, on standard output."""
         if self._is_on:
             with suppress(OSError):  # nobody may be there to read it
-                console().print(measured_table(measured, unigram_nats))
+                console().print(measured_table(measured, self._metrics, baseline))
 
     def __enter__(self) -> "Monitor":
         return self

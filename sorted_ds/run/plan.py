@@ -12,13 +12,13 @@ import torch
 
 from sorted_ds.data.loader import deal
 from sorted_ds.engine.modes import STAGES, has_offloaded_weights, is_bf16, is_offloaded, mode_warnings, stage_of
+from sorted_ds.families import family_of
 from sorted_ds.nested import costs_of, union_parameters
+from sorted_ds.run.build import sampler_of
 from sorted_ds.run.config import Run
-from sorted_ds.run.resolve import schedule_of
 from sorted_ds.run.run_file import load_engine_config
 from sorted_ds.run.traffic import REUSE_DISTANCE, Samples, step_traffic
-from sorted_ds.space import Cost, SubNet, SubNetSpace
-from sorted_ds.space.sampling import Sampler
+from sorted_ds.space import Cost, Sampler, SubNet, SubNetSpace
 
 FEWEST_VISITS = 100
 """Below this many expected samples a sub-network's own weights have hardly been trained."""
@@ -102,11 +102,11 @@ class Plan:
     subnets: tuple[PlannedSubNet, ...]
     num_ranks: int
     steps: int
-    samples: int
-    rows_per_sample: int
+    subnets_per_step: int
+    rows_per_subnet: int
     tokens_per_step: int
-    forwards_per_sample: int
-    """Forward passes of each rank for one sample."""
+    forwards_per_subnet: int
+    """Forward passes of each rank for one sampled sub-network."""
     rows_per_forward: int
     padded_fraction: float
     """Rows without targets among those that run."""
@@ -121,11 +121,12 @@ class Plan:
 
 def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
     """The plan of a checked run; `space` and `config` as `resolve` gives them."""
-    costs = costs_of(space, config, run.batch.row_tokens)
-    schedule = schedule_of(run, costs)
-    visits = schedule.expected_visits(run.train.steps)
-    dealt = deal(run.batch.step_rows, run.sampling.subnets_per_step, run.batch.micro_batch_rows, num_ranks)
-    rows_per_sample = run.batch.step_rows // run.sampling.subnets_per_step
+    family = family_of(config.model_type)
+    costs = costs_of(space, family, config, run.batch.row_tokens)
+    sampler = sampler_of(run, costs)
+    visits = sampler.expected_visits(run.train.steps)
+    dealt = deal(run.batch.step_rows, sampler.num_shares, run.batch.micro_batch_rows, num_ranks)
+    num_visits = sum(visits.values())
     engine = load_engine_config(run.engine.deepspeed)
     planned = []
     for subnet in space:
@@ -137,19 +138,19 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
                 cost.non_embedding_parameters,
                 cost.flops_per_token,
                 cost.kv_bytes_per_token,
-                visits[subnet] / (run.train.steps * run.sampling.subnets_per_step),
+                visits[subnet] / num_visits,
                 visits[subnet],
-                visits[subnet] * rows_per_sample * run.batch.row_tokens,
+                visits[subnet] * dealt.rows_per_share * run.batch.row_tokens,
             )
         )
     return Plan(
         subnets=tuple(planned),
         num_ranks=num_ranks,
         steps=run.train.steps,
-        samples=run.sampling.subnets_per_step,
-        rows_per_sample=rows_per_sample,
+        subnets_per_step=run.sampling.subnets_per_step,
+        rows_per_subnet=dealt.rows_per_share,
         tokens_per_step=run.batch.step_rows * run.batch.row_tokens,
-        forwards_per_sample=dealt.forwards,
+        forwards_per_subnet=dealt.forwards,
         rows_per_forward=dealt.rows_per_forward,
         padded_fraction=dealt.padded_fraction,
         flops=training_flops(
@@ -158,7 +159,7 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
             FORWARD_AND_BACKWARD + run.model.activation_checkpointing,
         ),
         memory=memory(engine, run.optim.name, planned[-1].parameters, num_ranks),
-        sent_bytes=sent_bytes(run, engine, schedule, config, costs, dealt.forwards, num_ranks),
+        sent_bytes=sent_bytes(run, engine, sampler, config, costs, dealt.forwards, num_ranks),
         checkpoint_bytes=planned[-1].parameters * (12 if run.optim.name == "adamw" else 4),
         warnings=(*warnings(planned), *mode_warnings(engine, torch.cuda.is_available())),
     )
@@ -189,13 +190,13 @@ def memory(engine: dict, optimizer: str, num_parameters: int, num_ranks: int) ->
 
 
 def sent_bytes(
-    run: Run, engine: dict, schedule: Sampler, config, costs: dict[SubNet, Cost], forwards: int, num_ranks: int
+    run: Run, engine: dict, sampler: Sampler, config, costs: dict[SubNet, Cost], forwards: int, num_ranks: int
 ) -> dict[int, float]:
     """Bytes that a rank sends in a step at each stage, averaged over the samples of the first steps."""
     distance = engine.get("zero_optimization", {}).get("stage3_max_reuse_distance", REUSE_DISTANCE)
-    full = costs[schedule.subnets[-1]].parameters
-    steps = [schedule.sample(step) for step in range(min(SAMPLED_STEPS, run.train.steps))]
-    unions = union_parameters(steps, config)
+    full = costs[sampler.full].parameters
+    steps = [sampler.sample(step) for step in range(min(SAMPLED_STEPS, run.train.steps))]
+    unions = union_parameters(steps, family_of(config.model_type), config)
     sampled = [Samples([costs[s].parameters for s in step], u, forwards) for step, u in zip(steps, unions, strict=True)]
     settings = (is_bf16(engine), full)
     kept = (int(distance), run.model.activation_checkpointing)
@@ -228,5 +229,6 @@ def warnings(subnets: Sequence[PlannedSubNet]) -> tuple[str, ...]:
     fewest = min(few, key=lambda s: s.visits)
     return (
         f"{len(few)} of {len(subnets)} sub-networks are expected fewer than {FEWEST_VISITS} visits (fewest: "
-        f"{fewest.subnet}, {fewest.visits:.0f}). Train more steps, raise sampling.subnets_per_step, or make the space smaller.",
+        f"{fewest.subnet}, {fewest.visits:.0f}). Train more steps, raise "
+        "sampling.subnets_per_step, or make the space smaller.",
     )

@@ -24,11 +24,9 @@ import sorted_ds
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import share, sync
 from sorted_ds.checkpoint import Checkpoints
-from sorted_ds.checkpoint.identity import Identity, flat
+from sorted_ds.checkpoint.identity import MODEL, Identity, flat, with_current_keys
 from sorted_ds.checkpoint.index import fingerprint, name_of
 from sorted_ds.cluster.ranks import Ranks
-from sorted_ds.data.text.prepare import TokenizedText
-from sorted_ds.data.text.tokenizer import load_tokenizer, save_tokenizer
 from sorted_ds.deploy.evaluate import save, stored_dtype
 from sorted_ds.deploy.model_dir import PARETO_PNG, SUBNETS_JSON, Measured, ModelDir, Sorted
 from sorted_ds.engine import Engine
@@ -36,9 +34,14 @@ from sorted_ds.nested import NestedModel, save_full
 from sorted_ds.run.config import Run
 from sorted_ds.run.run_file import load_engine_config
 from sorted_ds.space import SubNetSpace
+from sorted_ds.tasks import Prepared, Task
 
 RUN_JSON = "run.json"
 PACKAGE = Path(sorted_ds.__file__).parent
+IDENTITY_KEYS = ("seed", "task", "space.", "sampling.", "batch.step_rows", "batch.row_tokens", "optim.name")
+"""Sections and keys that a run cannot change and still be the same run."""
+NOT_THE_MODEL = ("transformers_version", "dtype", "use_cache", "architectures", "_name_or_path")
+"""Keys of a Hugging Face config that say nothing about the network."""
 PACKAGES = ("sorted-ds", "torch", "deepspeed", "transformers", "tokenizers", "safetensors")
 
 
@@ -48,15 +51,22 @@ class RunDir:
 
     run: Run
     config: PreTrainedConfig
-    tokens: TokenizedText
+    task: Task
+    data: Prepared
     ranks: Ranks
     beat: Callable[[], None]
     """Called as long as something moves."""
 
+    @property
+    def baseline(self) -> Mapping[str, float] | None:
+        """Name and loss of something trivial to compare with."""
+        trivial = self.task.baseline(self.data)
+        return None if trivial is None else {trivial.name: trivial.loss}
+
     def checkpoints(self) -> Checkpoints:
         """RUN_DIR/checkpoints, of this run alone."""
         settings = self.run.checkpoint
-        folder, identity = self.run.run_dir / "checkpoints", Identity.of(self.run, self.config, self.tokens.key)
+        folder, identity = self.run.run_dir / "checkpoints", identity_of(self.run, self.config, self.data.key)
         how = (settings.asynchronous, settings.strict, self.beat)
         return Checkpoints(folder, settings.keep_last, identity, self.ranks, *how)
 
@@ -72,7 +82,7 @@ class RunDir:
                     "run": run,
                     "deepspeed": deepspeed_config,
                     "num_ranks": self.ranks.size,
-                    "identity": Identity.of(self.run, self.config, self.tokens.key).facts,
+                    "identity": identity_of(self.run, self.config, self.data.key).facts,
                     "versions": versions(),
                     "commit": _commit(),
                 }
@@ -92,11 +102,12 @@ class RunDir:
         where = ModelDir(self.run.run_dir, self.run.run_dir / "model")
         try:
             found, expected = where.read(), self._sorted(engine.model.space)
-            of_model = (found.checkpoint, found.space, found.row_tokens, stored_dtype(where))
-            if of_model != (expected.checkpoint, expected.space, expected.row_tokens, engine.model.dtype):
+            same = (found.checkpoint, found.space, found.layer_order, found.row_tokens, found.task)
+            wanted = (expected.checkpoint, expected.space, expected.layer_order, expected.row_tokens, expected.task)
+            if (*same, stored_dtype(where)) != (*wanted, engine.model.dtype):
                 return None
             # The data may have moved. Rows of other targets go when the first of these comes (ModelDir.add_measured).
-            where.write(replace(expected, subnets=found.subnets, unigram_nats=found.unigram_nats))
+            where.write(replace(expected, subnets=found.subnets, baseline=found.baseline))
         except (OSError, UserError):
             return None
         return [row.subnet for row in found.subnets if row.num_targets == num_targets]
@@ -116,7 +127,7 @@ class RunDir:
         shutil.rmtree(hidden, ignore_errors=True)
         try:
             save_full(model, weights, hidden)
-            save_tokenizer(load_tokenizer(str(self.tokens.tokenizer_dir)), hidden)
+            self.task.write_processor(self.data, hidden)
             ModelDir(self.run.run_dir, hidden).write(self._sorted(model.space))
             share(hidden)
             for path in (*hidden.iterdir(), hidden):
@@ -133,14 +144,16 @@ class RunDir:
             shutil.rmtree(hidden, ignore_errors=True)
 
     def _sorted(self, space: SubNetSpace) -> Sorted:
-        tokens_dir = self.tokens.tokens_dir
-        data = {"tokens_dir": str(tokens_dir), "from_run_dir": os.path.relpath(tokens_dir, self.run.run_dir)}
+        folder = self.data.folder
+        data = {"tokens_dir": str(folder), "from_run_dir": os.path.relpath(folder, self.run.run_dir)}
         names = tuple(subnet.name for subnet in space)
         return Sorted(
             names,
             data,
             row_tokens=self.run.batch.row_tokens,
             eval_rows=self.run.eval.rows,
+            task=self.run.task,
+            layer_order=space.layer_order,
             checkpoint=fingerprint(self.run.run_dir / "checkpoints" / name_of(self.run.train.steps)),
         )
 
@@ -158,8 +171,17 @@ class RunDir:
             if self.ranks.is_first:
                 where = ModelDir.find(self.run.run_dir)
                 if rows := measured or where.read().subnets:  # an earlier start may have ended before the figure
-                    table = save(where, rows, self.tokens.unigram_nats).measured
+                    table = save(where, rows, self.task, self.data).measured
         return table
+
+
+def identity_of(run: Run, config: PreTrainedConfig, data_key: str) -> Identity:
+    """What makes a run this run: keys of its run file, its model's config and its data."""
+    keys = flat(run.model_dump(mode="json"))
+    model = flat({key: value for key, value in config.to_dict().items() if key not in NOT_THE_MODEL})
+    facts = {key: value for key, value in keys.items() if key.startswith(IDENTITY_KEYS)}
+    facts |= {f"{MODEL}{key}": value for key, value in model.items()}
+    return Identity({**facts, "data": data_key}, run.checkpoint.extend_space)
 
 
 def versions() -> dict[str, str]:
@@ -196,7 +218,7 @@ def _changes(path: Path, run: Mapping) -> list[str]:
     if not path.is_file():
         return []
     try:
-        before = flat(json.loads(path.read_text(encoding="utf-8"))["run"])
+        before = with_current_keys(flat(json.loads(path.read_text(encoding="utf-8"))["run"]))
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{path} could not be read, so changes of the run file are not listed"]
     return list(_differences(before, flat(run)))

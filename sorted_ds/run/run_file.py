@@ -74,11 +74,13 @@ def _explain(error: ValidationError) -> str:
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     *sections, key = [str(part) for part in first["loc"]]
     name = ".".join([*sections, key])
+    if name in MOVED:
+        return f"{name!r} is called {MOVED[name]!r} now. Rename it."
     if first["type"] == "extra_forbidden":
         near = _nearest_key(sections, key)
         return f"unknown key {name!r}. " + (f"Did you mean {near!r}?" if near else "Remove it.")
     if first["type"] == "missing":
-        return f"{name!r} is missing. Add it; README's reference of run files says what it is."
+        return f"{name!r} is missing. Add it; docs/run-file.md says what it is."
     message = first["msg"].removeprefix("Input should be ").rstrip(".")
     return f"{name} = {first['input']!r} should be {message}."
 
@@ -130,6 +132,12 @@ def _with_absolute_paths(run: Run, path: Path) -> Run:
         }
     )
 
+
+MOVED = {
+    "schedule": "sampling",
+    "sampling.draws": "sampling.subnets_per_step",
+}
+"""Sections and keys of earlier versions, with their names of today."""
 
 RUN_FILE_KEYS = {
     "train_batch_size": "[batch]",

@@ -1,14 +1,14 @@
 """Training: the loop, and how a rank comes to it.
 
 In: a run file, on every rank. Out, in RUN_DIR: run.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end
-model/ with the measured table, subnets.json and pareto.png. The step number is the only cursor: rows, samples and
+model/ with the measured table, subnets.json and pareto.png. The step number is the only cursor: rows, passes and
 learning rate follow from it, so a run that is started again goes on as if it had not stopped.
 """
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -27,23 +27,34 @@ from sorted_ds.cluster.slurm import requeue
 from sorted_ds.cluster.stop import PARENT, Stop, Wanted
 from sorted_ds.cluster.watchdog import Watchdog
 from sorted_ds.data.loader import Loader, MicroBatch
-from sorted_ds.data.text.prepare import TokenizedText, find_prepared, open_tokens
 from sorted_ds.deploy.evaluate import measure
 from sorted_ds.deploy.model_dir import Measured
 from sorted_ds.engine import Engine
+from sorted_ds.families import family_of
 from sorted_ds.nested import NestedModel, costs_of
-from sorted_ds.run.assemble import engine_of, eval_subnets, load_model, source_of, training_loader, validation_of
+from sorted_ds.run.build import (
+    check_run,
+    engine_of,
+    eval_subnets,
+    load_model,
+    sampler_of,
+    source_of,
+    training_loader,
+    validation_of,
+)
 from sorted_ds.run.config import Run
 from sorted_ds.run.learning_rate import lr_at
 from sorted_ds.run.monitor import LossSums, Monitor
 from sorted_ds.run.plan import make_plan
-from sorted_ds.run.resolve import check_run, data_spec, schedule_of
 from sorted_ds.run.run_dir import RunDir, facts
 from sorted_ds.run.run_file import load_engine_config, load_run
-from sorted_ds.space import Cost, SubNet
+from sorted_ds.space import Cost, Pass, SubNet
+from sorted_ds.space.sampling import Planned
+from sorted_ds.tasks import Metric, Prepared, Task, task_of
+from sorted_ds.tasks.task import Sums
 
 
-def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> None:
+def train(run: Run, task: Task, data: Prepared, ranks: Ranks, watchdog: Watchdog) -> None:
     """Trains from the last checkpoint, or from step 0, to the end or until a stop is asked for. A collective.
 
     Raises: UserError, on all ranks, for what the user can mend.
@@ -52,12 +63,12 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
         launchers = Ancestors(os.environ, PARENT, is_launched=ranks.size > 1)
         stop = Stop(run.run_dir, run.train.time_limit, ranks.is_first, launchers.one_is_gone)
         config, space = check_run(run)
-        loader = training_loader(run, tokens, ranks)
-        validation = validation_of(run, tokens, ranks)
-    costs = costs_of(space, config, run.batch.row_tokens)
-    schedule = schedule_of(run, costs)
-    engine = warm_engine(run, load_model(run, config, space, ranks, watchdog.beat), loader, ranks, watchdog)
-    folder = RunDir(run, config, tokens, ranks, watchdog.beat)
+        costs = costs_of(space, family_of(config.model_type), config, run.batch.row_tokens)
+        sampler = sampler_of(run, costs)
+        loader = training_loader(run, task, data, sampler.num_shares, ranks)
+        validation = validation_of(run, task, data, ranks)
+    engine = warm_engine(run, task, load_model(run, config, space, ranks, watchdog.beat), loader, ranks, watchdog)
+    folder = RunDir(run, config, task, data, ranks, watchdog.beat)
     checkpoints = folder.checkpoints()
     step = restore(checkpoints, engine, run.train.steps)
     sums = LossSums(space, 1 / (loader.dealt.forwards * ranks.size), ranks.device)
@@ -74,17 +85,19 @@ def train(run: Run, tokens: TokenizedText, ranks: Ranks, watchdog: Watchdog) -> 
         while step < run.train.steps:
             if is_due(step, run.eval.every_steps) and step > evaluated:
                 chosen = eval_subnets(run, space)
-                measured, seconds, wanted = evaluate(engine, chosen, validation, costs, ask, watchdog.beat)
+                measured, seconds, wanted = evaluate(
+                    engine, chosen, validation, task.metrics, costs, ask, watchdog.beat
+                )
                 if wanted.ends:
                     break
                 monitor.evaluated(step, measured, seconds)
                 evaluated = step
-            samples, batches = schedule.sample(step), loader.batches(step)
-            wanted, num_targets = ask(told(step, samples), count_targets(batches))
+            plan, batches = sampler.plan(step), loader.batches(step)
+            wanted, num_targets = ask(describe_step(step, plan), count_targets(plan, batches))
             if wanted.ends:
                 break
             learning_rate = lr_at(step, run.train.steps, run.optim)
-            losses = accumulate(engine, samples, batches, num_targets)
+            losses = accumulate(engine, plan, batches, num_targets)
             norm = engine.step(learning_rate)
             check_finite(step, losses, norm, checkpoints, ranks)
             sums.add(losses)
@@ -120,12 +133,12 @@ def ask_all(
     return wanted, num_targets
 
 
-def warm_engine(run: Run, model: NestedModel, loader: Loader, ranks: Ranks, watchdog: Watchdog) -> Engine:
+def warm_engine(run: Run, task: Task, model: NestedModel, loader: Loader, ranks: Ranks, watchdog: Watchdog) -> Engine:
     """The engine around the model, with everything compiled that will be. A collective."""
     watchdog.beat()
-    engine = engine_of(run, model, ranks)
+    engine = engine_of(run, task, model, ranks)
     watchdog.beat()
-    engine.warm_up(loader.dealt.rows_per_forward, run.batch.row_tokens)
+    engine.warm_up(loader.batches(step=0)[0][0])
     watchdog.beat()
     return engine
 
@@ -176,7 +189,7 @@ def leave_model(
     monitor: Monitor,
 ) -> Wanted:
     """Writes the model and measures it, where an earlier start has not, and until the run is to end. A collective."""
-    num_targets = round(folder.ranks.sum([count_targets([validation])])[0])
+    num_targets = round(folder.ranks.sum([sum(batch.num_targets for batch in validation)])[0])
     known = folder.measured(engine, num_targets)
     if known is None:
         folder.write_model(engine)
@@ -185,6 +198,7 @@ def leave_model(
         engine,
         [subnet for subnet in engine.model.space if subnet.name not in (known or ())],
         validation,
+        folder.task.metrics,
         costs,
         lambda: (Wanted(*folder.ranks.sum(stop.wanted(seconds_to_save=0.0))), 0.0),
         folder.beat,
@@ -194,7 +208,7 @@ def leave_model(
         return wanted
     if measured or not monitor.has_evaluated(folder.run.train.steps):
         monitor.evaluated(folder.run.train.steps, table, seconds)
-    monitor.table(table, folder.tokens.unigram_nats)
+    monitor.table(table, folder.baseline)
     return wanted
 
 
@@ -203,33 +217,44 @@ def is_due(step: int, every_steps: int) -> bool:
     return step > 0 and every_steps > 0 and step % every_steps == 0
 
 
-def told(step: int, samples: Sequence[SubNet]) -> str:
-    """What every rank must do alike in a step: the collectives of another sample would be others."""
-    return f"step {step} samples {', '.join(map(str, samples))}"
+def describe_step(step: int, plan: Sequence[Planned]) -> str:
+    """Describes the passes of a step. Ranks compare it: ranks with other passes would issue other collectives."""
+    return f"step {step} runs {', '.join(str(planned) for planned in plan)}"
 
 
-def count_targets(batches: Sequence[Sequence[MicroBatch]]) -> int:
-    """Of this rank, over all samples of a step."""
-    return sum(batch.num_targets for sample in batches for batch in sample)
+def passes_of(plan: Sequence[Planned], batches: Sequence[Sequence[MicroBatch]]) -> Iterator[tuple[Pass, MicroBatch]]:
+    """The passes of a step in their order, each micro-batch with all passes of its share: a teacher before its student.
+
+    `batches`: for each share of the step's rows, this rank's micro-batches.
+    """
+    for share, micro_batches in enumerate(batches):
+        runs = [planned.run for planned in plan if planned.share == share]
+        for batch in micro_batches:
+            yield from ((run, batch) for run in runs)
+
+
+def count_targets(plan: Sequence[Planned], batches: Sequence[Sequence[MicroBatch]]) -> int:
+    """The targets of a step on this rank, each counted as often as a pass with a gradient has it."""
+    return sum(batch.num_targets for run, batch in passes_of(plan, batches) if run.has_gradient)
 
 
 def accumulate(
-    engine: Engine, samples: Sequence[SubNet], batches: Sequence[Sequence[MicroBatch]], num_targets: float
+    engine: Engine, plan: Sequence[Planned], batches: Sequence[Sequence[MicroBatch]], num_targets: float
 ) -> list[tuple[SubNet, Tensor, int]]:
-    """The gradient of a step: of the mean over all ranks' targets. Returns this rank's summed losses in nats."""
+    """Accumulates the gradient of the mean loss over all ranks' targets. Returns this rank's summed losses in nats."""
     losses = []
-    for subnet, sample in zip(samples, batches, strict=True):
-        for batch in sample:
-            nll = engine.forward(batch.input_ids, batch.labels, subnet)
+    for run, batch in passes_of(plan, batches):
+        nll = engine.forward(batch.inputs, run)
+        if run.has_gradient:
             engine.backward(nll / num_targets)
-            losses.append((subnet, nll.detach(), batch.num_targets))
+            losses.append((run.subnet, nll.detach(), batch.num_targets))
     return losses
 
 
 def check_finite(
     step: int, losses: Sequence[tuple[SubNet, Tensor, int]], norm: float, checkpoints: Checkpoints, ranks: Ranks
 ) -> None:
-    """Raises: UserError on all ranks when the step's gradient is not finite, naming the sample whose loss is not.
+    """Raises: UserError on all ranks when a gradient is not finite; it names the sub-network whose loss is not.
 
     The norm is the same on all ranks, and a loss that is not finite makes it so.
     """
@@ -257,6 +282,7 @@ def evaluate(
     engine: Engine,
     subnets: Iterable[SubNet],
     batches: Sequence[MicroBatch],
+    metrics: Sequence[Metric],
     costs: Mapping[SubNet, Cost],
     ask: Callable[[], tuple[Wanted, float]],
     beat: Callable[[], None],
@@ -267,9 +293,9 @@ def evaluate(
     """
     start = time.perf_counter()
 
-    def forward(batch: MicroBatch, subnet: SubNet) -> tuple[Tensor, Tensor]:
+    def forward(batch: MicroBatch, subnet: SubNet) -> Sums:
         beat()
-        return engine.evaluate(batch.input_ids, batch.labels, subnet)
+        return engine.evaluate(batch.inputs, subnet)
 
     measured: list[Measured] = []
     wanted = Wanted()
@@ -277,20 +303,20 @@ def evaluate(
         wanted, _ = ask()
         if wanted.ends:
             break
-        measured += measure(forward, [subnet], batches, engine.ranks.sum, costs)
+        measured += measure(forward, [subnet], batches, metrics, engine.ranks.sum, costs)
     return measured, time.perf_counter() - start, wanted
 
 
-def shared_tokens(run: Run, ranks: Ranks) -> TokenizedText:
-    """The prepared tokens that rank 0 finds. Tokenising here would let collectives time out. A collective.
+def shared_data(run: Run, task: Task, ranks: Ranks) -> Prepared:
+    """The prepared data that rank 0 finds. To prepare it here would let collectives time out. A collective.
 
-    Raises: UserError, on all ranks, when they are not prepared.
+    Raises: UserError, on all ranks, when it is not prepared.
     """
     with ranks.together():
-        found = find_prepared(data_spec(run), run.data.cache_dir) if ranks.is_first else None
-    folder = ranks.gather(str(found.tokens_dir) if found else "")[0]
+        found = task.find_prepared(run) if ranks.is_first else None
+    folder = ranks.gather(str(found.folder) if found else "")[0]
     with ranks.together():
-        return open_tokens(Path(folder))
+        return task.open_prepared(Path(folder))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -301,14 +327,14 @@ def main(arguments: Sequence[str]) -> int:
         with joined_ranks() as ranks:
             with ranks.together():
                 run = load_run(Path(arguments[0]), arguments[1:])
-                known = facts(run)
+                task, known = task_of(run.task), facts(run)
             ranks.agree(known)
             with ranks.together():
                 source_of(run)  # a download may take longer than the watchdog waits
                 claimed = claim(run.run_dir) if ranks.is_first else nullcontext()
                 release_dead_locks(tells=ranks.local_rank == 0)
             with claimed, Watchdog(run.train.hang_minutes, run.run_dir, ranks.rank) as watchdog:
-                train(run, shared_tokens(run, ranks), ranks, watchdog)
+                train(run, task, shared_data(run, task, ranks), ranks, watchdog)
     except AgreedError as error:
         if ranks.is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)

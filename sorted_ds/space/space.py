@@ -1,47 +1,15 @@
-"""Sub-networks and the space of those that are trained.
+"""The space: the sub-networks that are trained, and the order in which depth takes the layers.
 
-In: sizes from the run file or from Python. Out: `SubNet` values in a `SubNetSpace`, on which the schedule samples,
-and into which `nest` cuts a model. Nothing here knows a model; what a sub-network costs is in `nested/costs.py`.
+In: sizes or names, from the run file or from Python. Out: a `SubNetSpace`, from which a step samples and into which
+`nest` cuts a model. Nothing here knows a model; the costs of a sub-network are in `nested/costs.py`.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from sorted_ds.base.errors import UserError
-
-
-@dataclass(frozen=True, order=True)
-class SubNet:
-    """A prefix of the full network: its first `depth` layers, in each its first `groups` groups and `ffn` channels.
-
-    An attention group is one key/value head with its query heads. Source: SortedNet, arXiv 2309.00255, section 3.
-    """
-
-    depth: int
-    groups: int
-    ffn: int
-
-    @property
-    def name(self) -> str:
-        """`d12-g4-f2048`."""
-        return f"d{self.depth}-g{self.groups}-f{self.ffn}"
-
-    def __str__(self) -> str:
-        return self.name
-
-    @classmethod
-    def parse(cls, name: str) -> "SubNet":
-        """The sub-network of a name. Raises UserError when the text is none."""
-        found = re.fullmatch(r"d([1-9]\d*)-g([1-9]\d*)-f([1-9]\d*)", name)
-        if found is None:
-            raise UserError(f"{name!r} is no sub-network's name. Write depth, groups and ffn like d12-g4-f2048.")
-        return cls(*map(int, found.groups()))
-
-    def is_within(self, other: "SubNet") -> bool:
-        """Whether `other` holds every weight of this one."""
-        return self.depth <= other.depth and self.groups <= other.groups and self.ffn <= other.ffn
+from sorted_ds.space.axes import AXES, DEPTH, SubNet
 
 
 @dataclass(frozen=True)
@@ -49,72 +17,103 @@ class Cost:
     """What one sub-network costs, as counted on the extracted model."""
 
     parameters: int
-    """All weights, tied ones once."""
+    """All weights; tied ones count once."""
     non_embedding_parameters: int
-    """Those of the active layers and the final norm: what depth and width change."""
+    """The weights of its layers and of the final norm: what depth and width change."""
     flops_per_token: int
     """Forward matrix products, two per multiply-add, attention over `row_tokens` positions, causal mask not halved."""
     kv_bytes_per_token: int
-    """Key/value cache at two bytes an element."""
+    """Key/value cache at two bytes an element; 0 for a network that has none."""
 
 
 class SubNetSpace(Sequence[SubNet]):
-    """The sorted sub-networks that are trained; each contains every one that is smaller in all dimensions.
+    """The sorted sub-networks that are trained; each contains every one that is smaller along all axes.
 
     `space[3]`, `space["d4-g2-f256"]`, iteration and `in` work. The largest holds all others.
     """
 
-    def __init__(self, subnets: Iterable[SubNet], key: Callable[[SubNet], tuple] | None = None):
-        """Sorts by `key` (default: depth, groups, ffn).
+    def __init__(
+        self,
+        subnets: Iterable[SubNet],
+        key: Callable[[SubNet], tuple] | None = None,
+        layer_order: Sequence[int] | None = None,
+    ):
+        """Sorts by `key` (default: by the sizes, in the order of the axes).
 
-        Raises: UserError for an empty space, a repeated sub-network, or one without a largest.
+        `layer_order`: a permutation of the full network's layers, counted from 0. Depth n holds the first n layers of
+        this order, and runs them in the network's own sequence. Default: the network's own sequence.
+
+        Raises: UserError for an empty space, a repeated sub-network, different axes, one without a largest, or an order
+        that is not a permutation.
         """
-        self._subnets = tuple(sorted(subnets, key=key))
-        if not self._subnets:
+        members = list(subnets)
+        if not members:
             raise UserError("space is empty. Name at least one sub-network.")
+        self.axes = members[0].axes
+        if other := next((s for s in members if s.axes != self.axes), None):
+            raise UserError(
+                f"space has {members[0]} and {other}, which differ in their axes. Name a size for the same axes, "
+                "in the same order, in each."
+            )
+        if DEPTH not in self.axes:
+            raise UserError(f"space has {members[0]}, without a depth. Name sizes along {DEPTH} ({AXES[DEPTH].sizes}).")
+        self._subnets = tuple(sorted(members, key=key))
         repeated = [s.name for a, s in zip(self._subnets, self._subnets[1:], strict=False) if a == s]
         if repeated:
             raise UserError(f"space names {repeated[0]} more than once. Name each sub-network once.")
-        self.full = SubNet(*(max(getattr(s, size) for s in self._subnets) for size in ("depth", "groups", "ffn")))
-        self._members = frozenset(self._subnets)
+        self.full = SubNet(**{letter: max(s[letter] for s in members) for letter in self.axes})
+        self._members = frozenset(members)
         if self.full not in self:
             raise UserError(f"space has no sub-network that holds all others. Add {self.full}.")
         self.smallest = self._subnets[0]
+        num_layers = self.full.depth
+        self.layer_order = tuple(range(num_layers) if layer_order is None else layer_order)
+        if sorted(self.layer_order) != list(range(num_layers)):
+            raise UserError(
+                f"space.layer_order = {list(self.layer_order)} is not a permutation of the {num_layers} layers. Name "
+                f"each number from 0 to {num_layers - 1} once."
+            )
 
     @classmethod
-    def grid(cls, depths: Iterable[int], groups: Iterable[int], ffn: Iterable[int]) -> "SubNetSpace":
-        """Every combination of the sizes."""
-        for name, sizes in (
-            ("depths", depths := list(depths)),
-            ("groups", groups := list(groups)),
-            ("ffn", ffn := list(ffn)),
-        ):
-            if not sizes or any(size < 1 for size in sizes):
-                raise UserError(f"space.{name} = {sizes} must be a list of sizes of at least 1.")
-            if len(set(sizes)) < len(sizes):
-                raise UserError(f"space.{name} = {sizes} names a size more than once. Name each size once.")
-        return cls(SubNet(*sizes) for sizes in product(depths, groups, ffn))
+    def grid(cls, *, layer_order: Sequence[int] | None = None, **sizes: Iterable[int]) -> "SubNetSpace":
+        """Returns the space of every combination of sizes: `grid(depths=[4, 8], groups=[2, 4], ffn=[256, 512])`.
+
+        Raises: UserError for a key that is not the `sizes` of an axis, an empty list, or a size that is named twice.
+        """
+        letters = {axis.sizes: axis.letter for axis in AXES.values()}
+        given = {name: list(values) for name, values in sizes.items()}
+        for name, values in given.items():
+            if name not in letters:
+                raise UserError(f"space.{name} is not a list of sizes. Known: {', '.join(letters)}.")
+            if not values or any(size < 1 for size in values):
+                raise UserError(f"space.{name} = {values} must be a list of sizes of at least 1.")
+            if len(set(values)) < len(values):
+                raise UserError(f"space.{name} = {values} names a size more than once. Name each size once.")
+        axes = [letter for name, letter in letters.items() if name in given]
+        combined = product(*(given[AXES[letter].sizes] for letter in axes)) if axes else ()
+        return cls((SubNet(**dict(zip(axes, values, strict=True))) for values in combined), layer_order=layer_order)
 
     @classmethod
-    def of(cls, names: Iterable[str]) -> "SubNetSpace":
-        """An explicit list of names."""
-        return cls(SubNet.parse(name) for name in names)
+    def of(cls, names: Iterable[str], layer_order: Sequence[int] | None = None) -> "SubNetSpace":
+        """Returns the space of an explicit list of names."""
+        return cls((SubNet.parse(name) for name in names), layer_order=layer_order)
 
     def sorted_by(self, key: Callable[[SubNet], tuple]) -> "SubNetSpace":
-        """The same sub-networks in another order."""
-        return SubNetSpace(self._subnets, key)
+        """Returns the same sub-networks in another order."""
+        return SubNetSpace(self._subnets, key, self.layer_order)
+
+    def sizes(self, letter: str) -> tuple[int, ...]:
+        """The sizes along an axis, ascending. Raises: KeyError when the space does not have the axis."""
+        return tuple(sorted({subnet[letter] for subnet in self._subnets}))
 
     @property
-    def depths(self) -> tuple[int, ...]:
-        return tuple(sorted({s.depth for s in self._subnets}))
+    def has_own_order(self) -> bool:
+        """Whether the layer order differs from the network's own sequence."""
+        return self.layer_order != tuple(sorted(self.layer_order))
 
-    @property
-    def groups(self) -> tuple[int, ...]:
-        return tuple(sorted({s.groups for s in self._subnets}))
-
-    @property
-    def ffn(self) -> tuple[int, ...]:
-        return tuple(sorted({s.ffn for s in self._subnets}))
+    def layers_of(self, subnet: SubNet) -> tuple[int, ...]:
+        """The numbers of the full network's layers that a sub-network runs, ascending."""
+        return tuple(sorted(self.layer_order[: subnet.depth]))
 
     def __len__(self) -> int:
         return len(self._subnets)
@@ -126,20 +125,16 @@ class SubNetSpace(Sequence[SubNet]):
         return subnet in self._members
 
     def __getitem__(self, which):
-        """By position, slice or name. Raises UserError for a name that is not in the space, with near ones."""
+        """By position, slice or name. Raises: UserError for a name that is not in the space; it names the nearest."""
         if not isinstance(which, str):
             return self._subnets[which]
         subnet = SubNet.parse(which)
+        if subnet.axes != self.axes:
+            raise UserError(f"{which} is not in the space, whose sub-networks are named like {self.full}.")
         if subnet not in self:
-            near = sorted(self._subnets, key=lambda s: _distance(s, subnet))[:3]
+            near = sorted(self._subnets, key=subnet.distance)[:3]
             raise UserError(f"{which} is not in the space. Nearest that are: {', '.join(s.name for s in near)}.")
         return subnet
 
     def __repr__(self) -> str:
         return f"SubNetSpace({len(self)} sub-networks, {self.smallest} to {self.full})"
-
-
-def _distance(a: SubNet, b: SubNet) -> float:
-    """How far two sub-networks are from each other, in relative sizes."""
-    pairs = ((a.depth, b.depth), (a.groups, b.groups), (a.ffn, b.ffn))
-    return sum(max(x, y) / min(x, y) - 1 for x, y in pairs)

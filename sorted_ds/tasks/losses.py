@@ -8,29 +8,17 @@ so the head is gathered once, and nothing of the size [positions, vocabulary] is
 Legend: N = positions (rows x row_tokens), H = hidden channels, V = vocabulary.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from sorted_ds.families.decoder import family_of
-
-IGNORED_LABEL = -100
-"""The label of a position that is no target."""
+from sorted_ds.data.loader import NO_TARGET
+from sorted_ds.nested.family import Family, LogitsRule
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 """Logits that exist at a time: 64 MiB in fp32, 512 MiB on a GPU. There each chunk must have a thousand positions, or to
 add its share to the head's gradient takes as long as the products that make it."""
-
-
-@dataclass(frozen=True)
-class LogitsRule:
-    """What a family does to the head's output: divide it, then cap it by `softcap * tanh(logits / softcap)`."""
-
-    divisor: float = 1.0
-    softcap: float | None = None
 
 
 class LossHead(nn.Module):
@@ -64,33 +52,13 @@ class LossHead(nn.Module):
         return _SummedNll.apply(hidden, self.weight, labels, self.rule, chunk)
 
 
-class SummedLoss(nn.Module):
-    """What the engine trains: a language model that ends in its summed loss. Parameter names start with `model.`."""
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.model = attach_loss_head(model)
-
-    def forward(self, input_ids: Tensor, labels: Tensor, count_correct: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The summed loss of a micro-batch on the sub-network that runs now.
-
-        Shapes: input_ids, labels [B, T] -> as `LossHead.forward`. Units: nats, summed over targets.
-        """
-        hidden = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.model.lm_head(hidden, labels, count_correct)
-
-
-def attach_loss_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Gives the model's head the loss of its family, in place, and returns the model, nested or plain.
-
-    Raises: UserError for an unknown family.
-    """
-    family = family_of(model.config.model_type)
-    head = model.lm_head
+def attach_loss_head(model: PreTrainedModel, family: Family) -> PreTrainedModel:
+    """Gives the model's head the loss of its family, in place, and returns the model, nested or plain."""
+    head = model.get_submodule(family.head)
     assert head.bias is None, "no family of the table has a bias in its head"
     head.__class__ = LossHead
-    head.rule = LogitsRule(family.logits_divisor(model.config), family.logits_softcap(model.config))
-    head.chunk_elements = CHUNK_ELEMENTS
+    head.rule = family.logits_rule(model.config)  # type: ignore[assignment]
+    head.chunk_elements = CHUNK_ELEMENTS  # type: ignore[assignment]
     return model
 
 
@@ -151,7 +119,7 @@ def _nll_and_gradient(
 
     Shapes: logits, slope [n, V], labels [n] -> scalar, [n, V].
     """
-    is_target = labels != IGNORED_LABEL
+    is_target = labels != NO_TARGET
     index = labels.where(is_target, 0).unsqueeze(1)
     log_p = F.log_softmax(logits, 1, dtype=torch.float32)
     nll = -log_p.gather(1, index).squeeze(1).where(is_target, 0).sum()
@@ -172,6 +140,6 @@ def _evaluate(hidden: Tensor, weight: Tensor, labels: Tensor, rule: LogitsRule, 
     num_correct = labels.new_zeros(())
     for part_hidden, part_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         logits, _ = _logits(part_hidden, weight, rule)
-        nll_sum += F.cross_entropy(logits.float(), part_labels, ignore_index=IGNORED_LABEL, reduction="sum")
+        nll_sum += F.cross_entropy(logits.float(), part_labels, ignore_index=NO_TARGET, reduction="sum")
         num_correct += (logits.argmax(1) == part_labels).sum()
     return nll_sum, num_correct

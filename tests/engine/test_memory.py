@@ -115,7 +115,7 @@ def step_bytes(ranks, stage: int) -> dict[str, tuple[StepBytes, StepBytes]]:
 def accumulated_bytes(ranks, stage: int) -> dict[str, StepBytes]:
     """Of a step with samples of which each uses more than the one before, and of one with the full network as often."""
     space = sized_space(DEPTHS[0])
-    growing = [space.smallest, SubNet(DEPTHS[0], 1, 32), SubNet(DEPTHS[0], 1, 128), space.full]
+    growing = [space.smallest, SubNet(d=DEPTHS[0], g=1, f=32), SubNet(d=DEPTHS[0], g=1, f=128), space.full]
     steps = {"growing": growing, "full": [space.full] * len(growing)}
     zero = {"stage": stage, "overlap_comm": False, **exactness.SMALL_ZERO, "reduce_bucket_size": 20_000}
     ids = torch.zeros(1, 16, dtype=torch.int64)

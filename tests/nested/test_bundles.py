@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sorted_ds.nested import nest
 from sorted_ds.nested.bundles import Bundle, BundledHalf, bundle, parts_of
-from sorted_ds.nested.layers import are_adjacent
+from sorted_ds.nested.blocks import are_adjacent
 from sorted_ds.nested.weights import named_values
 from tests.families import SPACE, VARIANTS, tiny_model
 
@@ -26,7 +26,7 @@ def test_names_and_values_are_those_without_bundles(variant):
     num_halves = sum(isinstance(module, BundledHalf) for module in model.modules())
     assert num_halves == 2 * 4
     assert sum(parts.bundle is not None for parts in parts_of(model).values()) == 4 * (
-        len(SPACE.groups) + len(SPACE.ffn)
+        len(SPACE.sizes("g")) + len(SPACE.sizes("f"))
     )
 
 

@@ -16,7 +16,7 @@ from sorted_ds.commands.cli import main
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import check_modes
 from sorted_ds.nested import NestedModel, compiled, decoder_layer, nest
-from sorted_ds.nested.layers import NestedLayer
+from sorted_ds.nested.blocks import NestedModule
 from sorted_ds.run.run_file import load_run
 from sorted_ds.space import SubNetSpace
 from tests import exactness, families
@@ -53,7 +53,7 @@ TOLERANCE = 5e-5
 def schedule_of(case: Case) -> tuple:
     """bf16 trains what has two heads or more: one graph less, for inductor takes 5 s and more for each."""
     fewest = 2 if case.precision == "bf16" else 1
-    wider = {s: SPACE[f"d{s.depth}-g{max(s.groups, fewest)}-f{s.ffn}"] for s in SPACE}
+    wider = {s: SPACE[f"d{s.depth}-g{max(s["g"], fewest)}-f{s["f"]}"] for s in SPACE}
     return tuple(tuple(wider[subnet] for subnet in samples) for samples in exactness.SCHEDULE)
 
 
@@ -143,11 +143,11 @@ def test_the_warm_up_compiles_all_that_the_run_needs(tmp_path):
     assert on_ranks(1, graphs_of_the_warm_up, case, folder=tmp_path) == (GRAPHS, GRAPHS)
 
 
-def pair(variant: str, backend, groups=families.SPACE.groups, **changes) -> list[NestedModel]:
+def pair(variant: str, backend, groups=families.SPACE.sizes("g"), **changes) -> list[NestedModel]:
     """The same model eager and compiled."""
     attention = "eager" if variant == "gemma2" else "sdpa"
     models = [families.tiny_model(variant, attention, **changes) for _ in range(2)]
-    space = SubNetSpace.grid([1, 2, models[0].config.num_hidden_layers], groups, families.SPACE.ffn)
+    space = SubNetSpace.grid(depths=[1, 2, models[0].config.num_hidden_layers], groups=groups, ffn=families.SPACE.sizes("f"))
     eager, other = (nest(model, space) for model in models)
     compiled.compile_layers(other, backend)
     return [eager, other]
@@ -186,7 +186,7 @@ def test_graphs_do_not_grow_with_sub_networks_or_layers_and_give_what_eager_give
 
 def test_compiled_layers_use_the_blocks_own_memory_at_any_offset():
     model = pair("llama, biases", "eager")[1]
-    layers = [module for module in model.modules() if isinstance(module, NestedLayer)]
+    layers = [module for module in model.modules() if isinstance(module, NestedModule)]
     for layer in (layers[0], layers[-1]):
         layer.width.select(layer.width.sizes[1])
         for name, joined in decoder_layer.joined([layer], compiled._standing_alone)[0].items():

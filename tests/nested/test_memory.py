@@ -11,8 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sorted_ds.base.errors import UserError
 from sorted_ds.nested import NestedModel, extract, nest
 from sorted_ds.nested.bundles import parts_of
-from sorted_ds.nested.decoder_layer import joined
-from sorted_ds.nested.layers import NestedLayer, OutputNestedLinear, Width, are_adjacent
+from sorted_ds.nested.layers import joined
+from sorted_ds.nested.blocks import NestedModule, OutputNestedLinear, Width, are_adjacent
 from sorted_ds.nested.layout import is_laid_out, lay_out
 from sorted_ds.nested.weights import is_active, slices_of
 from sorted_ds.space import SubNet, SubNetSpace
@@ -24,8 +24,8 @@ def tiny_nested(variant: str = "llama") -> NestedModel:
     return nest(tiny_model(variant), SPACE)
 
 
-def nested_layers(model: nn.Module) -> list[NestedLayer]:
-    return [module for module in model.modules() if isinstance(module, NestedLayer)]
+def nested_layers(model: nn.Module) -> list[NestedModule]:
+    return [module for module in model.modules() if isinstance(module, NestedModule)]
 
 
 class OperationsRun(TorchDispatchMode):
@@ -64,7 +64,7 @@ def test_set_subnet_refuses_what_is_not_in_the_space_and_changes_nothing():
     model = tiny_nested()
     model.set_subnet("d2-g1-f80")
     with pytest.raises(UserError, match=r"d3-g1-f80 is not in the space\. Nearest that are: d4-g1-f80, d2-g1-f80"):
-        model.set_subnet(SubNet(3, 1, 80))
+        model.set_subnet(SubNet(d=3, g=1, f=80))
     assert model.subnet.name == "d2-g1-f80"
     assert model.config.num_hidden_layers == 2
 
@@ -80,8 +80,8 @@ def test_fresh_blocks_are_neighbours_and_used_as_one_matrix(variant):
         assert len(given["weight"]) == layer.bounds[-1][1]
 
 
-def named_nested(model: nn.Module) -> list[tuple[str, NestedLayer]]:
-    return [(path, module) for path, module in model.named_modules() if isinstance(module, NestedLayer)]
+def named_nested(model: nn.Module) -> list[tuple[str, NestedModule]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, NestedModule)]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -241,7 +241,7 @@ def test_groups_that_the_familys_config_refuses_are_named_with_the_nearest_valid
     with pytest.raises(UserError) as refused:
         nest(model, SubNetSpace.grid(depths=[4], groups=[3, 4], ffn=[112]))
     assert str(refused.value) == (
-        "space.groups contains 3: that is 6 heads, and llama needs hidden_size 128 divisible by the number of heads. "
+        "space.sizes("g") contains 3: that is 6 heads, and llama needs hidden_size 128 divisible by the number of heads. "
         "Nearest that work: 2, 4."
     )
     assert not isinstance(model, NestedModel)

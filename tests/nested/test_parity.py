@@ -79,7 +79,7 @@ def test_generation_with_a_cache_equals_the_extracted_models_and_that_without(va
         model.set_subnet(name)
         nested = generated(model, use_cache=True)
         assert len(nested.past_key_values.layers) == SPACE[name].depth
-        assert nested.past_key_values.layers[0].keys.shape[1] == SPACE[name].groups
+        assert nested.past_key_values.layers[0].keys.shape[1] == SPACE[name]["g"]
         for other in (generated(extract(model, name), use_cache=True), generated(model, use_cache=False)):
             assert torch.equal(nested.sequences, other.sequences)
             torch.testing.assert_close(nested.logits, other.logits, rtol=1e-4, atol=1e-4)
@@ -116,9 +116,9 @@ def test_an_extracted_model_saved_and_loaded_gives_equal_logits(variant, tmp_pat
         assert torch.equal(loaded(tokens()).logits, small.eval()(tokens()).logits)
         assert (loaded.config.num_hidden_layers, loaded.config.num_key_value_heads) == (
             SPACE[name].depth,
-            SPACE[name].groups,
+            SPACE[name]["g"],
         )
-        assert loaded.config.intermediate_size == SPACE[name].ffn
+        assert loaded.config.intermediate_size == SPACE[name]["f"]
 
 
 def test_an_extracted_model_has_its_own_weights():

@@ -7,7 +7,7 @@ import pytest
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.run.plan import make_plan, state_bytes
-from sorted_ds.run.resolve import check_run
+from sorted_ds.run.build import check_run
 from sorted_ds.run.run_file import load_run
 from tests.runs import run_file
 

@@ -18,7 +18,7 @@ from sorted_ds.data.text.prepare import find_prepared
 from sorted_ds.nested import costs_of
 from sorted_ds.run.learning_rate import lr_at
 from sorted_ds.run.plan import make_plan
-from sorted_ds.run.resolve import check_run, data_spec, schedule_of
+from sorted_ds.run.build import check_run, data_spec, schedule_of
 from sorted_ds.run.run_file import load_run
 from tests import reference
 from tests.launched import (

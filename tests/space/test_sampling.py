@@ -12,7 +12,7 @@ STEPS = 4000
 
 
 def space(size: int) -> list[SubNet]:
-    return [SubNet(depth, 1, 1) for depth in range(1, size + 1)]
+    return [SubNet(d=depth, g=1, f=1) for depth in range(1, size + 1)]
 
 
 def visits(schedule: Sampler, num_steps: int = STEPS) -> Counter:

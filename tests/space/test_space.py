@@ -9,8 +9,8 @@ GRID = SubNetSpace.grid(depths=[4, 2], groups=[1, 2], ffn=[64, 32, 96])
 
 
 def test_a_name_is_read_back():
-    assert SubNet(12, 4, 2048).name == str(SubNet(12, 4, 2048)) == "d12-g4-f2048"
-    assert SubNet.parse("d12-g4-f2048") == SubNet(12, 4, 2048)
+    assert SubNet(d=12, g=4, f=2048).name == str(SubNet(d=12, g=4, f=2048)) == "d12-g4-f2048"
+    assert SubNet.parse("d12-g4-f2048") == SubNet(d=12, g=4, f=2048)
 
 
 @pytest.mark.parametrize(
@@ -22,35 +22,35 @@ def test_what_is_no_name_is_refused(text):
 
 
 def test_a_sub_network_is_within_another_when_every_size_is():
-    assert SubNet(2, 1, 32).is_within(SubNet(4, 2, 96))
-    assert SubNet(2, 1, 32).is_within(SubNet(2, 1, 32))
-    assert not SubNet(2, 3, 32).is_within(SubNet(4, 2, 96))
-    assert not SubNet(5, 1, 32).is_within(SubNet(4, 2, 96))
-    assert not SubNet(2, 1, 128).is_within(SubNet(4, 2, 96))
+    assert SubNet(d=2, g=1, f=32).is_within(SubNet(d=4, g=2, f=96))
+    assert SubNet(d=2, g=1, f=32).is_within(SubNet(d=2, g=1, f=32))
+    assert not SubNet(d=2, g=3, f=32).is_within(SubNet(d=4, g=2, f=96))
+    assert not SubNet(d=5, g=1, f=32).is_within(SubNet(d=4, g=2, f=96))
+    assert not SubNet(d=2, g=1, f=128).is_within(SubNet(d=4, g=2, f=96))
 
 
 def test_a_grid_holds_every_combination_once_in_ascending_order():
     assert len(GRID) == 2 * 2 * 3
     assert list(GRID) == sorted(set(GRID))
-    assert {(s.depth, s.groups, s.ffn) for s in GRID} == {
+    assert {(s.depth, s["g"], s["f"]) for s in GRID} == {
         (d, g, f) for d in (2, 4) for g in (1, 2) for f in (32, 64, 96)
     }
-    assert (GRID.depths, GRID.groups, GRID.ffn) == ((2, 4), (1, 2), (32, 64, 96))
+    assert (GRID.sizes("d"), GRID.sizes("g"), GRID.sizes("f")) == ((2, 4), (1, 2), (32, 64, 96))
 
 
 def test_every_sub_network_is_within_the_full_one():
-    assert GRID.full == SubNet(4, 2, 96)
-    assert GRID.smallest == SubNet(2, 1, 32)
+    assert GRID.full == SubNet(d=4, g=2, f=96)
+    assert GRID.smallest == SubNet(d=2, g=1, f=32)
     assert all(subnet.is_within(GRID.full) for subnet in GRID)
 
 
 def test_sub_networks_are_found_by_position_slice_and_name():
-    assert GRID[0] == GRID["d2-g1-f32"] == SubNet(2, 1, 32)
+    assert GRID[0] == GRID["d2-g1-f32"] == SubNet(d=2, g=1, f=32)
     assert GRID[-1] == GRID.full
-    assert GRID[:2] == (SubNet(2, 1, 32), SubNet(2, 1, 64))
-    assert SubNet(2, 1, 64) in GRID
-    assert SubNet(3, 1, 64) not in GRID
-    assert GRID.index(SubNet(2, 1, 64)) == 1
+    assert GRID[:2] == (SubNet(d=2, g=1, f=32), SubNet(d=2, g=1, f=64))
+    assert SubNet(d=2, g=1, f=64) in GRID
+    assert SubNet(d=3, g=1, f=64) not in GRID
+    assert GRID.index(SubNet(d=2, g=1, f=64)) == 1
 
 
 def test_a_name_outside_the_space_is_answered_with_the_nearest():
@@ -60,7 +60,7 @@ def test_a_name_outside_the_space_is_answered_with_the_nearest():
 
 def test_a_list_of_names_is_a_space():
     space = SubNetSpace.of(["d4-g2-f96", "d2-g1-f32"])
-    assert list(space) == [SubNet(2, 1, 32), SubNet(4, 2, 96)]
+    assert list(space) == [SubNet(d=2, g=1, f=32), SubNet(d=4, g=2, f=96)]
 
 
 def test_a_space_needs_a_largest():

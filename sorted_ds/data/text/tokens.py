@@ -40,13 +40,14 @@ class TokenizedText:
     """Nats per token of the validation tokens under the counts of the training tokens, each count plus one."""
 
     @property
-    def tokens_dir(self) -> Path:
+    def folder(self) -> Path:
+        """Where the tokens lie."""
         return self.tokenizer_dir.parent
 
     @property
     def key(self) -> str:
         """The content key: equal keys, equal tokens."""
-        return self.tokens_dir.name
+        return self.folder.name
 
 
 @dataclass(frozen=True)
