@@ -22,10 +22,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
-from sorted_ds.nested import NestedModel, costs_of, nest
+from sorted_ds.families import nest
+from sorted_ds.nested import NestedModel, costs_of
 from sorted_ds.run.config import Optim
 from sorted_ds.run.plan import FORWARD_AND_BACKWARD
 from sorted_ds.space import Cost, SubNet, SubNetSpace
+from tests.batches import TASK, blank
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,8 @@ def costs(size: Size) -> dict[SubNet, Cost]:
 
 def engine_of(model: NestedModel, setting: Setting, optim: Optim, ranks: Ranks) -> Engine:
     """sorted_ds, warm."""
-    engine = Engine(model.to(ranks.device), setting.engine_keys(), "benchmark", optim, setting.size.rows, ranks)
-    engine.warm_up(setting.size.rows, setting.size.row_tokens)
+    engine = Engine(model.to(ranks.device), TASK, setting.engine_keys(), "benchmark", optim, setting.size.rows, ranks)
+    engine.warm_up(blank(setting.size.rows, setting.size.row_tokens))
     return engine
 
 

@@ -23,8 +23,8 @@ from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.nested import extract
 from sorted_ds.run.config import Optim
-from sorted_ds.space import SubNet
-from sorted_ds.tasks.losses import SummedLoss
+from sorted_ds.space import Pass, SubNet
+from tests.batches import TASK, batch, blank, summed
 from tests.spawn import on_ranks
 from tests.traffic import Traffic, counted
 
@@ -55,11 +55,11 @@ def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], obje
 def of_samples(ranks, setting: Setting, persistent: int) -> dict[str, list[Visit]]:
     """Of each sub-network: its first visit and a later one."""
     model = nested_llama(SIZE, dtype=setting.dtype, device=ranks.device)
-    engine = Engine(model, keys(setting, persistent), "benchmark", Optim(), SIZE.rows, ranks)
-    engine.warm_up(SIZE.rows, SIZE.row_tokens)
+    engine = Engine(model, TASK, keys(setting, persistent), "benchmark", Optim(), SIZE.rows, ranks)
+    engine.warm_up(blank(SIZE.rows, SIZE.row_tokens))
 
     def passes(subnet: SubNet, ids: torch.Tensor) -> None:
-        engine.backward(engine.forward(ids, ids, subnet))
+        engine.backward(engine.forward(batch(ids, ids), Pass(subnet)))
 
     visits: dict[str, list[Visit]] = {name: [] for name in VISITED}
     for name in VISITED * 2:
@@ -74,7 +74,7 @@ def of_static(ranks, setting: Setting, persistent: int) -> dict[str, Visit]:
 
 
 def static(ranks, setting: Setting, persistent: int, name: str) -> Visit:
-    loss = SummedLoss(extract(nested_llama(SIZE, dtype=setting.dtype, device=ranks.device), name))
+    loss = summed(extract(nested_llama(SIZE, dtype=setting.dtype, device=ranks.device), name))
     config = copy.deepcopy(complete(keys(setting, persistent), SIZE.rows, ranks.size, 1.0))
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config, dist_init_required=False)

@@ -17,6 +17,7 @@ from benchmarks.common import SIZES, Size, interval, nested_llama
 from sorted_ds.nested.compiled import compile_layers
 from sorted_ds.space import SubNet
 from sorted_ds.tasks.losses import SummedLoss
+from tests.batches import summed
 
 CPU_SIZE = Size(256, 768, 8, 8, 4, vocab=1024, rows=4, row_tokens=128)
 QUARTERS = [(1, 1, 1), (4, 1, 1), (1, 4, 4), (2, 2, 2), (4, 2, 2), (4, 4, 4)]
@@ -74,7 +75,7 @@ def main() -> None:
         return inner(graph, inputs)
 
     size, dtype = SIZES.get(args.size, CPU_SIZE), torch.bfloat16 if args.bf16 else torch.float32
-    eager, other = (SummedLoss(nested_llama(size, dtype=dtype, device=args.device)).train() for _ in range(2))
+    eager, other = (summed(nested_llama(size, dtype=dtype, device=args.device)).train() for _ in range(2))
     compile_layers(other.model, backend)
     ids = torch.randint(size.vocab, (size.rows, size.row_tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(args.device)

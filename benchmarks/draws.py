@@ -2,8 +2,8 @@
 
 Both end in sorted_ds's loss (`SummedLoss`), so that a ratio tells what nesting costs and nothing else: the plain model
 runs under plain DeepSpeed with the same settings. Timed is the reduction too with which a step begins at stages 0 and 1
-(later ones reduce in the backward pass), but not the update after it, which is of the full size at every sample, nor the
-zeros that it needs for what was not active.
+(later ones reduce in the backward pass), but not the update after it, which is of the full size whatever was sampled,
+nor the zeros that it needs for what was not active.
 """
 
 import random
@@ -29,8 +29,8 @@ from benchmarks.common import (
 )
 from sorted_ds.nested import extract
 from sorted_ds.run.config import Optim
-from sorted_ds.space import SubNet
-from sorted_ds.tasks.losses import SummedLoss
+from sorted_ds.space import Pass, SubNet
+from tests.batches import batch, summed
 from tests.spawn import on_ranks
 
 QUARTERS = [(1, 1, 1), (4, 1, 1), (1, 4, 4), (2, 2, 2), (2, 4, 1), (4, 2, 2), (4, 4, 2), (4, 4, 4)]
@@ -83,7 +83,7 @@ def times(ranks, setting: Setting, num_rounds: int) -> Times:
     size = setting.size
     subnets = [size.of(*quarters) for quarters in QUARTERS]
     model = nested_llama(size, dtype=setting.dtype, device=ranks.device)
-    plain = {s: plain_deepspeed(SummedLoss(extract(model, s)), setting, ranks) for s in subnets}
+    plain = {s: plain_deepspeed(summed(extract(model, s)), setting, ranks) for s in subnets}
     engine = engine_of(model, setting, Optim(name="sgd"), ranks)
     ids = token_ids(size, ranks)
     of_samples = Timed(engine.deepspeed, ranks, setting)
@@ -91,7 +91,7 @@ def times(ranks, setting: Setting, num_rounds: int) -> Times:
 
     def sample(subnet: SubNet) -> float:
         return of_samples.micro_batch(
-            lambda: engine.backward(engine.forward(ids, ids, subnet) / ids.numel()),
+            lambda: engine.backward(engine.forward(batch(ids, ids), Pass(subnet)) / ids.numel()),
             lambda: engine.step(0.0),
         )
 

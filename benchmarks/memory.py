@@ -1,4 +1,4 @@
-"""Prints the memory of a rank: building a model at stage 3, and training a sample against plain DeepSpeed: `make bench`.
+"""Prints the memory of a rank: building a model at stage 3, and training against plain DeepSpeed: `make bench`.
 
 Live tensor bytes: every storage that exists, counted exactly (tests/memory.py). RSS: the highest of the process
 while it builds (VmHWM, reset before), above what it held before; memory is given back to the system at once when it is
@@ -20,7 +20,8 @@ from sorted_ds.engine import Engine, partitioner
 from sorted_ds.nested.load import build
 from sorted_ds.run.config import Optim
 from sorted_ds.space import SubNetSpace
-from tests.memory import NAMED, LiveBytes, of_samples, of_plain
+from tests.batches import LLAMA, TASK
+from tests.memory import NAMED, LiveBytes, of_plain, of_samples
 from tests.spawn import on_ranks
 
 MIB = 2**20
@@ -92,9 +93,9 @@ def build_and_forget(ranks, size: str, source: Path | None, way: str) -> tuple[i
     before = status("VmRSS")
     take = partitioner(settings(3), ROWS, 1.0, ranks) if way == "partitioned" else None
     with LiveBytes() as live:
-        model = build(config_of(size), space_of(size), source, 1, torch.float32, take=take)
+        model = build(LLAMA, config_of(size), space_of(size), source, 1, torch.float32, take=take)
         while_building, rss = live.peak, status("VmHWM") - before
-        engine = Engine(model, settings(3), "benchmark", Optim(name="sgd"), ROWS, ranks)
+        engine = Engine(model, TASK, settings(3), "benchmark", Optim(name="sgd"), ROWS, ranks)
         until_engine = live.peak
     engine.deepspeed.destroy()
     return while_building, rss, until_engine

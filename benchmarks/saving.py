@@ -21,6 +21,8 @@ from benchmarks.common import SIZES, Setting, circumstances, engine_of, interval
 from sorted_ds.checkpoint import Checkpoints
 from sorted_ds.checkpoint.identity import Identity
 from sorted_ds.run.config import Optim
+from sorted_ds.space import Pass
+from tests.batches import batch
 from tests.spawn import on_ranks
 
 MIB = 2**20
@@ -37,7 +39,7 @@ def measure(ranks, stage: int, size_name: str, rounds: int, bf16: bool, folder: 
     def step() -> float:
         ranks.sum([0])
         began = time.perf_counter()
-        loss = engine.forward(ids, ids, model.space.full)
+        loss = engine.forward(batch(ids, ids), Pass(model.space.full))
         engine.backward(loss / (ids.numel() * ranks.size))
         engine.step(1e-4)
         ranks.sum([0])

@@ -20,8 +20,9 @@ from sorted_ds.nested import costs_of, sorted_by_cost, union_parameters
 from sorted_ds.run.config import Optim
 from sorted_ds.run.plan import FORWARD_AND_BACKWARD, state_bytes
 from sorted_ds.run.traffic import Samples, Traffic, step_traffic
-from sorted_ds.space import SubNet, SubNetSpace
+from sorted_ds.space import Pass, SubNet, SubNetSpace
 from sorted_ds.space.sampling import Sampler
+from tests.batches import TASK, batch, blank
 from tests.memory import StepBytes, of_samples
 from tests.spawn import on_ranks
 from tests.traffic import counted
@@ -59,12 +60,12 @@ def exchanged(ranks) -> dict[tuple[int, bool], dict[str, int]]:
         config: dict = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
         config |= {"bf16": {"enabled": True}} if bf16 else {}
         model = nested_llama(TINY, dtype=torch.bfloat16 if bf16 else torch.float32)
-        engine = Engine(model, config, "benchmark", Optim(), TINY.rows, ranks)
-        engine.warm_up(TINY.rows, TINY.row_tokens)
+        engine = Engine(model, TASK, config, "benchmark", Optim(), TINY.rows, ranks)
+        engine.warm_up(blank(TINY.rows, TINY.row_tokens))
         ids = token_ids(TINY, ranks)
         with counted() as traffic:
             for name in SAMPLES:
-                engine.backward(engine.forward(ids, ids, engine.model.space[name]))
+                engine.backward(engine.forward(batch(ids, ids), Pass(engine.model.space[name])))
             engine.step(0.0)
         found[stage, bf16] = traffic.bytes
     return found
@@ -126,7 +127,7 @@ def seconds(ranks, rounds: int) -> dict[str, list[float]]:
     ids, space = token_ids(TIMED, ranks), engine.model.space
 
     def passes(subnet: SubNet) -> None:
-        engine.backward(engine.forward(ids, ids, subnet))
+        engine.backward(engine.forward(batch(ids, ids), Pass(subnet)))
 
     found: dict[str, list[float]] = {subnet.name: [] for subnet in space}
     for _ in range(rounds):
@@ -160,8 +161,8 @@ def print_many(gb_per_second: float, peak_tflops: float, mfu: float) -> None:
     full = costs[space.full].parameters
     print(
         f"\nNot validated at this size. {full / 1e9:.1f} B parameters, {len(space)} sub-networks, bf16, AdamW, "
-        f"{NUM_SAMPLES} samples and {STEP_ROWS} rows of {ROW_TOKENS} tokens a step, at most {MICRO_BATCH_ROWS} a forward "
-        f"pass.\n{peak_tflops:g} TFLOP/s x {mfu:.0%}, "
+        f"{NUM_SAMPLES} sub-networks and {STEP_ROWS} rows of {ROW_TOKENS} tokens a step, at most {MICRO_BATCH_ROWS} a "
+        f"forward pass.\n{peak_tflops:g} TFLOP/s x {mfu:.0%}, "
         f"{gb_per_second:g} GB/s a GPU. Seconds of a step: compute, and what ranks send without any overlap.\n"
     )
     print(f"{'GPUs':>5}{'compute':>9}" + "".join(f"{f'stage {s}':>9}{'GiB':>7}" for s in STAGES))

@@ -30,11 +30,12 @@ from benchmarks.common import (
     token_ids,
 )
 from sorted_ds.engine import Engine
-from sorted_ds.nested import costs_of, extract, nest
+from sorted_ds.families import nest
+from sorted_ds.nested import costs_of, extract
 from sorted_ds.run.config import Optim
-from sorted_ds.space import SubNet, SubNetSpace
+from sorted_ds.space import Pass, SubNet, SubNetSpace
 from sorted_ds.space.sampling import STRATEGIES, Sampler
-from sorted_ds.tasks.losses import SummedLoss
+from tests.batches import TASK, batch, blank, summed
 from tests.spawn import on_ranks
 
 WARM_UP_ROUNDS = 2
@@ -91,9 +92,9 @@ def start(ranks, setting: Setting, space: SubNetSpace) -> tuple[Engine, Found]:
     before = used()
     began = time.perf_counter()
     nested = nest(model, space).to(ranks.device)
-    engine = Engine(nested, setting.engine_keys(), "benchmark", Optim(), setting.size.rows, ranks)
+    engine = Engine(nested, TASK, setting.engine_keys(), "benchmark", Optim(), setting.size.rows, ranks)
     built = time.perf_counter()
-    engine.warm_up(setting.size.rows, setting.size.row_tokens)
+    engine.warm_up(blank(setting.size.rows, setting.size.row_tokens))
     warm = time.perf_counter()
     after = used()
     num_parameters = len(list(nested.parameters()))
@@ -105,7 +106,7 @@ def visit(engine: Engine, found: Found) -> None:
     before = used()
     space, ids = engine.model.space, torch.zeros(1, 8, dtype=torch.int64)
     for number in range(min(VISITED, len(space))):
-        engine.evaluate(ids, ids, space[number * len(space) // min(VISITED, len(space))])
+        engine.evaluate(batch(ids, ids), space[number * len(space) // min(VISITED, len(space))])
     after = used()
     found.visited_rss_mib, found.visited_objects = after[0] - before[0], after[1] - before[1]
 
@@ -115,7 +116,7 @@ def times(ranks, setting: Setting, num_rounds: int) -> dict[int, Found]:
     holds = spaces(size)
     subnets = {"full": holds[24].full, "common": common(size)}
     model = nested_llama(size, holds[24], setting.dtype)
-    plain = {k: plain_deepspeed(SummedLoss(extract(model, s)), setting, ranks) for k, s in subnets.items()}
+    plain = {k: plain_deepspeed(summed(extract(model, s)), setting, ranks) for k, s in subnets.items()}
     engine_of(model, setting, Optim(), ranks)  # what a first engine starts is not the first space's
     started = {number: start(ranks, setting, space) for number, space in holds.items()}
     for engine, found in started.values():
@@ -136,7 +137,7 @@ def times(ranks, setting: Setting, num_rounds: int) -> dict[int, Found]:
 
 
 def _pass(engine: Engine, ids: torch.Tensor, subnet: SubNet) -> None:
-    engine.backward(engine.forward(ids, ids, subnet) / ids.numel())
+    engine.backward(engine.forward(batch(ids, ids), Pass(subnet)) / ids.numel())
 
 
 def _plain_pass(engine, ids: torch.Tensor) -> None:
@@ -178,9 +179,9 @@ def python_ms(size: Size, space: SubNetSpace) -> dict[str, float]:
         "set_subnet": ms(lambda: [model.set_subnet(subnet) for subnet in model.space]) / len(space),
     }
     for strategy in STRATEGIES:
-        schedule = Sampler(model.space, 4, strategy, seed=1)
-        found[f"a step's samples, {strategy}"] = ms(lambda schedule=schedule: list(map(schedule.sample, range(50)))) / 50
-        found[f"expected visits, {strategy}"] = ms(lambda schedule=schedule: schedule.expected_visits(1000))
+        sampler = Sampler(model.space, 4, strategy, seed=1)
+        found[f"a step's plan, {strategy}"] = ms(lambda sampler=sampler: list(map(sampler.plan, range(50)))) / 50
+        found[f"expected visits, {strategy}"] = ms(lambda sampler=sampler: sampler.expected_visits(1000))
     return found
 
 

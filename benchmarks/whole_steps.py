@@ -35,7 +35,9 @@ from benchmarks.common import (
     training_tflops,
 )
 from sorted_ds.run.config import Optim
+from sorted_ds.space import Pass
 from sorted_ds.tasks.losses import IGNORED_LABEL
+from tests.batches import batch
 from tests.spawn import on_ranks
 
 LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
@@ -73,7 +75,7 @@ def our_step(ranks, setting: Setting, accumulation: int) -> Step:
     def step() -> float:
         losses = []
         for _ in range(accumulation):
-            nll = engine.forward(ids, labels, engine.model.space.full)
+            nll = engine.forward(batch(ids, labels), Pass(engine.model.space.full))
             engine.backward(nll / num_targets)
             losses.append(nll.detach())
         engine.step(LEARNING_RATE)

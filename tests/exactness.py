@@ -15,16 +15,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
-from sorted_ds.nested import nest
+from sorted_ds.families import nest
 from sorted_ds.nested.bundles import parts_of
 from sorted_ds.nested.layout import is_laid_out
 from sorted_ds.nested.weights import hf_tensors
 from sorted_ds.run.config import Optim
-from sorted_ds.space import SubNetSpace
+from sorted_ds.space import Pass, SubNetSpace
 from tests import reference
+from tests.batches import TASK, batch, blank
 from tests.traffic import counted
 
 SPACE = SubNetSpace.grid(depths=[1, 2, 3], groups=[1, 2, 4], ffn=[16, 32, 64])
+ORDER = (2, 0, 1)
+"""A layer order that is not the network's own sequence, for cases that are `ordered`."""
+ORDERED_SPACE = SubNetSpace(SPACE, layer_order=ORDER)
 LARGE, MIDDLE, SMALL = SPACE["d3-g4-f64"], SPACE["d2-g2-f32"], SPACE["d1-g1-f16"]
 DEEP, WIDE = SPACE["d3-g1-f16"], SPACE["d1-g4-f64"]
 SCHEDULE = (
@@ -77,6 +81,12 @@ class Case:
     """DeepSpeed's timers, and its log of what is communicated."""
     without: str = ""
     """The part of the fix that is switched off: see `PARTS`."""
+    ordered: bool = False
+    """Depth takes the layers by `ORDER`."""
+    taught: bool = False
+    """The full network runs without a gradient before each sub-network, on the same rows."""
+    same_rows: bool = False
+    """The largest and the smallest sub-network train on the rows of each of the schedule's, beside it."""
     static: bool = False
     """Every sample is the full network: what rounding alone does in this mode."""
 
@@ -155,6 +165,12 @@ def micro_batches(case: Case, num_ranks: int) -> list[list[list[reference.MicroB
     return steps
 
 
+def passes(case: Case, micro_batch: reference.MicroBatch) -> list[reference.MicroBatch]:
+    """The passes with a gradient that run on the rows of one of the schedule's micro-batches."""
+    subnet, ids, labels = micro_batch
+    return [(own, ids, labels) for own in ((LARGE, subnet, SMALL) if case.same_rows else (subnet,))]
+
+
 def flat(step: list[list[reference.MicroBatch]]) -> list[reference.MicroBatch]:
     return [micro_batch for sample in step for micro_batch in sample]
 
@@ -162,7 +178,8 @@ def flat(step: list[list[reference.MicroBatch]]) -> list[reference.MicroBatch]:
 def reference_weights(case: Case, num_ranks: int, num_steps: int, skip_unused: bool = False) -> dict:
     model = plain_model(case)
     steps = [flat(step) for step in micro_batches(case, num_ranks)[:num_steps]]
-    norms, optimizer = reference.train(model, steps, case.optim, skip_unused)
+    steps = [[own for micro_batch in step for own in passes(case, micro_batch)] for step in steps]
+    norms, optimizer = reference.train(model, steps, case.optim, skip_unused, ORDER if case.ordered else ())
     moments = {
         kind: {name: optimizer.state[p][kind] for name, p in model.named_parameters()}
         for kind in (MOMENTS if case.optimizer != "sgd" else ())
@@ -202,9 +219,9 @@ def run_engine(ranks, case: Case, num_steps: int) -> dict:
     model = plain_model(case)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = nest(model, SPACE).to(ranks.device)
+    model = nest(model, ORDERED_SPACE if case.ordered else SPACE).to(ranks.device)
     with parts_off(case):
-        engine = Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks, case.compile)
+        engine = Engine(model, TASK, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks, case.compile)
         seen = _train(engine, ranks, case, num_steps)
     gathered = {"weights": gather_masters(engine, ranks)}
     if "before" in seen:
@@ -222,7 +239,7 @@ def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
         for group in engine.deepspeed.optimizer.param_groups:
             group["lr"] = case.optim.learning_rate
     else:
-        engine.warm_up(ROWS_PER_RANK, ROW_TOKENS)
+        engine.warm_up(blank(ROWS_PER_RANK, ROW_TOKENS))
     seen = {
         "laid_out": is_laid_out(engine.model),
         "released": False,
@@ -232,14 +249,17 @@ def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
     }
     steps = batches[:num_steps]
     for step in steps:
-        num_targets = sum(int((labels != -100).sum()) for _, _, labels in flat(step))
+        trained = [own for micro_batch in flat(step) for own in passes(case, micro_batch)]
+        num_targets = sum(int((labels != -100).sum()) for _, _, labels in trained)
         for sample in step:
             own_targets = int((sample[ranks.rank][2] != -100).sum()) * len(step) * ranks.size
-            _one_micro_batch(
-                engine, sample[ranks.rank], own_targets if case.without == "summed_loss" else num_targets, seen
-            )
+            denominator = own_targets if case.without == "summed_loss" else num_targets
+            if case.taught:
+                seen["taught"] = float(engine.forward(batch(*sample[ranks.rank][1:]), Pass(LARGE, "teach")))
+            for own in passes(case, sample[ranks.rank]):
+                _one_micro_batch(engine, own, denominator, seen)
             if case.evaluate_between:
-                engine.evaluate(*sample[ranks.rank][1:], LARGE)
+                engine.evaluate(batch(*sample[ranks.rank][1:]), LARGE)
             if is_managed:
                 engine.deepspeed.step()
         if is_managed:
@@ -254,7 +274,7 @@ def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
 def _one_micro_batch(engine: Engine, micro_batch: reference.MicroBatch, num_targets: int, seen: dict) -> None:
     subnet, ids, labels = micro_batch
     with counted() as traffic:
-        loss = engine.forward(ids, labels, subnet)
+        loss = engine.forward(batch(ids, labels), Pass(subnet))
         seen["gathers"] += traffic.calls["gather"]
         mlp = engine.model.model.layers[0].mlp
         seen["released"] |= engine.stage == 3 and mlp.bundles[0].weight.numel() == 0

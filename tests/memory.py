@@ -21,10 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
 from sorted_ds.engine.optimizers import build_optimizer
-from sorted_ds.nested import NestedModel, extract, nest
+from sorted_ds.families import nest
+from sorted_ds.nested import NestedModel, extract
 from sorted_ds.run.config import Optim
-from sorted_ds.space import SubNet, SubNetSpace
-from sorted_ds.tasks.losses import SummedLoss
+from sorted_ds.space import Pass, SubNet, SubNetSpace
+from tests.batches import TASK, batch, blank, summed
 
 
 class LiveBytes(TorchDispatchMode):
@@ -114,13 +115,13 @@ def of_steps(
     with LiveBytes() as live:
         model = nest(LlamaForCausalLM(copy.deepcopy(config)), space).to(ranks.device)
         model = model.to(torch.bfloat16) if bf16 else model
-        engine = Engine(model, keys, "test.json", Optim(), len(ids), ranks)
+        engine = Engine(model, TASK, keys, "test.json", Optim(), len(ids), ranks)
         del model
-        engine.warm_up(*ids.shape)
+        engine.warm_up(blank(*ids.shape))
 
         def passes(samples: list[SubNet]) -> None:
             for subnet in samples:
-                engine.backward(engine.forward(ids, ids, subnet) / ids.numel())
+                engine.backward(engine.forward(batch(ids, ids), Pass(subnet)) / ids.numel())
 
         return {
             name: _measured(ranks, live, partial(passes, samples), lambda: engine.step(0.0))
@@ -144,7 +145,7 @@ def of_plain(
     """
     with LiveBytes() as live:
         extracted = extract(nest(LlamaForCausalLM(copy.deepcopy(config)), space), NAMED[name](space))
-        model: nn.Module = (SummedLoss(extracted) if chunked else extracted).to(ranks.device)
+        model: nn.Module = (summed(extracted) if chunked else extracted).to(ranks.device)
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(extracted.parameters(), lr=0.0, fused=True)
         if grouped:
             optimizer = build_optimizer(cast(NestedModel, extracted), Optim(), "fused")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from sorted_ds.nested import NestedModel, extract, nest
+from sorted_ds.families import nest
+from sorted_ds.nested import NestedModel, extract
 from sorted_ds.nested.bundles import bundle, parts_of
 from sorted_ds.nested.layers import run_by_blocks
 from sorted_ds.nested.layout import lay_out

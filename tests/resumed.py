@@ -19,12 +19,13 @@ from sorted_ds.checkpoint.identity import Identity
 from sorted_ds.data.loader import Loader
 from sorted_ds.data.rows import PackedRows
 from sorted_ds.engine import Engine
-from sorted_ds.nested import nest
+from sorted_ds.families import nest
 from sorted_ds.nested.weights import hf_tensors
 from sorted_ds.run.learning_rate import lr_at
 from sorted_ds.space import SubNetSpace
 from sorted_ds.space.sampling import Sampler
 from tests import exactness
+from tests.batches import TASK, blank
 from tests.exactness import SPACE, Case
 
 SEED, STEP_ROWS, SAMPLES = 3, 24, 2
@@ -62,8 +63,8 @@ class Trainer:
         self.schedule = Sampler(list(leg.schedule), SAMPLES, "stratified", SEED)
         model = nest(exactness.plain_model(leg.case), leg.space)
         self.optim = leg.case.optim
-        self.engine = Engine(model, leg.case.deepspeed(), "test.json", self.optim, leg.micro_batch_rows, ranks)
-        self.engine.warm_up(self.loader.dealt.rows_per_forward, exactness.ROW_TOKENS)
+        self.engine = Engine(model, TASK, leg.case.deepspeed(), "test.json", self.optim, leg.micro_batch_rows, ranks)
+        self.engine.warm_up(blank(self.loader.dealt.rows_per_forward, exactness.ROW_TOKENS))
         identity = Identity(facts or {"seed": "1"}, settings.pop("extends_space", False))
         settings = {"keep_last": 2, "asynchronous": leg.asynchronous, **settings}
         self.checkpoints = Checkpoints(Path(folder), identity=identity, ranks=ranks, **settings)

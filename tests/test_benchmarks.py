@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from benchmarks import samples, kept, matrix, spaces, step_time, whole_steps
+from benchmarks import kept, matrix, samples, spaces, step_time, whole_steps
 from benchmarks.common import SIZES, Setting, interval, nested_llama, training_tflops
 from sorted_ds.engine.modes import check_modes
 from sorted_ds.nested import costs_of

@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 
 from sorted_ds.engine.modes import check_modes
-from sorted_ds.run.model_config import model_config
 from sorted_ds.run.build import space_of, vocabulary
+from sorted_ds.run.model_config import model_config
 from sorted_ds.run.run_file import known_keys, load_engine_config, load_run
 
 ROOT = Path(__file__).parent.parent

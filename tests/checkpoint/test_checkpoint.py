@@ -76,7 +76,7 @@ def test_other_ranks_stages_and_micro_batches_go_on_with_the_same_rows_to_roundi
 
 
 def spaces(part: list[str], whole: list[str]) -> tuple[dict, dict]:
-    told = {"seed": "1", "space.sizes("d")": "[]", "space.sizes("g")": "[]", "space.sizes("f")": "[]"}
+    told = {"seed": "1", "space.depths": "[]", "space.groups": "[]", "space.ffn": "[]"}
     return ({**told, "space.subnets": json.dumps(part)}, {**told, "space.subnets": json.dumps(whole)})
 
 

@@ -9,9 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from sorted_ds.engine import Engine
-from sorted_ds.nested import nest
+from sorted_ds.families import nest
 from sorted_ds.nested.weights import hf_tensors
 from sorted_ds.run.config import Optim
+from sorted_ds.space import Pass
+from tests.batches import TASK, batch, blank
 from tests.exactness import SMALL_ZERO, gather_masters
 from tests.families import SPACE, VARIANTS, tiny_model, tokens
 from tests.parity import run_reference
@@ -37,12 +39,12 @@ def trained(ranks, stage: int) -> dict[str, dict]:
         model = tiny_model(variant)
         if variant in CHECKPOINTED:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        engine = Engine(nest(model, SPACE), config, "test.json", optim, ROWS, ranks)
-        engine.warm_up(ROWS, ROW_TOKENS)
+        engine = Engine(nest(model, SPACE), TASK, config, "test.json", optim, ROWS, ranks)
+        engine.warm_up(blank(ROWS, ROW_TOKENS))
         for sample, name in enumerate(SAMPLES):
             ids = rows_of(ranks.rank, sample)
             labels = F.pad(ids[:, 1:], (0, 1), value=-100)
-            engine.backward(engine.forward(ids, labels, SPACE[name]) / NUM_TARGETS)
+            engine.backward(engine.forward(batch(ids, labels), Pass(SPACE[name])) / NUM_TARGETS)
         engine.step(RATE)
         found[variant] = hf_tensors(engine.model, SPACE.full, gather_masters(engine, ranks).__getitem__)
     return found

@@ -8,9 +8,11 @@ import torch
 
 from sorted_ds.engine import Engine
 from sorted_ds.engine.gathering import BUNDLE, _SideBySide, pieces_of
-from sorted_ds.nested import layers, nest
+from sorted_ds.families import nest
+from sorted_ds.nested import layers
 from sorted_ds.nested.bundles import BundledHalf, Parts, parts_of
-from sorted_ds.space import SubNetSpace
+from sorted_ds.space import Pass, SubNetSpace
+from tests.batches import TASK, batch, blank
 from tests.engine.test_traces import ids, one_pass
 from tests.exactness import (
     LARGE,
@@ -38,8 +40,8 @@ def engine_of(ranks, threshold: int, prefetch: int, live: int = 10**9) -> Engine
         "stage3_max_live_parameters": live,
         "stage3_max_reuse_distance": 10**9 if live == 10**9 else 0,
     }
-    engine = Engine(nest(plain_model(case), SPACE), config, "test.json", case.optim, 2, ranks)
-    engine.warm_up(2, ROW_TOKENS)
+    engine = Engine(nest(plain_model(case), SPACE), TASK, config, "test.json", case.optim, 2, ranks)
+    engine.warm_up(blank(2, ROW_TOKENS))
     return engine
 
 
@@ -95,8 +97,8 @@ def read_while_gathered(ranks, threshold: int, prefetch: int) -> dict:
     before = gather_masters(engine, ranks)
     engine.step(1.0)
     masters = gather_masters(engine, ranks)
-    engine.evaluate(ids(), ids(), MIDDLE)
-    loss = engine.forward(ids(), ids(), LARGE)
+    engine.evaluate(batch(ids(), ids()), MIDDLE)
+    loss = engine.forward(batch(ids(), ids()), Pass(LARGE))
     there = [parts for parts in bundles(engine) if parts.bundle.weight.numel()]
     read = {name: block for parts in there for name, block in zip(parts.names, parts.bundle.blocks(), strict=True)}
     found = {

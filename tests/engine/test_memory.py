@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sorted_ds.base.errors import UserError
 from sorted_ds.engine import Engine, partitioner
 from sorted_ds.engine.optimizers import build_optimizer
-from sorted_ds.nested import nest
+from sorted_ds.families import nest
 from sorted_ds.nested.load import build
 from sorted_ds.nested.weights import LAYERS_PREFIX
 from sorted_ds.run import assemble
@@ -24,9 +24,10 @@ from sorted_ds.run.config import Optim
 from sorted_ds.run.run_file import load_run
 from sorted_ds.space import SubNet, SubNetSpace
 from tests import exactness
+from tests.batches import LLAMA, TASK, blank
 from tests.engine.test_traces import held_by
 from tests.exactness import ROWS_PER_RANK, SPACE, Case, plain_model
-from tests.memory import NAMED, LiveBytes, StepBytes, of_samples, of_plain, of_steps
+from tests.memory import NAMED, LiveBytes, StepBytes, of_plain, of_samples, of_steps
 from tests.runs import run_file
 from tests.spawn import on_ranks
 
@@ -46,16 +47,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def engine_of(ranks, case: Case, source: Path | None, whole_first: bool) -> Engine:
     take = None if whole_first else partitioner(case.deepspeed(), ROWS_PER_RANK, case.clip_norm, ranks)
-    model = build(plain_model(case).config, SPACE, source, 3, DTYPES[case.precision], take=take)
+    model = build(LLAMA, plain_model(case).config, SPACE, source, 3, DTYPES[case.precision], take=take)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Engine(model, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks)
+    return Engine(model, TASK, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks)
 
 
 def saved_by_a_first_engine(ranks) -> tuple[int, int, str]:
     """Tensors that the full network saves, those that keep a weight, and whose F.linear runs."""
     engine = engine_of(ranks, Case(3), None, whole_first=False)
-    engine.warm_up(ROWS_PER_RANK, exactness.ROW_TOKENS)
+    engine.warm_up(blank(ROWS_PER_RANK, exactness.ROW_TOKENS))
     return *held_by(engine), torch.nn.functional.linear.__module__
 
 
@@ -92,15 +93,16 @@ def live_bytes(ranks, depth: int, source: Path | None, precision: str) -> tuple[
     config = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": precision == "bf16"}}
     take = partitioner(config, 2, 1.0, ranks)
     with LiveBytes() as live:
-        model = build(sized(depth), sized_space(depth), source, 0, DTYPES[precision], take=take)
+        model = build(LLAMA, sized(depth), sized_space(depth), source, 0, DTYPES[precision], take=take)
         told = [tuple(map(int, text.split())) for text in ranks.gather(f"{live.peak} {live.now}")]
     assert not any(p.is_meta for p in model.parameters())
     return max(peak for peak, _ in told), max(now for _, now in told)
 
 
 def step_bytes(ranks, stage: int) -> dict[str, tuple[StepBytes, StepBytes]]:
-    """Of each named sample: the engine's, and plain DeepSpeed's with the extracted model; of the full one with our groups
-    too, "grouped"."""
+    """For each named sub-network: the engine's bytes, and plain DeepSpeed's with the extracted model.
+
+    The full network is also compared with plain DeepSpeed with our parameter groups, under "grouped"."""
     zero = {"stage": stage, "overlap_comm": False, **exactness.SMALL_ZERO, "reduce_bucket_size": 20_000}
     ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
     space = sized_space(DEPTHS[0])
@@ -128,7 +130,7 @@ def owned_layers(ranks) -> list[list[float]]:
     config.tie_word_embeddings = True
     model = nest(LlamaForCausalLM(config), sized_space(DEPTHS[1]))
     layer_elements = sum(p.numel() for p in model.model.layers[0].parameters())
-    engine = Engine(model, {"zero_optimization": {"stage": 2}}, "test.json", Optim(), ROWS, ranks)
+    engine = Engine(model, TASK, {"zero_optimization": {"stage": 2}}, "test.json", Optim(), ROWS, ranks)
     owned = [0.0] * DEPTHS[1]
     for shard in engine.shards(owned=True):
         if shard.name.startswith(LAYERS_PREFIX):

@@ -9,9 +9,11 @@ import torch
 
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import complete
-from sorted_ds.nested import extract, nest
+from sorted_ds.families import nest
+from sorted_ds.nested import extract
 from sorted_ds.nested.bundles import Bundle, BundledHalf
-from sorted_ds.tasks.losses import SummedLoss
+from sorted_ds.space import Pass
+from tests.batches import TASK, batch, blank, summed
 from tests.exactness import DEEP, LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, VOCAB, WIDE, Case, plain_model
 from tests.spawn import on_ranks
 from tests.traffic import counted
@@ -31,8 +33,8 @@ def engine_of(ranks, case: Case) -> Engine:
     model = plain_model(case)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    engine = Engine(nest(model, SPACE), case.deepspeed(), "test.json", case.optim, 2, ranks)
-    engine.warm_up(2, ROW_TOKENS)
+    engine = Engine(nest(model, SPACE), TASK, case.deepspeed(), "test.json", case.optim, 2, ranks)
+    engine.warm_up(blank(2, ROW_TOKENS))
     return engine
 
 
@@ -42,9 +44,9 @@ def ids() -> torch.Tensor:
 
 def one_pass(engine: Engine, subnet, training: bool) -> None:
     if training:
-        engine.backward(engine.forward(ids(), ids(), subnet))
+        engine.backward(engine.forward(batch(ids(), ids()), Pass(subnet)))
     else:
-        engine.evaluate(ids(), ids(), subnet)
+        engine.evaluate(batch(ids(), ids()), subnet)
 
 
 def traffic(ranks, cases: list[Case]) -> dict:
@@ -79,7 +81,7 @@ def static_bytes(ranks, cases: list[Case]) -> dict[tuple, tuple[int, int]]:
             half = max(sum(p.nbytes for p in part.parameters()) for part in (layer.self_attn, layer.mlp))
             if case.checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            loss = SummedLoss(model)
+            loss = summed(model)
             engine, *_ = deepspeed.initialize(
                 model=loss,
                 optimizer=torch.optim.SGD(loss.parameters(), lr=0.0),
@@ -226,7 +228,7 @@ def held_by(engine: Engine) -> tuple[int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = engine.forward(ids(), ids(), LARGE)
+        loss = engine.forward(batch(ids(), ids()), Pass(LARGE))
     gone = [own._memory for own in bundles(engine) if not own.weight.numel()]
     assert len(gone) > 10
     kept += sum(not memory.expired() for memory in gone)
@@ -244,13 +246,13 @@ def interrupted(ranks, case: Case) -> list[str]:
     """What is said of all that may not come between a forward pass and its backward pass, and may after it."""
     engine, said = engine_of(ranks, case), []
     others = (
-        lambda: engine.evaluate(ids(), ids(), LARGE),
-        lambda: engine.backward(engine.forward(ids(), ids(), LARGE)),
+        lambda: engine.evaluate(batch(ids(), ids()), LARGE),
+        lambda: engine.backward(engine.forward(batch(ids(), ids()), Pass(LARGE))),
         lambda: engine.step(0.1),
         lambda: list(engine.weights()),
         engine.publish,
     )
-    loss = engine.forward(ids(), ids(), SMALL)
+    loss = engine.forward(batch(ids(), ids()), Pass(SMALL))
     for other in others:
         try:
             other()

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sorted_ds.nested import nest
-from sorted_ds.nested.bundles import Bundle, BundledHalf, bundle, parts_of
+from sorted_ds.families import nest
 from sorted_ds.nested.blocks import are_adjacent
+from sorted_ds.nested.bundles import Bundle, BundledHalf, bundle, parts_of
 from sorted_ds.nested.weights import named_values
 from tests.families import SPACE, VARIANTS, tiny_model
 

@@ -15,11 +15,13 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.commands.cli import main
 from sorted_ds.engine import Engine
 from sorted_ds.engine.modes import check_modes
-from sorted_ds.nested import NestedModel, compiled, decoder_layer, nest
+from sorted_ds.families import nest
+from sorted_ds.nested import NestedModel, compiled
 from sorted_ds.nested.blocks import NestedModule
 from sorted_ds.run.run_file import load_run
 from sorted_ds.space import SubNetSpace
 from tests import exactness, families
+from tests.batches import TASK
 from tests.exactness import SPACE, Case
 from tests.parity import logits_and_backward
 from tests.runs import run_file
@@ -53,7 +55,7 @@ TOLERANCE = 5e-5
 def schedule_of(case: Case) -> tuple:
     """bf16 trains what has two heads or more: one graph less, for inductor takes 5 s and more for each."""
     fewest = 2 if case.precision == "bf16" else 1
-    wider = {s: SPACE[f"d{s.depth}-g{max(s["g"], fewest)}-f{s["f"]}"] for s in SPACE}
+    wider = {s: s.replace(g=max(s["g"], fewest)) for s in SPACE}
     return tuple(tuple(wider[subnet] for subnet in samples) for samples in exactness.SCHEDULE)
 
 
@@ -143,11 +145,16 @@ def test_the_warm_up_compiles_all_that_the_run_needs(tmp_path):
     assert on_ranks(1, graphs_of_the_warm_up, case, folder=tmp_path) == (GRAPHS, GRAPHS)
 
 
-def pair(variant: str, backend, groups=families.SPACE.sizes("g"), **changes) -> list[NestedModel]:
+GROUPS = families.SPACE.sizes("g")
+
+
+def pair(variant: str, backend, groups=GROUPS, **changes) -> list[NestedModel]:
     """The same model eager and compiled."""
     attention = "eager" if variant == "gemma2" else "sdpa"
     models = [families.tiny_model(variant, attention, **changes) for _ in range(2)]
-    space = SubNetSpace.grid(depths=[1, 2, models[0].config.num_hidden_layers], groups=groups, ffn=families.SPACE.sizes("f"))
+    space = SubNetSpace.grid(
+        depths=[1, 2, models[0].config.num_hidden_layers], groups=groups, ffn=families.SPACE.sizes("f")
+    )
     eager, other = (nest(model, space) for model in models)
     compiled.compile_layers(other, backend)
     return [eager, other]
@@ -189,7 +196,7 @@ def test_compiled_layers_use_the_blocks_own_memory_at_any_offset():
     layers = [module for module in model.modules() if isinstance(module, NestedModule)]
     for layer in (layers[0], layers[-1]):
         layer.width.select(layer.width.sizes[1])
-        for name, joined in decoder_layer.joined([layer], compiled._standing_alone)[0].items():
+        for name, joined in layers.joined([layer], compiled._standing_alone)[0].items():
             assert joined.data_ptr() == layer.values(name)[0].data_ptr()
             assert torch.equal(joined, torch.cat(layer.values(name)))
             assert (joined.storage_offset(), joined._is_view()) == (0, False)
@@ -237,7 +244,7 @@ def test_stage_3_is_refused_and_the_others_are_not():
     for stage in (0, 1, 2):
         check_modes(Case(stage).deepspeed(), "zero.json", compile_layers=True)
     with pytest.raises(UserError, match=r"engine\.compile"):
-        Engine(mock.Mock(), Case(3).deepspeed(), "zero3.json", Case(3).optim, 2, mock.Mock(), compile_layers=True)
+        Engine(mock.Mock(), TASK, Case(3).deepspeed(), "zero3.json", Case(3).optim, 2, mock.Mock(), compile_layers=True)
 
 
 @pytest.mark.parametrize("command", ["plan", "train"])

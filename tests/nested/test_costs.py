@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sorted_ds.nested import costs_of, extract, nest, sorted_by_cost, union_parameters
+from sorted_ds.families import nest
+from sorted_ds.nested import costs_of, extract, sorted_by_cost, union_parameters
 from sorted_ds.nested.weights import is_active, slices_of
 from tests.families import SPACE, VARIANTS, tiny_config, tiny_model, tokens
 

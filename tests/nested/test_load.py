@@ -9,11 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.families import nest
 from sorted_ds.nested import extract
 from sorted_ds.nested.layout import is_laid_out
 from sorted_ds.nested.load import build, resolve_source
-from sorted_ds.nested.nest import nest
 from sorted_ds.space import SubNetSpace
+from tests.batches import LLAMA
 from tests.families import SPACE, SUBNETS, VARIANTS, tiny_config, tiny_model, tokens
 
 FULL_ONLY = SubNetSpace.of(["d4-g4-f112"])
@@ -27,7 +28,7 @@ def saved(tmp_path, variant="llama", shards="one file"):
 
 
 def loaded(source, dtype=torch.float32, space=SPACE):
-    return build(AutoConfig.from_pretrained(source), space, source, seed=0, dtype=dtype)
+    return build(LLAMA, AutoConfig.from_pretrained(source), space, source, seed=0, dtype=dtype)
 
 
 @pytest.mark.parametrize("shards", SHARD_SIZES)
@@ -65,7 +66,7 @@ def test_sub_networks_of_a_loaded_checkpoint_equal_those_of_the_nested_plain_mod
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scratch_weights_depend_on_the_seed_alone(variant):
     def weights(space, seed, dtype=torch.float32):
-        return extract(build(tiny_config(variant), space, None, seed, dtype), "d4-g4-f112").state_dict()
+        return extract(build(LLAMA, tiny_config(variant), space, None, seed, dtype), "d4-g4-f112").state_dict()
 
     ours = weights(SPACE, seed=3)
     torch.rand(7)
@@ -82,7 +83,7 @@ def test_building_leaves_the_global_random_state_and_the_config_alone():
     before = copy.deepcopy(config.to_dict())
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    build(config, SPACE, None, 0, torch.float32).set_subnet(SPACE.smallest)
+    build(LLAMA, config, SPACE, None, 0, torch.float32).set_subnet(SPACE.smallest)
     assert torch.equal(torch.get_rng_state(), state)
     assert config.to_dict() == before
 
@@ -90,7 +91,7 @@ def test_building_leaves_the_global_random_state_and_the_config_alone():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scratch_weights_are_distributed_as_hugging_faces_own(variant):
     config = tiny_config(variant, initializer_range=0.05)
-    ours = extract(build(config, SPACE, None, 0, torch.float32), SPACE.full).state_dict()
+    ours = extract(build(LLAMA, config, SPACE, None, 0, torch.float32), SPACE.full).state_dict()
     theirs = AutoModelForCausalLM.from_config(tiny_config(variant, initializer_range=0.05)).state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -104,7 +105,7 @@ def test_scratch_weights_are_distributed_as_hugging_faces_own(variant):
 
 def test_the_buffers_of_a_scratch_model_are_those_of_a_plain_one():
     for variant in VARIANTS:
-        ours = build(tiny_config(variant), SPACE, None, 0, torch.bfloat16)
+        ours = build(LLAMA, tiny_config(variant), SPACE, None, 0, torch.bfloat16)
         theirs = AutoModelForCausalLM.from_config(tiny_config(variant), dtype=torch.bfloat16)
         pairs = zip(ours.named_buffers(), theirs.named_buffers(), strict=True)
         for (name, buffer), (their_name, their_buffer) in pairs:
@@ -114,7 +115,7 @@ def test_the_buffers_of_a_scratch_model_are_those_of_a_plain_one():
 
 def test_tied_weights_stay_one_parameter(tmp_path):
     for model in (
-        build(tiny_config("llama, tied"), SPACE, None, 0, torch.float32),
+        build(LLAMA, tiny_config("llama, tied"), SPACE, None, 0, torch.float32),
         loaded(saved(tmp_path, "llama, tied")),
     ):
         assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -146,7 +147,7 @@ def test_a_checkpoint_is_read_slice_by_slice(tmp_path):
     source = saved(tmp_path)
     config = AutoConfig.from_pretrained(source)
     with LargestTensor() as watched:
-        build(config, SPACE, source, 0, torch.float32)
+        build(LLAMA, config, SPACE, source, 0, torch.float32)
     assert watched.nbytes == 131 * 96 * 4, "the embedding, the largest single tensor"
 
 
@@ -162,7 +163,7 @@ def test_a_missing_tensor_is_named(tmp_path):
     config = AutoConfig.from_pretrained(source)
     config.attention_bias = True
     with pytest.raises(UserError, match=r"holds no tensor 'model\.layers\.0\.self_attn\.q_proj\.bias'"):
-        build(config, SPACE, source, 0, torch.float32)
+        build(LLAMA, config, SPACE, source, 0, torch.float32)
 
 
 def test_a_tensor_of_another_shape_is_named_with_both(tmp_path):
@@ -170,7 +171,7 @@ def test_a_tensor_of_another_shape_is_named_with_both(tmp_path):
     config = AutoConfig.from_pretrained(source)
     config.vocab_size = 140
     with pytest.raises(UserError, match=r"embed_tokens\.weight has shape \(131, 96\), but the config says \(140, 96\)"):
-        build(config, SPACE, source, 0, torch.float32)
+        build(LLAMA, config, SPACE, source, 0, torch.float32)
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -9,10 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.nested import NestedModel, extract, nest
+from sorted_ds.families import nest
+from sorted_ds.nested import NestedModel, extract
+from sorted_ds.nested.blocks import NestedModule, OutputNestedLinear, Width, are_adjacent
 from sorted_ds.nested.bundles import parts_of
 from sorted_ds.nested.layers import joined
-from sorted_ds.nested.blocks import NestedModule, OutputNestedLinear, Width, are_adjacent
 from sorted_ds.nested.layout import is_laid_out, lay_out
 from sorted_ds.nested.weights import is_active, slices_of
 from sorted_ds.space import SubNet, SubNetSpace
@@ -241,7 +242,7 @@ def test_groups_that_the_familys_config_refuses_are_named_with_the_nearest_valid
     with pytest.raises(UserError) as refused:
         nest(model, SubNetSpace.grid(depths=[4], groups=[3, 4], ffn=[112]))
     assert str(refused.value) == (
-        "space.sizes("g") contains 3: that is 6 heads, and llama needs hidden_size 128 divisible by the number of heads. "
+        "space.groups contains 3: that is 6 heads, and llama needs hidden_size 128 divisible by the number of heads. "
         "Nearest that work: 2, 4."
     )
     assert not isinstance(model, NestedModel)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sorted_ds.nested import NestedModel, extract, nest
+from sorted_ds.families import nest
+from sorted_ds.nested import NestedModel, extract
 from tests.families import SPACE, SUBNETS, VARIANTS, tiny_model, tokens
 from tests.parity import WAYS, cases, four_outcomes, grads_difference, in_way, logits_difference, run_nested
 

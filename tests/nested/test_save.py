@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sorted_ds.nested import nest, save_full
+from sorted_ds.families import nest
+from sorted_ds.nested import save_full
 from tests.families import SPACE, VARIANTS, tiny_model
 from tests.memory import LiveBytes
 

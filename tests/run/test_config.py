@@ -78,7 +78,11 @@ def test_a_run_does_not_change_after_it_was_read(tmp_path):
         ("row_tokens = 32", "", r"'batch\.row_tokens' is missing"),
         ("step_rows = 8", 'step_rows = "eight"', r"batch\.step_rows = 'eight' should be a valid integer"),
         ("step_rows = 8", "step_rows = 0", r"batch\.step_rows = 0 should be greater than or equal to 1"),
-        ("samples = 4", 'samples = 4\nstrategy = "best"', r"schedule\.strategy = 'best' should be 'uniform', 'stratified'"),
+        (
+            "samples = 4",
+            'samples = 4\nstrategy = "best"',
+            r"schedule\.strategy = 'best' should be 'uniform', 'stratified'",
+        ),
         ("seed = 17", "seed = = 17", r"is no TOML: .*line 1"),
     ],
 )

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.run.plan import make_plan, state_bytes
 from sorted_ds.run.build import check_run
+from sorted_ds.run.plan import make_plan, state_bytes
 from sorted_ds.run.run_file import load_run
 from tests.runs import run_file
 

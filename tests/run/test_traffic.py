@@ -5,10 +5,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sorted_ds.engine import Engine
-from sorted_ds.nested import costs_of, nest, union_parameters
+from sorted_ds.families import nest
+from sorted_ds.nested import costs_of, union_parameters
 from sorted_ds.run.config import Optim
 from sorted_ds.run.traffic import Samples, step_traffic
-from sorted_ds.space import SubNetSpace
+from sorted_ds.space import Pass, SubNetSpace
+from tests.batches import TASK, batch, blank
 from tests.exactness import LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, Case, plain_model
 from tests.spawn import on_ranks
 from tests.traffic import counted
@@ -36,14 +38,14 @@ def of_mode(ranks, stage: int, precision: str) -> list[dict[str, int]]:
     config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
     config |= {"bf16": {"enabled": True}} if precision == "bf16" else {}
     model = nest(plain_model(Case(stage)), SPACE).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    engine = Engine(model, config, "test.json", Optim(), 2, ranks)
-    engine.warm_up(2, ROW_TOKENS)
+    engine = Engine(model, TASK, config, "test.json", Optim(), 2, ranks)
+    engine.warm_up(blank(2, ROW_TOKENS))
     ids = torch.zeros(2, ROW_TOKENS, dtype=torch.int64)
     found = []
     for samples in STEPS:
         with counted() as traffic:
             for subnet in samples:
-                engine.backward(engine.forward(ids, ids, subnet))
+                engine.backward(engine.forward(batch(ids, ids), Pass(subnet)))
             engine.step(0.0)
         found.append(traffic.bytes)
     return found
@@ -76,12 +78,12 @@ def gathered_again(ranks) -> dict[tuple[int, bool, int], dict[str, int]]:
         if recomputed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         config = {"zero_optimization": {**zero, "stage3_max_reuse_distance": distance}}
-        engine = Engine(nest(model, DEEP_SPACE), config, "test.json", Optim(), 2, ranks)
-        engine.warm_up(2, ROW_TOKENS)
+        engine = Engine(nest(model, DEEP_SPACE), TASK, config, "test.json", Optim(), 2, ranks)
+        engine.warm_up(blank(2, ROW_TOKENS))
         counts = found[distance, recomputed, prefetch] = {}
         for subnet in engine.model.space:
             with counted() as traffic:
-                engine.backward(engine.forward(ids, ids, subnet))
+                engine.backward(engine.forward(batch(ids, ids), Pass(subnet)))
             counts[subnet.name] = traffic.bytes["gather"]
     return found
 

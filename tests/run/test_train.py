@@ -16,9 +16,9 @@ from sorted_ds.base.shuffle import Shuffle
 from sorted_ds.cluster.launcher import free_port
 from sorted_ds.data.text.prepare import find_prepared
 from sorted_ds.nested import costs_of
+from sorted_ds.run.build import check_run, data_spec, schedule_of
 from sorted_ds.run.learning_rate import lr_at
 from sorted_ds.run.plan import make_plan
-from sorted_ds.run.build import check_run, data_spec, schedule_of
 from sorted_ds.run.run_file import load_run
 from tests import reference
 from tests.launched import (

@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.nested import extract, nest
+from sorted_ds.families import nest
+from sorted_ds.nested import extract
 from sorted_ds.tasks.losses import CHUNK_ELEMENTS, IGNORED_LABEL, LossHead, SummedLoss, attach_loss_head
+from tests.batches import summed
 from tests.families import SPACE, SUBNETS, VARIANTS, VOCAB, tiny_model, tokens
 
 # fp32: sums over 131 logits and 33 positions in another order, measured at up to 3e-6.
@@ -27,9 +29,9 @@ def shifted(input_ids: Tensor) -> Tensor:
 
 def chunked(model: PreTrainedModel, positions: int) -> SummedLoss:
     """The model with its summed loss, in chunks of so many positions."""
-    summed = SummedLoss(model)
-    summed.model.lm_head.chunk_elements = {"cpu": positions * VOCAB}
-    return summed
+    loss = summed(model)
+    loss.model.lm_head.chunk_elements = {"cpu": positions * VOCAB}
+    return loss
 
 
 def hf_summed_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -211,7 +213,7 @@ def test_chunks_hold_64_mib_of_logits_unless_told():
 
 def test_hugging_faces_forward_generation_and_files_work_with_the_head_attached(tmp_path):
     plain = tiny_model("llama, tied").eval()
-    model = SummedLoss(nest(copy.deepcopy(plain), SPACE)).model.eval()
+    model = summed(nest(copy.deepcopy(plain), SPACE)).model.eval()
     assert isinstance(model.lm_head, LossHead)
     assert torch.equal(model(tokens()).logits, plain(tokens()).logits)
     assert torch.equal(
@@ -225,8 +227,8 @@ def test_hugging_faces_forward_generation_and_files_work_with_the_head_attached(
 
 
 def test_parameter_names_start_with_model():
-    summed = SummedLoss(nest(tiny_model("llama"), SPACE))
-    assert all(name.startswith("model.") for name, _ in summed.named_parameters())
+    loss = summed(nest(tiny_model("llama"), SPACE))
+    assert all(name.startswith("model.") for name, _ in loss.named_parameters())
 
 
 def test_an_unknown_family_is_refused():
