@@ -78,7 +78,7 @@ def _explain(error: ValidationError) -> str:
         near = _nearest_key(sections, key)
         return f"unknown key {name!r}. " + (f"Did you mean {near!r}?" if near else "Remove it.")
     if first["type"] == "missing":
-        return f"{name!r} is missing. Add it; README's reference of run files says what it is."
+        return f"{name!r} is missing. Add it; docs/run-file.md says what it is."
     message = first["msg"].removeprefix("Input should be ").rstrip(".")
     return f"{name} = {first['input']!r} should be {message}."
 
