@@ -22,3 +22,5 @@ html_theme = "furo"
 html_title = "sorted_ds"
 html_show_copyright = False
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
