@@ -9,13 +9,14 @@ WORKERS ?= 2
 
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench docs clean
 
 help:
 	@echo "make setup  .venv with everything that is needed"
 	@echo "make demo   train one network on the Python standard library and take a small one out (10 minutes)"
 	@echo "make test   every test"
 	@echo "make check  lint, format and types"
+	@echo "make docs   the site of docs/, in build/docs"
 	@echo "make bench  the parity, communication, memory, time, compile, exactness and checkpoint tables"
 
 setup: .venv/.complete
@@ -46,6 +47,12 @@ bench: setup
 	$(BIN)/python -m benchmarks.exactness
 	$(BIN)/python -m benchmarks.saving
 	$(BIN)/python -m benchmarks.elastic
+
+# Warnings are errors: a broken link between pages ends the build.
+docs: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	$(BIN)/python -m sphinx -b html -W --keep-going --quiet docs build/docs
+	@echo "open build/docs/index.html"
 
 clean:
 	rm -rf demo .cache build dist *.egg-info

@@ -1,4 +1,4 @@
-"""Prints how far the formulas of docs/scaling.md are from what is measured, and what they say for many GPUs.
+"""Prints how far the formulas of docs/exactness.md are from what is measured, and what they say for many GPUs.
 
 Traffic: every collective of a step of four samples, counted, against `sorted_ds.run.traffic`. Memory: live tensor bytes
 between steps against `sorted_ds.run.plan.state_bytes`. Compute: the time of a micro-batch of each sub-network against

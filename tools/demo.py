@@ -84,7 +84,7 @@ def check_table(table: dict) -> None:
     """What README promises of the trained network."""
     rows = table["subnets"]
     losses = [row["loss"] for row in rows]
-    margin = table["unigram_nats"] - max(losses)
+    margin = table["baseline"]["unigram model"] - max(losses)
     correlation = rank_correlation([row["parameters"] for row in rows], losses)
     over_best = losses[-1] / min(losses) - 1
     smallest = rows[0]["non_embedding_parameters"] / rows[-1]["non_embedding_parameters"]

@@ -1,67 +1,85 @@
-"""Writes README's reference of run-file keys and its list of files: `python tools/reference.py`.
+"""Writes docs/run-file.md, the reference of the run file: `python tools/reference.py`.
 
-The keys come from sorted_ds/run/config.py, a file's line from its docstring.
+In: the sections and docstrings of sorted_ds/run/config.py, and the DeepSpeed keys of sorted_ds/engine/modes.py. Out:
+the whole page. A test says when it is not current.
 """
 
-import ast
-import itertools
-import subprocess
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from sorted_ds.engine.modes import ANY, SECTION_KEYS, TOP_KEYS, AtLeast
 from sorted_ds.run.config import Run, Section
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-BEGIN, END = "<!-- {}: begin, made by tools/reference.py -->\n", "<!-- {}: end -->\n"
-NOT_LISTED = ("README.md", "LICENSE", ".gitignore")
-OTHER_FILES = {
-    ".ci/run": "what must pass before a change lands",
-    "CONTRIBUTING.md": "how to add a family, a strategy, a mode, a key",
-    "Makefile": "set-up, demo, tests, checks",
-    "docs/benchmarks.md": "times on a GPU, against plain DeepSpeed and the Hugging Face Trainer",
-    "docs/log.md": "what was measured, and what did not work",
-    "docs/matrix.md": "every mode of the engine against plain PyTorch",
-    "docs/matrix.jsonl": "what `python -m benchmarks.matrix` has measured so far",
-    "docs/matrix_cuda.md": "the same on CUDA with NCCL, as far as it has run",
-    "docs/scaling.md": "what a run costs on many GPUs: formulas, their errors, and what they say",
-    "docs/pareto.png": "the demo's figure",
-    "ds_configs": "DeepSpeed JSON: ZeRO stage, and bf16 where the name says so, else fp32",
-    "pyproject.toml": "packaging, and why each dependency is there",
-}
+PAGE = ROOT / "docs" / "run-file.md"
+INTRODUCTION = """\
+<!-- Made by tools/reference.py from sorted_ds/run/config.py and sorted_ds/engine/modes.py. Do not edit it here. -->
+
+# Run file
+
+A run is described by one TOML file. This page lists every key with its value, its default and its meaning. The page is
+generated from the docstrings of the configuration by `python tools/reference.py`.
+
+- A relative path in a run file starts at the folder of the run file.
+- A key can be replaced on the command line: `sorted-ds train my.toml train.steps=500`.
+- An unknown key is an error that names the nearest known key.
+- A key without a default that is not marked as required may be left out.
+- `sorted-ds plan my.toml` checks the whole file and trains nothing.
+
+The repository has complete run files in `launch/runs/`: `demo.toml` for the demo, `text.toml` as a start for your own
+text, and `1b.toml`, `8b.toml` and `70b.toml` for clusters.
+"""
+TOP_LEVEL = """\
+## Top level
+
+These keys stand at the beginning of the file, before the first section.
+"""
+DEEPSPEED = """\
+## DeepSpeed JSON
+
+`engine.deepspeed` names a JSON file with DeepSpeed's own keys. The folder `ds_configs/` has one file for each usual
+choice. Batch sizes, gradient clipping, the optimizer and the learning rate follow from the run file, so their keys are
+refused in the JSON. A key or a value that is not in this table is refused at the start, because it was not compared
+with the reference ([what is refused](exactness.md#what-is-refused)).
+
+Three rules concern more than one key:
+
+- `offload_optimizer` needs stage 1, 2 or 3. `offload_param` needs stage 3 together with `offload_optimizer`.
+- `overlap_comm` needs stage 2 or 3.
+- Stage 0 in bf16 accumulates gradients in bf16, so `data_types.grad_accum_dtype` is refused there.
+"""
 
 
-def reference() -> str:
-    """Markdown: a table of each section's keys."""
-    parts = [_table("", "", {name: f for name, f in Run.model_fields.items() if not _is_section(f)})]
-    for name, field in Run.model_fields.items():
-        if _is_section(field):
-            section = field.annotation
-            parts.append(_table(f"[{name}]", _one_line(section.__doc__), section.model_fields))
-    return "\n".join(parts)
+def page() -> str:
+    """Returns the whole page as Markdown."""
+    keys = {name: field for name, field in Run.model_fields.items() if not _is_section(field)}
+    sections = {name: field.annotation for name, field in Run.model_fields.items() if _is_section(field)}
+    parts = [INTRODUCTION, TOP_LEVEL, _fields_table(keys)]
+    for name, section in sections.items():
+        parts += [f"## `[{name}]`\n\n{_one_line(section.__doc__)}\n", _fields_table(section.model_fields)]
+    return "\n".join([*parts, DEEPSPEED, _deepspeed_table()])
 
 
 def _is_section(field: FieldInfo) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
-def _table(title: str, meaning: str, fields: dict[str, FieldInfo]) -> str:
-    heading = f"**`{title}`** {meaning}\n\n" if title else ""
-    rows = [
-        f"| `{name}` | {_kind(field)} | {_default(field)} | {_one_line(field.description)} |"
-        for name, field in fields.items()
-    ]
-    return heading + "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+def _fields_table(fields: dict[str, FieldInfo]) -> str:
+    return _table(
+        ("key", "value", "default", "meaning"),
+        [(f"`{name}`", _kind(f.annotation), _default(f), _one_line(f.description)) for name, f in fields.items()],
+    )
 
 
-def _kind(field: FieldInfo) -> str:
-    """As it is written in TOML."""
-    return _kind_of(field.annotation)
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _kind_of(annotation) -> str:
+def _kind(annotation: Any) -> str:
+    """How a value of this type is written in TOML."""
     names = {str: "string", int: "integer", float: "number", bool: "true or false", Path: "path"}
     if annotation in names:
         return names[annotation]
@@ -69,12 +87,12 @@ def _kind_of(annotation) -> str:
     if all(isinstance(part, str) for part in parts):
         return "string"
     if getattr(annotation, "__origin__", None) is list:
-        return f"list of {_kind_of(parts[0])}s"
+        return f"list of {_kind(parts[0])}s"
     if getattr(annotation, "__origin__", None) is tuple:
         return f"{len(parts)} numbers"
     if getattr(annotation, "__origin__", None) is dict:
         return "table"
-    return _kind_of(parts[0])
+    return _kind(parts[0])
 
 
 def _default(field: FieldInfo) -> str:
@@ -90,7 +108,7 @@ def _default(field: FieldInfo) -> str:
     return f"`{_toml(value)}`"
 
 
-def _toml(value) -> str:
+def _toml(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str | Path) else f"{value:_}" if isinstance(value, int) else f"{value}"
 
 
@@ -98,45 +116,30 @@ def _one_line(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-def files() -> str:
-    """Markdown: a line for every file that is kept."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    names = sorted(name for name in listed.stdout.split() if name not in NOT_LISTED and (ROOT / name).exists())
-    rows = dict.fromkeys(f"| `{name}` | {_job(name)} |" for name in map(_folded, names))
-    return "\n".join(["| file | job |", "|---|---|", *rows]) + "\n"
+def _deepspeed_table() -> str:
+    """The keys of the JSON that are compared with the reference, and their values."""
+    keys = {f"{section}.{key}": values for section, own in SECTION_KEYS.items() for key, values in own.items()}
+    keys |= {key: values for key, values in TOP_KEYS.items() if key not in SECTION_KEYS}
+    rows = [(f"`{key}`", _allowed(values)) for key, values in keys.items() if key not in SECTION_KEYS]
+    return _table(("key", "allowed values"), rows)
 
 
-def _folded(name: str) -> str:
-    """The DeepSpeed configs are one line: each is three lines itself."""
-    return "ds_configs" if name.startswith("ds_configs/") else name
+def _allowed(values: Any) -> str:
+    if isinstance(values, AtLeast):
+        return str(values)
+    if values is ANY:
+        return "any"
+    return ", ".join(f"`{_json(value)}`" for value in values)
 
 
-def _job(name: str) -> str:
-    """The first sentence of a file's docstring, or of its first comment."""
-    if name in OTHER_FILES:
-        return OTHER_FILES[name]
-    source = (ROOT / name).read_text(encoding="utf-8")
-    text = ast.get_docstring(ast.parse(source)) if name.endswith(".py") else _first_comment(source)
-    text = text or "marks a package"
-    sentence = _one_line(text.split("\n\n")[0]).split(". ")[0].rstrip(".:").replace("|", "\\|")
-    first = sentence.split()[0].rstrip("'s,")
-    keeps_capital = first == "Hugging" or first[1:] != first[1:].lower()
-    return sentence if keeps_capital else sentence[0].lower() + sentence[1:]
-
-
-def _first_comment(source: str) -> str:
-    lines = [line for line in source.splitlines() if not line.startswith("#!")]
-    own = itertools.takewhile(lambda line: line.startswith("# "), lines)
-    return " ".join(line.removeprefix("# ") for line in own)
+def _json(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    for name, made in (("reference", reference()), ("files", files())):
-        before, _, rest = text.partition(BEGIN.format(name))
-        _, _, after = rest.partition(END.format(name))
-        text = f"{before}{BEGIN.format(name)}\n{made}\n{END.format(name)}{after}"
-    README.write_text(text, encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """What a run is: the sections and keys of a run file, with meaning, unit and default.
 
 In: nothing. Out: the frozen `Run` that `run_file.py` reads from TOML. A key's meaning stands under it and nowhere else:
-docs/run-file.md is made from here by tools/reference.py. Each number is stated once; what follows from it is derived in
-`build.py`.
+tools/reference.py makes docs/run-file.md from here. Each number is stated once; `build.py` derives what follows.
 """
 
 from pathlib import Path
@@ -27,16 +26,19 @@ class Model(Section):
     """The full network."""
 
     init: str = SCRATCH
-    """`"scratch"`, or the Hugging Face directory or hub id of a checkpoint (safetensors) to start from."""
+    """Where the first weights come from: `"scratch"` for random ones, or the Hugging Face directory or hub id of a
+    checkpoint with safetensors."""
     family: str = ""
-    """From scratch: the model family, like `"llama"`."""
+    """The model family of a network from scratch, like `"llama"`."""
     config: dict[str, Any] = {}
-    """From scratch: keys of the family's Hugging Face config. The vocabulary and its special ids follow from the
-    tokenizer."""
+    """The family's Hugging Face config for a network from scratch. The size of the vocabulary and its special ids
+    follow from the tokenizer."""
     attention: Literal["", "sdpa", "eager"] = ""
-    """Hugging Face's attention implementation. Default: `"sdpa"` where the family has it (gemma2 has not)."""
+    """Hugging Face's attention implementation, `"sdpa"` or `"eager"`. The default is `"sdpa"` if the family has it;
+    gemma2 does not."""
     activation_checkpointing: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, about a third more compute."""
+    """Recomputes the activations of each layer in the backward pass: it saves memory and costs about a third more
+    compute."""
 
 
 class SpaceBase(Section):
@@ -83,116 +85,118 @@ class Data(Section):
     """The text."""
 
     text: list[Path] = []
-    """Text files and folders; a file is one document. Folders are searched for `suffixes`."""
+    """Text files and folders. Each file is one document. A folder is searched for files with one of the `suffixes`."""
     jsonl: list[Path] = []
-    """JSONL files and folders of them; the field `text` of a line is one document."""
+    """JSONL files, and folders of JSONL files. The field `text` of each line is one document."""
     suffixes: list[str] = [".txt", ".md"]
-    """Which files of the folders in `text` are read."""
+    """The file names that are read in the folders of `text` end with one of these."""
     tokenizer: str = ""
-    """A Hugging Face tokenizer (directory or hub id), or `"train"`: a SentencePiece model trained from this text.
-    Default: that of `model.init`; `"train"` from scratch."""
+    """The directory or hub id of a Hugging Face tokenizer, or `"train"` for a SentencePiece model that is trained on
+    this text. The default is the tokenizer of `model.init`, and `"train"` for a network from scratch."""
     vocab_size: Positive = 32_000
-    """Of a tokenizer that is trained, in tokens; ignored otherwise."""
+    """The number of tokens of a tokenizer that is trained. Other tokenizers ignore it."""
     validation_fraction: Fraction = 0.01
-    """Share of the documents that is only evaluated on."""
+    """The share of the documents that is kept for validation and not trained on."""
     cache_dir: Path = Path("cache")
-    """Where prepared tokens are kept, each under a key of its content."""
+    """The folder of the prepared tokens. Each text is found again by a key of its content and settings."""
     workers: Positive = 2
-    """Processes that prepare the text. One alone tokenizes with threads; for a few MB, more are no faster."""
+    """The number of processes that prepare the text. One process uses threads, so more are not faster for a few MB."""
 
 
 class Batch(Section):
     """Rows of a step."""
 
     step_rows: Positive
-    """Rows of an optimizer step, over all its sub-networks and ranks."""
+    """The number of rows of one optimizer step, over all its sub-networks and all ranks."""
     micro_batch_rows: Positive
-    """Rows of one forward pass on one rank, at most."""
+    """The largest number of rows of one forward pass on one rank."""
     row_tokens: Positive
-    """Tokens of a row."""
+    """The number of tokens of a row."""
 
 
 class Train(Section):
-    """How long."""
+    """How long a run trains."""
 
     steps: Positive
-    """Optimizer steps of the run."""
+    """The number of optimizer steps of the run."""
     time_limit: str = ""
-    """Save and end before so long has passed since the start, like Slurm's `--time`: `90` (minutes), `1:30:00` or
-    `1-12:00:00` (days-hours...). Default: none. A Slurm job is then requeued."""
+    """The run saves and ends before this time has passed since its start. It is written like Slurm's `--time`: `90`
+    (minutes), `1:30:00` or `1-12:00:00` (days first). A Slurm job is then put into the queue again. The default is no
+    limit."""
     hang_minutes: Annotated[float, Field(ge=0)] = 30.0
-    """After so long without a finished step, evaluation, save or part of the start every rank writes its stacks to
-    RUN_DIR/stacks and ends; 0 never."""
+    """The time without progress (a step, an evaluation, a save or a part of the start) after which every rank writes
+    its stacks to RUN_DIR/stacks and ends. 0 means never."""
 
 
 class Optim(Section):
     """The optimizer and its learning rate. Norms, biases and embeddings are not decayed."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD without momentum."""
+    """`"adamw"`, or `"sgd"` for SGD without momentum."""
     implementation: Literal["auto", "torch", "fused", "cpu_adam"] = "auto"
-    """Whose AdamW: torch's, torch's fused one, or (`cpu_adam`) DeepSpeed's, for an optimizer that is offloaded. `auto`
-    is the fused one, and `cpu_adam` on CUDA with offload."""
+    """Which code runs AdamW: torch's (`torch`), torch's fused one (`fused`), or DeepSpeed's for an offloaded optimizer
+    (`cpu_adam`). `auto` takes the fused one, and `cpu_adam` on CUDA with offload."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    """At its peak."""
+    """The learning rate at its peak."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of linear warm-up."""
+    """The number of steps in which the learning rate grows linearly to its peak."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """From the peak to `final_fraction` of it at the last step."""
+    """How the learning rate falls from its peak to `final_fraction` of the peak at the last step."""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Of the peak, at the last step."""
+    """The learning rate of the last step, as a fraction of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """AdamW's decoupled weight decay."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's denominator term."""
+    """The term that AdamW adds to its denominator."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Largest norm of a step's gradient; 0 does not clip."""
+    """The largest norm of a step's gradient; a longer one is scaled down to it. 0 means no clipping."""
 
 
 class Eval(Section):
     """Validation."""
 
     every_steps: Annotated[int, Field(ge=0)] = 500
-    """Steps between evaluations of `subnets`; 0 evaluates at the end only. All are evaluated at the end."""
+    """The number of steps between evaluations of `subnets`; 0 means none. All sub-networks are evaluated at the end."""
     rows: Positive = 256
-    """Validation rows, the same for every sub-network."""
+    """The number of validation rows. They are the same for every sub-network."""
     subnets: list[str] = []
-    """Names of those evaluated during training. Default: nine, spread over the space."""
+    """The names of the sub-networks that are evaluated during training. The default is nine, spread over the space."""
 
 
 class Checkpoint(Section):
-    """Saving. A run that is started again goes on from its last checkpoint."""
+    """Saving. A run that is started again continues from its last checkpoint."""
 
     every_steps: Positive = 500
-    """Steps between checkpoints; one more is saved at the end, and when the run is ended early."""
+    """The number of steps between checkpoints. One more is saved at the end, and when the run is ended early."""
     keep_last: Positive = 2
-    """Checkpoints that are kept. With two, a damaged one costs the steps between them, not the run."""
+    """The number of checkpoints that are kept. With two, a damaged one costs the steps between them and not the run."""
     asynchronous: bool = True
-    """Write while training goes on, from a copy in host memory: 12 bytes a parameter (AdamW), shared by the ranks."""
+    """Writes a checkpoint while training goes on, from a copy in host memory. With AdamW the copy takes 12 bytes a
+    parameter, summed over all ranks."""
     strict: bool = False
-    """Refuse to start when the newest checkpoint is damaged. Otherwise the run goes on from the newest whole one."""
+    """Refuses to start if the newest checkpoint is damaged. Otherwise the run continues from the newest whole one."""
     extend_space: bool = False
-    """Go on from checkpoints whose space is a part of this one, with the same weights."""
+    """Lets a run continue with a space that has grown since its checkpoint, from the same weights."""
 
 
 class Log(Section):
     """What is reported."""
 
     every_steps: Positive = 10
-    """Steps between reports."""
+    """The number of steps between two reports."""
     tensorboard: bool = True
-    """Also write RUN_DIR/tensorboard."""
+    """Writes the curves to RUN_DIR/tensorboard, too."""
 
 
 class Engine(Section):
     """DeepSpeed."""
 
     deepspeed: Path
-    """DeepSpeed JSON with engine keys only; batch sizes, clipping, optimizer and schedule belong to the run file."""
+    """The DeepSpeed JSON. It holds engine keys only: batch sizes, clipping and the optimizer belong to the run file."""
     compile: bool = False
-    """Compile each layer with torch.compile, at stages 0 to 2. It takes minutes at the start of a run; the same graphs
+    """Compiles each layer with torch.compile, at stages 0 to 2. It takes minutes at the start of a run. The same graphs
     serve every sub-network."""
 
 
@@ -200,9 +204,10 @@ class Run(Section):
     """A run file."""
 
     seed: int = 0
-    """Random weights, the order of rows and the sampled sub-networks follow from it."""
+    """The seed of the first weights, of the order of the rows and of the sampled sub-networks."""
     run_dir: Path = Path("runs/{name}")
-    """Where everything is written; `{name}` is the run file's name without its suffix, `{seed}` the seed."""
+    """The folder that everything is written to. `{name}` is the name of the run file without its suffix, `{seed}` the
+    seed."""
     task: str = "causal_lm"
     """What the network is trained for. `causal_lm`: predict the next token."""
     model: Model

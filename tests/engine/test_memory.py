@@ -281,7 +281,7 @@ def test_the_smaller_group_of_the_optimizer_comes_first():
 
 @pytest.mark.parametrize("sample", NAMED)
 def test_a_layer_half_at_once_holds_no_more_than_its_weights_one_by_one(found, sample):
-    """Where DeepSpeed may keep what is gathered, as it does by default. Otherwise a half more: docs/scaling.md."""
+    """Where DeepSpeed may keep what is gathered, as it does by default. Otherwise a half more: docs/exactness.md."""
     ours, plain = found["wide"][sample]
     assert ours.added <= 1.02 * plain.added
 
