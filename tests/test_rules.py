@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from sorted_ds.run.resolve import space_of, vocabulary
 
 from sorted_ds.engine.modes import check_modes
 from sorted_ds.run.model_config import model_config
-from sorted_ds.run.resolve import space_of, vocabulary
 from sorted_ds.run.run_file import load_engine_config, load_run
 
 ROOT = Path(__file__).parent.parent

@@ -64,9 +64,8 @@ class Decoder:
         Raises: whatever the family's config class refuses with (ValueError or StrictDataclassError).
         """
         fields = copy.deepcopy(config.to_dict())
-        fields.update({key: [whole[n] for n in layers] for key, whole in self.layer_lists(config).items()})
+        fields.update(self.layer_fields(config, layers))
         fields.update(
-            num_hidden_layers=subnet.depth,
             num_attention_heads=subnet["g"] * queries_per_group(config),
             num_key_value_heads=subnet["g"],
             intermediate_size=subnet["f"],
@@ -76,9 +75,10 @@ class Decoder:
         cut._attn_implementation = config._attn_implementation
         return cut
 
-    def layer_lists(self, config: PreTrainedConfig) -> dict[str, list]:
-        """The lists of the config that have one entry for each layer."""
-        return {key: list(getattr(config, key)) for key in PER_LAYER_KEYS if getattr(config, key, None)}
+    def layer_fields(self, config: PreTrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
+        """The number of layers, and the entries of these layers in lists with one for each."""
+        lists = {key: getattr(config, key) for key in PER_LAYER_KEYS if getattr(config, key, None)}
+        return {"num_hidden_layers": len(layers), **{key: [lists[key][n] for n in layers] for key in lists}}
 
     def check(self, space: SubNetSpace, config: PreTrainedConfig) -> None:
         """Raises: UserError when heads cannot be shared out over groups, or the family refuses a number of groups."""

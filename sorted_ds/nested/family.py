@@ -87,8 +87,8 @@ class Family(Protocol):
         Raises: whatever the family's config class refuses with (ValueError or StrictDataclassError).
         """
 
-    def layer_lists(self, config: PreTrainedConfig) -> dict[str, list]:
-        """The lists of the config that have one entry for each layer."""
+    def layer_fields(self, config: PreTrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
+        """The fields of the full network's config that say which layers run, for these: their number, lists by layer."""
 
     def check(self, space: SubNetSpace, config: PreTrainedConfig) -> None:
         """Raises: UserError when the config of a sub-network of the space would not be valid."""

@@ -36,8 +36,8 @@ class NestedModel(PreTrainedModel):
     """The sub-network that runs now."""
     widths: dict[str, Width]
     """The active width along each axis but depth, by the axis's letter."""
-    layer_lists: dict[str, list]
-    """The full network's values of the config's lists with one entry for each layer."""
+    layer_fields: dict[int, dict[str, Any]]
+    """By depth: the fields of the config that say which layers run."""
 
     def set_subnet(self, subnet: SubNet | str) -> None:
         """Runs `subnet` from now on. Copies nothing. Raises: UserError when it is not in the space."""
@@ -47,9 +47,8 @@ class NestedModel(PreTrainedModel):
         layers = self.space.layers_of(self.subnet)
         if self.selected_layers.select(layers) and self.space.has_own_order:
             number_in_cache(self.selected_layers)
-        self.config.num_hidden_layers = len(layers)
-        for key, whole in self.layer_lists.items():
-            setattr(self.config, key, [whole[number] for number in layers])
+        for key, value in self.layer_fields[self.subnet.depth].items():
+            setattr(self.config, key, value)
         for owned in self.owned_modules:
             owned.select(self.subnet)
 
@@ -91,7 +90,8 @@ def nest_as(family: Family, model: PreTrainedModel, space: SubNetSpace) -> Neste
     assert isinstance(model, NestedModel)
     model.family = family
     model.space = sorted_by_cost(space, family, model.config)
-    model.layer_lists = family.layer_lists(model.config)
+    prefixes = {subnet.depth: model.space.layers_of(subnet) for subnet in space}
+    model.layer_fields = {depth: family.layer_fields(model.config, layers) for depth, layers in prefixes.items()}
     halves = family.halves(model.config)
     model.widths = {half.axis: Width(half.axis, space.sizes(half.axis)) for half in halves}
     for layer in layers_of(model, family):
@@ -145,13 +145,19 @@ def extract(
     tied = set(plain.all_tied_weights_keys or ())
     assert not unexpected, unexpected
     assert set(missing) <= tied, set(missing) - tied
-    plain.generation_config = copy.deepcopy(model.generation_config)
+    copy_generation_config(model, plain)
     return plain.train(model.training)
+
+
+def copy_generation_config(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    """Gives the plain model the generation config, if models of this class generate."""
+    if getattr(model, "generation_config", None) is not None:
+        plain.generation_config = copy.deepcopy(model.generation_config)
 
 
 def full_config(model: NestedModel) -> PreTrainedConfig:
     """The full network's config, whatever runs now."""
-    changed = {**model.layer_lists, "num_hidden_layers": model.space.full.depth}
+    changed = model.layer_fields[model.space.full.depth]
     config = type(model.config).from_dict({**model.config.to_dict(), **changed})
     config._attn_implementation = model.config._attn_implementation
     return config

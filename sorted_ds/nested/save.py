@@ -5,7 +5,6 @@ ZeRO-3. Out: config.json, generation_config.json and safetensors, as `save_pretr
 sub-networks own tensors, `owned.safetensors` with the copies that are not the full network's.
 """
 
-import copy
 import json
 from collections.abc import Iterable
 from itertools import chain
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from sorted_ds.nested.nest import NestedModel, empty_model, full_config
+from sorted_ds.nested.nest import NestedModel, copy_generation_config, empty_model, full_config
 from sorted_ds.nested.weights import all_slices, assembled
 
 OWNED_FILE = "owned.safetensors"
@@ -33,7 +32,7 @@ def save_full(
     slices = all_slices(model)
     like = torch.empty(0, dtype=model.dtype, device="meta")
     plain = empty_model(model.hf_class, full_config(model), like)
-    plain.generation_config = copy.deepcopy(model.generation_config)
+    copy_generation_config(model, plain)
     plain.save_pretrained(folder, state_dict={})  # the configs alone
     names = {part.key for part in slices.values()}  # a tied weight once
     sizes = {name: tensor for name, tensor in plain.state_dict().items() if name in names}
