@@ -5,16 +5,13 @@ Rows, samples and checkpoints are the real ones; the model is that of the exactn
 
 import json
 import shutil
-import threading
 import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 
-from sorted_ds.checkpoint import Checkpoints, shard_files
+from sorted_ds.checkpoint import Checkpoints
 from sorted_ds.checkpoint.identity import Identity
 from sorted_ds.data.loader import Loader
 from sorted_ds.data.rows import PackedRows
@@ -25,6 +22,7 @@ from sorted_ds.run.learning_rate import lr_at
 from sorted_ds.space import SubNetSpace
 from sorted_ds.space.sampling import Sampler
 from tests import exactness
+from tests.checkpoint.fakes import delayed_writes
 from tests.exactness import SPACE, Case
 
 SEED, STEP_ROWS, SAMPLES = 3, 24, 2
@@ -108,24 +106,11 @@ def train(ranks, leg: Leg, folder: str, first_step: int, last_step: int, **setti
     return trainer.result()
 
 
-@contextmanager
-def held_back():
-    """Writing does not begin before the event that this gives is set."""
-    event, write = threading.Event(), shard_files.write_file
-
-    def late(*args):
-        event.wait()
-        return write(*args)
-
-    with mock.patch("sorted_ds.checkpoint.checkpoints.write_file", late):
-        yield event
-
-
 def train_on_while_saving(ranks, leg: Leg, folder: str) -> dict:
     """All steps; a save begins after half of them, and writes when two more are done."""
     trainer = Trainer(ranks, leg, folder)
     trainer.train(0, HALF)
-    with held_back() as event:
+    with delayed_writes() as event:
         if not leg.asynchronous:
             event.set()
         trainer.checkpoints.start(trainer.engine, HALF)

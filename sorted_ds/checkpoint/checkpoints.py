@@ -2,6 +2,7 @@
 
     RUN_DIR/checkpoints/step_00000200/
         rank_0000.safetensors ...   fp32 master weights and optimizer state, each rank's own (shard_files.py)
+        buffers.safetensors         the model's buffers, if it has any (buffer_file.py)
         checkpoint.json             step, the run's identity, size and sha256 of each file (index.py)
 
 A save has two halves. Each rank copies its shards aside, and training goes on while a thread writes and syncs them into
@@ -25,11 +26,11 @@ from torch import Tensor
 from sorted_ds.base.errors import AgreedError
 from sorted_ds.base.files import sync
 from sorted_ds.checkpoint.background import Staging, Task, wait_for_all
+from sorted_ds.checkpoint.buffer_file import BUFFERS_FILE, copy_buffers, read_buffers
 from sorted_ds.checkpoint.finding import complete_ones, newest_whole
 from sorted_ds.checkpoint.identity import Identity
-from sorted_ds.checkpoint.index import Index, name_of, see_all
+from sorted_ds.checkpoint.index import Index, name_of, see_all, wait_for
 from sorted_ds.checkpoint.shard_files import Sharded, file_of, fill, state_keys_of, tensors_of, write_file
-from sorted_ds.checkpoint.waiting import wait_for
 from sorted_ds.cluster.ranks import Ranks
 
 FAILURES_IN_A_ROW = 2
@@ -113,18 +114,20 @@ class Checkpoints:
             with ranks.together():
                 if ranks.is_first:
                     hidden.mkdir(parents=True)
-                tensors = self._set_aside(tensors_of(engine))
+                tensors, buffers = self._set_aside(tensors_of(engine)), engine.buffers()
+                buffers = copy_buffers(buffers) if ranks.is_first else {}
         except AgreedError as error:
             return [*before, self._failed(save, began, str(error))]
         optimizer_steps = engine.steps_taken
 
         def write() -> dict:
-            path = hidden / file_of(ranks.rank)
             wait_for(hidden.is_dir)
+            own = {file_of(ranks.rank): tensors, **({BUFFERS_FILE: buffers} if buffers else {})}
+            note = save.pieces_read.append
             return {
                 "optimizer_steps": optimizer_steps,
                 "state_keys": state_keys_of(tensors),
-                "files": {path.name: write_file(path, tensors, save.pieces_read.append)},
+                "files": {name: write_file(hidden / name, contents, note) for name, contents in own.items()},
             }
 
         save.task, self._pending = Task(write), save
@@ -268,10 +271,13 @@ class Checkpoints:
             return 0
         self._beat()
         engine.restore(index.optimizer_steps, index.state_keys)
-        names, own = list(index.files), self._ranks.rank % len(index.files)
+        names, buffers = [name for name in index.files if name != BUFFERS_FILE], {}
+        own = self._ranks.rank % len(names)
         with self._ranks.together():
+            buffers = read_buffers(folder, index.files, engine.buffers())
             # On as many ranks as before, the first file has all.
             fill(engine, folder, names[own:] + names[:own], self._beat)
+        engine.load_buffers(buffers)
         engine.publish()
         self.last_step, self._seconds_to_save = index.step, index.seconds
         return index.step

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sorted_ds.base.errors import AgreedError
-from sorted_ds.checkpoint import waiting
 from sorted_ds.checkpoint.identity import Identity
-from sorted_ds.checkpoint.index import DamagedError, Index
+from sorted_ds.checkpoint.index import DamagedError, Index, appear_deadline
 from sorted_ds.cluster.ranks import Ranks
 
 PUBLISHED = re.compile(r"step_\d{8,}")
@@ -58,7 +57,7 @@ def newest_whole(
 
 def _seen_by_all(folder: Path, ranks: Ranks) -> list[Path]:
     """Raises: AgreedError when ranks see different checkpoints: they would restore different steps, and hang."""
-    end = time.monotonic() + waiting.SECONDS_TO_APPEAR
+    deadline = appear_deadline()
     while True:
         with ranks.together():
             complete = complete_ones(folder)
@@ -66,7 +65,7 @@ def _seen_by_all(folder: Path, ranks: Ranks) -> list[Path]:
         odd = next((rank for rank, names in enumerate(seen) if names != seen[0]), None)
         if odd is None:
             return complete
-        if ranks.sum([time.monotonic() > end])[0]:
+        if ranks.sum([time.monotonic() > deadline])[0]:
             raise AgreedError(
                 f"{folder}: rank {odd} sees the checkpoints {seen[odd]}, rank 0 {seen[0]}. Put run_dir on a file "
                 "system that all ranks see."

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -11,11 +12,12 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import sync
 from sorted_ds.checkpoint.background import Task, wait_for_all
 from sorted_ds.checkpoint.shard_files import sha256_of
-from sorted_ds.checkpoint.waiting import wait_for
 from sorted_ds.cluster.ranks import Ranks
 
 INDEX = "checkpoint.json"
 FORMAT = 2
+SECONDS_TO_APPEAR = 30.0
+"""How long a shared file system may take to show one host what another host wrote."""
 
 
 class DamagedError(Exception):
@@ -105,6 +107,19 @@ def fingerprint(folder: Path) -> str:
 def name_of(step: int) -> str:
     """Of its folder."""
     return f"step_{step:08d}"
+
+
+def appear_deadline() -> float:
+    """Returns the `time.monotonic` after which a file that is not seen counts as missing."""
+    return time.monotonic() + SECONDS_TO_APPEAR
+
+
+def wait_for(is_true: Callable[[], bool]) -> bool:
+    """Waits until the condition is true, at most `SECONDS_TO_APPEAR`. Returns whether it became true."""
+    deadline = appear_deadline()
+    while not (found := is_true()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
 
 
 def see_all(hidden: Path, files: dict[str, dict]) -> None:

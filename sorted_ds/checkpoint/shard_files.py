@@ -29,19 +29,36 @@ BYTES_AT_ONCE = 2**24
 
 
 class Sharded(Protocol):
-    """What a checkpoint needs of the engine."""
+    """What a checkpoint needs of the engine. Every rank calls each method."""
 
     steps_taken: int
 
-    def shards(self, owned: bool = False) -> Iterator[Shard]: ...
+    def shards(self, owned: bool = False) -> Iterator[Shard]:
+        """Yields this rank's shards of the master weights; with `owned`, each element is in the shard of one rank."""
 
-    def state_of(self, shard: Shard) -> dict[str, Tensor]: ...
+    def state_of(self, shard: Shard) -> dict[str, Tensor]:
+        """Returns the optimizer's tensors for the shard by key. Writing into them changes the optimizer's state."""
 
-    def places(self) -> dict[str, tuple[str, int]]: ...
+    def places(self) -> dict[str, tuple[str, int]]:
+        """Returns by shard name the Hugging Face weight that it is cut from, and its first element's number in it."""
 
-    def restore(self, steps_taken: int, state_keys: list[str]) -> None: ...
+    def buffers(self) -> dict[str, Tensor]:
+        """Returns the model's persistent buffers by name. They have any type and shape, and are equal on all ranks.
 
-    def publish(self) -> None: ...
+        A buffer that belongs to one depth or sub-network has its owner in its name. A checkpoint copies the tensors.
+        """
+
+    def restore(self, steps_taken: int, state_keys: list[str]) -> None:
+        """Makes the optimizer state as large as after `steps_taken` steps. The shards are filled afterwards."""
+
+    def load_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Copies saved buffers into the model: the names and shapes of `buffers()`, on the CPU, in the saved type.
+
+        A floating-point type may differ from the model's. Without buffers the dictionary is empty.
+        """
+
+    def publish(self) -> None:
+        """Is called last: the forward pass uses the restored weights from now on."""
 
 
 def file_of(rank: int) -> str:

@@ -14,8 +14,9 @@ from sorted_ds.base.errors import AgreedError, UserError
 from sorted_ds.checkpoint.background import Task, wait_for_all
 from sorted_ds.checkpoint.checkpoints import _blocks_in
 from tests import exactness, resumed
+from tests.checkpoint.fakes import delayed_writes
 from tests.exactness import MOMENTS, SPACE, Case
-from tests.resumed import HALF, PART, STEPS, Leg, Trainer, held_back
+from tests.resumed import HALF, PART, STEPS, Leg, Trainer
 from tests.spawn import on_ranks
 
 MODES = [Case(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
@@ -131,7 +132,7 @@ def pauses(ranks, folder: str) -> tuple[float, bool, bool]:
     os.umask(0o027)
     trainer = Trainer(ranks, Leg(), folder)
     checkpoints, engine = trainer.checkpoints, trainer.engine
-    with held_back() as event:
+    with delayed_writes() as event:
         checkpoints.start(engine, 1)
         hidden = not list(Path(folder).glob("step_*"))
         time.sleep(0.5)

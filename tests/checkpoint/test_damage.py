@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.checkpoint import read_master_weights, waiting
+from sorted_ds.checkpoint import index, read_master_weights
 from sorted_ds.checkpoint.background import Staging
 from sorted_ds.checkpoint.index import INDEX
 from tests import resumed
@@ -60,7 +60,7 @@ def damaged(ranks, saved: str, folder: str, damages: dict, **settings) -> dict[s
             if ranks.is_first:
                 shutil.copytree(saved, run)
                 damage(run)
-        with mock.patch.object(waiting, "SECONDS_TO_APPEAR", 0.2):
+        with mock.patch.object(index, "SECONDS_TO_APPEAR", 0.2):
             told = restored(ranks, run, **settings)
         found[name] = (told, sorted(path.name for path in run.iterdir()))
     return found
@@ -184,7 +184,7 @@ def test_old_checkpoints_go_and_a_damaged_one_never_counts_as_kept(saved, tmp_pa
 
 def see_otherwise(ranks, folders: list[str], late: str) -> list[str]:
     """Each rank looks into a folder of its own; then, into one that rank 1 sees two seconds late."""
-    with mock.patch.object(waiting, "SECONDS_TO_APPEAR", 1.0):
+    with mock.patch.object(index, "SECONDS_TO_APPEAR", 1.0):
         found = [restored(ranks, folders[ranks.rank])]
         trainer = Trainer(ranks, Leg(), folders[ranks.rank] + "/new")
         found.append(trainer.checkpoints.start(trainer.engine, 1) or trainer.checkpoints.finish()[0].error)
