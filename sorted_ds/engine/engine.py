@@ -273,6 +273,14 @@ class Engine:
         self._check_nothing_waits()
         publish_masters(self.deepspeed)
 
+    def buffers(self) -> dict[str, Tensor]:
+        """Returns the model's persistent buffers by name. No model that can be trained today has any."""
+        return {}
+
+    def load_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Takes the buffers of a checkpoint, which has none."""
+        assert not buffers
+
 
 def _is_like(value: object, flat: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == flat.shape
