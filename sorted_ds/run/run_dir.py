@@ -24,8 +24,9 @@ import sorted_ds
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import share, sync
 from sorted_ds.checkpoint import Checkpoints
+from sorted_ds.checkpoint.folders import checkpoint_name
 from sorted_ds.checkpoint.identity import Identity, flat
-from sorted_ds.checkpoint.index import fingerprint, name_of
+from sorted_ds.checkpoint.index import checkpoint_fingerprint
 from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.data.text.prepare import TokenizedText
 from sorted_ds.data.text.tokenizer import load_tokenizer, save_tokenizer
@@ -141,7 +142,7 @@ class RunDir:
             data,
             row_tokens=self.run.batch.row_tokens,
             eval_rows=self.run.eval.rows,
-            checkpoint=fingerprint(self.run.run_dir / "checkpoints" / name_of(self.run.train.steps)),
+            checkpoint=checkpoint_fingerprint(self.run.run_dir / "checkpoints" / checkpoint_name(self.run.train.steps)),
         )
 
     def _moving(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

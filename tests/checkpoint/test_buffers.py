@@ -80,7 +80,7 @@ def test_an_asynchronous_save_holds_the_buffers_as_they_were_when_it_began(tmp_p
     buffers = some_buffers(1)
     saving = checkpoints(tmp_path)
     with delayed_writes() as event:
-        saving.start(FakeEngine(ALONE, 1, buffers), 1)
+        saving.start_save(FakeEngine(ALONE, 1, buffers), 1)
         for value in buffers.values():
             value.zero_()
         event.set()
@@ -137,8 +137,8 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(("damage", "reason"), [(remove, " is missing"), (flip_a_bit, " was changed since it was wri")])
-def test_a_checkpoint_with_damaged_buffers_is_put_aside_for_the_one_before(tmp_path, damage, reason):
+@pytest.mark.parametrize(("damage", "reason"), [(remove, " is missing"), (flip_a_bit, " has changed since it was wr")])
+def test_a_checkpoint_with_damaged_buffers_is_renamed_and_the_one_before_it_restored(tmp_path, damage, reason):
     for step in (1, 2):
         save(tmp_path, some_buffers(step), step)
     damage(tmp_path / "step_00000002" / BUFFERS_FILE)

@@ -1,4 +1,4 @@
-"""Rows and their targets equal plain Python packing; steps are pure, and the union over ranks is always the same."""
+"""Rows and targets equal plain Python packing. A step's rows follow from seed and step, on any number of ranks."""
 
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ from sorted_ds.data.rows import PackedRows
 ROW_TOKENS = 5
 NUM_ROWS = 23
 TOKENS = np.arange(100, 100 + NUM_ROWS * ROW_TOKENS + 3, dtype="<u2")
-"""Each id once, so that a row's first id says which row it is."""
+"""Each id occurs once, so that a row's first id tells which row it is."""
 
 
 def packed() -> PackedRows:
@@ -26,7 +26,7 @@ def loader(rank: int = 0, world_size: int = 1, **changes) -> Loader:
 
 
 def rows_in(batches: list[MicroBatch]) -> list[int]:
-    """The numbers of the real rows, after a check of their contents."""
+    """Checks the contents of the real rows, and returns their numbers."""
     found = []
     for batch in batches:
         real = [(ids, labels) for ids, labels in zip(batch.input_ids, batch.labels, strict=True) if labels[0] != -100]
@@ -41,7 +41,7 @@ def rows_in(batches: list[MicroBatch]) -> list[int]:
 
 
 @pytest.mark.parametrize("num_tokens", [6, 10, 11, 12, 116])
-def test_rows_are_the_text_cut_every_row_tokens_each_position_with_a_target(num_tokens):
+def test_rows_are_the_text_cut_every_row_tokens_and_each_position_has_a_target(num_tokens):
     plain = list(range(num_tokens))
     expected = [plain[k : k + 6] for k in range(0, num_tokens, 5) if k + 6 <= num_tokens]
     rows = PackedRows(np.array(plain, dtype="<u4"), 5)
@@ -49,14 +49,14 @@ def test_rows_are_the_text_cut_every_row_tokens_each_position_with_a_target(num_
     assert rows[0].dtype == np.int64
 
 
-def test_less_than_one_row_is_refused():
+def test_a_text_shorter_than_one_row_is_refused():
     with pytest.raises(
         UserError, match=r"batch\.row_tokens = 5 is too long: the training text has 5 tokens, and one row needs 6"
     ):
         PackedRows(np.arange(5), 5)
 
 
-def test_a_row_that_is_not_there_is_an_error():
+def test_a_row_out_of_range_raises():
     for row in (-1, NUM_ROWS):
         with pytest.raises(IndexError):
             packed()[row]
@@ -68,7 +68,7 @@ def test_a_row_that_is_not_there_is_an_error():
         ((32, 4, 4, 1), (8, 2, 4, 0.0)),
         ((32, 4, 4, 2), (8, 1, 4, 0.0)),
         ((32, 4, 4, 3), (8, 1, 3, 1 / 9)),
-        ((12, 1, 5, 1), (12, 3, 4, 0.0)),  # three of 4, not 5, 5 and 2
+        ((12, 1, 5, 1), (12, 3, 4, 0.0)),  # three forwards of 4 rows, not of 5, 5 and 2
         ((2, 1, 4, 3), (2, 1, 1, 1 / 3)),
         ((10, 1, 3, 2), (10, 2, 3, 1 / 6)),
     ],
@@ -80,7 +80,7 @@ def test_rows_are_dealt_in_the_fewest_forwards_and_the_smallest_shape(arguments,
 
 
 @pytest.mark.parametrize(("step_rows", "samples", "nearest"), [(250, 4, "248, 252"), (3, 4, "4"), (7, 2, "6, 8")])
-def test_samples_that_cannot_have_equally_many_rows_are_refused(step_rows, samples, nearest):
+def test_a_step_whose_samples_would_have_different_numbers_of_rows_is_refused(step_rows, samples, nearest):
     with pytest.raises(UserError) as raised:
         deal(step_rows, samples, 4, 1)
     cannot = f"batch.step_rows = {step_rows} cannot be shared out over sampling.subnets_per_step = {samples}."
@@ -115,16 +115,16 @@ def test_every_rank_runs_the_same_number_of_forwards_of_the_same_shape(world_siz
     assert 1 - real / run == pytest.approx(dealt.padded_fraction)
 
 
-def test_each_row_comes_once_an_epoch_and_in_another_order_each_epoch():
+def test_an_epoch_has_each_row_once_and_each_epoch_has_another_order():
     one = loader(step_rows=6)
-    active = [row for step in range(23) for sample in one.batches(step) for row in rows_in(sample)]
-    epochs = [active[start : start + NUM_ROWS] for start in range(0, 6 * NUM_ROWS, NUM_ROWS)]
+    trained = [row for step in range(23) for sample in one.batches(step) for row in rows_in(sample)]
+    epochs = [trained[start : start + NUM_ROWS] for start in range(0, 6 * NUM_ROWS, NUM_ROWS)]
     assert all(sorted(epoch) == list(range(NUM_ROWS)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     assert list(range(NUM_ROWS)) not in epochs
 
 
-def test_a_sample_owns_the_positions_of_its_turn():
+def test_the_samples_of_a_step_take_consecutive_positions():
     one = loader()
     assert [rows_in(sample) for sample in one.batches(5)] == [
         [one.row_at(5 * 12 + sample * 4 + k) for k in range(4)] for sample in range(3)
@@ -132,11 +132,11 @@ def test_a_sample_owns_the_positions_of_its_turn():
 
 
 def test_a_steps_rows_follow_from_seed_and_step_alone():
-    walked = loader()
+    used = loader()
     for step in range(8):
-        walked.batches(step)
+        used.batches(step)
     again = [rows_in(sample) for sample in loader().batches(7)]
-    assert [rows_in(sample) for sample in walked.batches(7)] == again
+    assert [rows_in(sample) for sample in used.batches(7)] == again
     assert [rows_in(sample) for sample in loader(seed=18).batches(7)] != again
 
 
