@@ -21,16 +21,16 @@ class Staging:
     """Host memory for one copy, allocated at the first copy and kept. It is page-locked for tensors of a GPU."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self._memory = torch.empty(0)
 
     def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns fp32 copies of flat tensors. They overwrite the last copies. Raises: OSError when memory is short."""
         on_gpu = any(value.is_cuda for value in tensors.values())
         num = sum(map(len, tensors.values()))
         try:
-            if len(self._buffer) != num:
-                self._buffer = torch.empty(num, pin_memory=on_gpu)
-            copies = dict(zip(tensors, self._buffer.split([len(value) for value in tensors.values()]), strict=True))
+            if len(self._memory) != num:
+                self._memory = torch.empty(num, pin_memory=on_gpu)
+            copies = dict(zip(tensors, self._memory.split([len(value) for value in tensors.values()]), strict=True))
             for name, value in tensors.items():
                 copies[name].copy_(value, non_blocking=True)
             if on_gpu:

@@ -239,7 +239,7 @@ class Checkpoints:
         """
         return self._longest_save_seconds * (1 if self._pending is None else 2) or None
 
-    def last_good_message(self) -> str:
+    def last_good(self) -> str:
         """Returns a sentence for error messages that names the newest checkpoint."""
         published = []
         with suppress(OSError):
@@ -256,7 +256,7 @@ class Checkpoints:
         return SaveResult(save.folder, save.step, time.perf_counter() - save.started, save.pause_seconds, error)
 
     def _failure_message(self, step: int, error: str) -> str:
-        return f"step {step}: the checkpoint could not be written: {error}. {self.last_good_message()}"
+        return f"step {step}: the checkpoint could not be written: {error}. {self.last_good()}"
 
     def _publisher(self, save: _PendingSave, parts: list[dict]) -> Callable[[], None]:
         """Returns this rank's work in the second phase: rank 0 publishes, the other ranks do nothing."""

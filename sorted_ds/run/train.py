@@ -240,8 +240,7 @@ def check_finite(
     what = next(filter(None, told), "the gradient is not finite")
     with suppress(AgreedError):
         checkpoints.finish()
-    last_good = checkpoints.last_good_message()
-    raise AgreedError(f"step {step}: {what} (gradient norm {norm}). Nothing was saved. {last_good}")
+    raise AgreedError(f"step {step}: {what} (gradient norm {norm}). Nothing was saved. {checkpoints.last_good()}")
 
 
 def restore(checkpoints: Checkpoints, engine: Engine, num_steps: int) -> int:

@@ -141,13 +141,13 @@ def save_late(ranks, folder: str) -> tuple[float, bool, bool]:
         checkpoints.start_save(engine, 1)
         hidden = not list(Path(folder).glob("step_*"))
         time.sleep(0.5)
-        buffer = checkpoints._staging._buffer.data_ptr()
+        memory = checkpoints._staging._memory.data_ptr()
         event.set()
         saved = checkpoints.finish()[0]
     with suppress(AgreedError), checkpoints.finish_on_error():
         checkpoints.start_save(engine, 2)
         raise AgreedError("an error that all ranks raise")
-    same_memory = checkpoints._staging._buffer.data_ptr() == buffer
+    same_memory = checkpoints._staging._memory.data_ptr() == memory
     return saved.seconds - saved.pause_seconds, hidden, same_memory
 
 
