@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.common import circumstances
 from benchmarks.injuries import CLUSTER, DAMAGES, KILLS, fresh
-from benchmarks.kept import keep, kept_rows
+from benchmarks.kept import append_rows, read_rows
 from benchmarks.lives import SECONDS_TO_END, STEPS, Fault, live, live_in_slurm, settings
 from sorted_ds.run.run_dir import code_digest, versions
 from tests import launched
@@ -47,7 +47,7 @@ def is_in_slurm(number: int) -> bool:
 
 
 def known() -> dict[int, list[Fault]]:
-    rows = kept_rows(KNOWN, {**versions(), "code": code_digest()})
+    rows = read_rows(KNOWN, {**versions(), "code": code_digest()})
     return {row["life"]: [Fault(**fault) for fault in row["faults"]] for row in rows}
 
 
@@ -117,7 +117,7 @@ def main() -> None:
             if number not in lives and (with_cluster or not is_in_slurm(number)):
                 faults = one_life(number, original, fresh(original, Path(folder) / f"life{number}"))
                 lives[number] = faults
-                keep(KNOWN, [{"life": number, "faults": [asdict(fault) for fault in faults]}])
+                append_rows(KNOWN, [{"life": number, "faults": [asdict(fault) for fault in faults]}])
                 for fault in faults:
                     print(fault, flush=True)
                 write_summary([fault for life in lives.values() for fault in life])

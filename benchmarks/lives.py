@@ -17,8 +17,7 @@ import torch
 
 from benchmarks import injuries
 from benchmarks.injuries import CLUSTER, DAMAGES, KILLS, processes
-from sorted_ds.checkpoint.finding import complete_ones
-from sorted_ds.checkpoint.index import name_of
+from sorted_ds.checkpoint.folders import checkpoint_name, published_checkpoints
 from tests import launched
 from tests.cluster.machines import Cluster
 from tests.cluster.test_slurm import Job
@@ -109,7 +108,7 @@ class Start(ABC):
         return any((run_dir(self.run) / "checkpoints").glob(".writing_*"))
 
     def is_through(self) -> bool:
-        return (run_dir(self.run) / "checkpoints" / name_of(self.steps)).exists()
+        return (run_dir(self.run) / "checkpoints" / checkpoint_name(self.steps)).exists()
 
     def reach(self, moment: str, chance: random.Random) -> bool:
         """Whether the moment came: a run can be over before it."""
@@ -200,7 +199,7 @@ def live(
         if "kill" in kind:  # whoever is left must not train on to the end
             left_over |= starts[-1].is_through() and not was_through
         if is_damage:
-            moment, checkpoints = "between starts", complete_ones(run_dir(run) / "checkpoints")
+            moment, checkpoints = "between starts", published_checkpoints(run_dir(run) / "checkpoints")
             what = DAMAGES[kind](checkpoints[-1], chance) if len(checkpoints) > 1 else ""
         faults.append(Fault(kind, moment, what, seconds, half_saved=starts[-1].is_saving(), left_over=left_over))
         starts.append(Command(run, steps))
@@ -313,7 +312,7 @@ def set_right(cluster: Cluster, job: Job) -> None:
 def judge(original: Path, run: Path, faults: list[Fault], steps: int, failed_starts: int) -> None:
     """Against the uninterrupted run."""
     before = masters(original, steps)
-    after = masters(run, steps) if (run_dir(run) / "checkpoints" / name_of(steps)).is_dir() else {}
+    after = masters(run, steps) if (run_dir(run) / "checkpoints" / checkpoint_name(steps)).is_dir() else {}
     equal = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     expected, found = ([row for row in metrics(r) if "loss/training" in row] for r in (original, run))
     keys = ("step", "loss/training", "optimizer/gradient_norm")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kept import keep, kept_rows
+from benchmarks.kept import append_rows, read_rows
 from tests import cover, exactness
 from tests.cover import FACTORS, NUM_STEPS, Error, Mode
 from tests.spawn import ROOT, on_ranks
@@ -88,7 +88,7 @@ class WithoutDocstrings(ast.NodeTransformer):
 
 def known(matrix: Matrix) -> dict[str, Error]:
     """What an earlier run measured, by a mode's name."""
-    return {row.pop("name"): Error(**row) for row in kept_rows(matrix.file, versions())}
+    return {row.pop("name"): Error(**row) for row in read_rows(matrix.file, versions())}
 
 
 def measure(modes: Sequence[Mode], device: str) -> dict[str, Error]:
@@ -119,7 +119,7 @@ def run(matrix: Matrix, modes: Iterable[Mode], minutes: float) -> None:
 def kept(matrix: Matrix, modes: Sequence[Mode]) -> dict[str, Error]:
     """Measured, and written down."""
     measured = measure(modes, matrix.device)
-    keep(matrix.file, ({"name": name, **_rounded(error)} for name, error in measured.items()))
+    append_rows(matrix.file, ({"name": name, **_rounded(error)} for name, error in measured.items()))
     print(f"{len(modes)} more, largest {max(error.weights for error in measured.values()):.1e}", flush=True)
     return measured
 

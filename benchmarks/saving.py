@@ -1,10 +1,10 @@
-"""What a checkpoint costs training: the pause, synchronous and asynchronous, and the steps while it is written.
+"""Measures what a checkpoint costs training: the pause of a save, and the time of the steps while it is written.
 
-`python -m benchmarks.saving`: one engine a stage, 30 M parameters on two gloo ranks. Training takes steps in turns:
-with nothing to write, after a synchronous save, and while an asynchronous one is written. The first asynchronous save
-also makes its copy's memory. A rank's bytes are what it writes: its share of fp32 weights and both moments. Its memory
-more is the highest that the kernel saw while an asynchronous save was written, over that of a step before the first one
-(Linux; proc(5), clear_refs).
+`python -m benchmarks.saving` trains one engine for each ZeRO stage, 30 M parameters on two gloo ranks. It times steps
+with nothing to write, and saves in turn synchronously and asynchronously. The first asynchronous save is reported
+alone, because it also allocates the memory for its copy. "MiB a rank" is what a rank writes: its share of fp32 weights
+and both moments. "MiB more" is the peak memory while an asynchronous save is written, above that of a step before the
+first save (Linux; proc(5), clear_refs).
 """
 
 import argparse
@@ -30,6 +30,7 @@ OPTIM = Optim()
 
 
 def measure(ranks, stage: int, size_name: str, rounds: int, bf16: bool, folder: str) -> dict:
+    """Returns the measured times by name, and the bytes of a rank's file and of the copy."""
     size = SIZES[size_name]
     setting = Setting(size, stage, bf16)
     model = nested_llama(size, dtype=setting.dtype, device=ranks.device)
@@ -49,27 +50,29 @@ def measure(ranks, stage: int, size_name: str, rounds: int, bf16: bool, folder: 
     number = 0
     found: dict = {"quiet": [], "while": [], "synchronous": [], "asynchronous": [], "written": [], "grown": 0}
     step()
-    without = highest_memory(step)
+    baseline = peak_memory(step)
     for turn in range(rounds + 1):
         quiet = step()
         for kind in KINDS if turn % 2 else KINDS[::-1]:
             number += 1
             ranks.sum([0])
-            taken, ended = [], []
+            step_seconds, results = [], []
 
-            def save(kind: str = kind, number: int = number, taken: list = taken, ended: list = ended) -> None:
-                ended += kinds[kind].start(engine, number)
-                while not ended:  # as the trainer does
+            def save(
+                kind: str = kind, number: int = number, step_seconds: list = step_seconds, results: list = results
+            ) -> None:
+                results += kinds[kind].start_save(engine, number)
+                while not results:  # as the trainer does
                     if ranks.sum([kinds[kind].is_ready()])[0] == ranks.size:
-                        ended += kinds[kind].advance()
-                    taken.append(step())
+                        results += kinds[kind].advance()
+                    step_seconds.append(step())
 
-            memory = highest_memory(save)
+            memory = peak_memory(save)
             if kind == "asynchronous":
-                found["while"].append(statistics.mean(taken) / quiet)
-                found["written"].append(ended[0].seconds)
-                found["grown"] = max(found["grown"], memory - without)
-            found[kind].append(ended[0].pause_seconds)
+                found["while"].append(statistics.mean(step_seconds) / quiet)
+                found["written"].append(results[0].seconds)
+                found["grown"] = max(found["grown"], memory - baseline)
+            found[kind].append(results[0].pause_seconds)
         found["quiet"].append(quiet)
         if turn == 0:
             found["first_pause"] = found["asynchronous"][0]
@@ -82,12 +85,12 @@ def measure(ranks, stage: int, size_name: str, rounds: int, bf16: bool, folder: 
 KINDS = ("synchronous", "asynchronous")
 
 
-def highest_memory(work: Callable[[], object]) -> int:
-    """Bytes of this process, while it worked."""
+def peak_memory(work: Callable[[], object]) -> int:
+    """Does the work and returns the peak memory of this process during it, in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     work()
-    told = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", told)[1])
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 
 def row(stage: int, found: dict) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sorted_ds.checkpoint import read_master_weights
-from sorted_ds.checkpoint.index import name_of
+from sorted_ds.checkpoint.folders import checkpoint_name
 from sorted_ds.cluster.launcher import free_port
 from tests import forked
 
@@ -54,7 +54,7 @@ def run_dir(run: Path) -> Path:
 
 
 def masters(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    return read_master_weights(run_dir(run) / "checkpoints" / name_of(step))
+    return read_master_weights(run_dir(run) / "checkpoints" / checkpoint_name(step))
 
 
 def metrics(run: Path) -> list[dict]:

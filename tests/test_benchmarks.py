@@ -111,9 +111,9 @@ def test_a_mode_further_from_the_reference_than_its_twin_is_outside(measured):
 
 def test_what_other_code_measured_is_refused_and_not_thrown_away(tmp_path):
     file, made_by = tmp_path / "rows.jsonl", {"torch": "2.13.0", "code": "ab"}
-    assert kept.kept_rows(file, made_by) == []
-    kept.keep(file, [{"name": "a"}])
-    assert kept.kept_rows(file, made_by) == [{"name": "a"}]
+    assert kept.read_rows(file, made_by) == []
+    kept.append_rows(file, [{"name": "a"}])
+    assert kept.read_rows(file, made_by) == [{"name": "a"}]
     with pytest.raises(SystemExit, match=r"measured with torch = 2\.13\.0, here 2\.14\.0\..* --anew"):
-        kept.kept_rows(file, {**made_by, "torch": "2.14.0"})
-    assert kept.kept_rows(file, made_by) == [{"name": "a"}]
+        kept.read_rows(file, {**made_by, "torch": "2.14.0"})
+    assert kept.read_rows(file, made_by) == [{"name": "a"}]

@@ -1,6 +1,7 @@
-"""Writing while training goes on: a copy of what is written, and a thread that writes it.
+"""Work beside training: a copy of the tensors that are written, and a thread that writes them.
 
-In: this rank's tensors. Out: the same values in host memory, until the next copy; and the result of some work, later.
+In: this rank's tensors, and functions to run. Out: the copies, which stay valid until the next copy; the functions'
+results, when they are done. Nothing is on disk.
 """
 
 import threading
@@ -17,19 +18,19 @@ Result = TypeVar("Result")
 
 
 class Staging:
-    """Host memory for one copy, made at the first use and kept: page-locked where the tensors are a GPU's."""
+    """Host memory for one copy, allocated at the first copy and kept. It is page-locked for tensors of a GPU."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self._memory = torch.empty(0)
 
     def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The values as they are now, fp32. The copy before is gone. Raises: OSError when there is no memory for it."""
+        """Returns fp32 copies of flat tensors. They overwrite the last copies. Raises: OSError when memory is short."""
         on_gpu = any(value.is_cuda for value in tensors.values())
         num = sum(map(len, tensors.values()))
         try:
-            if len(self._buffer) != num:
-                self._buffer = torch.empty(num, pin_memory=on_gpu)
-            copies = dict(zip(tensors, self._buffer.split([len(value) for value in tensors.values()]), strict=True))
+            if len(self._memory) != num:
+                self._memory = torch.empty(num, pin_memory=on_gpu)
+            copies = dict(zip(tensors, self._memory.split([len(value) for value in tensors.values()]), strict=True))
             for name, value in tensors.items():
                 copies[name].copy_(value, non_blocking=True)
             if on_gpu:
@@ -39,23 +40,27 @@ class Staging:
         return copies
 
 
-def wait_for_all(ranks: Ranks, task: "Task", progress: Callable[[], float], beat: Callable[[], None]) -> None:
-    """Until every rank's task is done. As long as one of them makes progress nothing hangs. A collective."""
-    before = -1.0
+def wait_for_ranks(ranks: Ranks, task: "Task", progress: Callable[[], float], heartbeat: Callable[[], None]) -> None:
+    """Waits until every rank's task is done. Every rank must call this.
+
+    Each rank calls `heartbeat` whenever the sum of all ranks' `progress` has grown, so a slow rank is not taken for a
+    hanging one.
+    """
+    last = -1.0
     while True:
-        num_done, now = ranks.sum([task.is_done(seconds=1.0), progress()])
+        num_done, now = ranks.sum([task.is_done(wait_seconds=1.0), progress()])
         if num_done == ranks.size:
             return
-        if now > before:
-            before = now
-            beat()
+        if now > last:
+            last = now
+            heartbeat()
 
 
 class Task(Generic[Result]):
-    """Some work in a thread of its own. A process that ends does not wait for it."""
+    """A function that runs in a thread. The process may end before the function has returned."""
 
     def __init__(self, work: Callable[[], Result]):
-        """Starts it."""
+        """Starts the thread."""
         self._work = work
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
@@ -66,17 +71,17 @@ class Task(Generic[Result]):
             self._result = self._work()
         except OSError as error:
             self._error = error
-        except Exception as error:  # a defect, which all ranks must take alike
+        except Exception as error:  # a programming error: all ranks must learn of it
             traceback.print_exc()
             self._error = OSError(f"unexpected {error!r}; its traceback is above")
 
-    def is_done(self, seconds: float = 0.0) -> bool:
-        """Whether it is, at the latest after so many seconds."""
-        self._thread.join(seconds)
+    def is_done(self, wait_seconds: float = 0.0) -> bool:
+        """Waits at most `wait_seconds` for the function to return. Returns whether it has."""
+        self._thread.join(wait_seconds)
         return not self._thread.is_alive()
 
     def result(self) -> Result:
-        """Waits for it. Raises: OSError, by which it failed."""
+        """Waits for the function and returns its result. Raises: OSError when the function has failed."""
         self._thread.join()
         if self._error is not None:
             raise self._error

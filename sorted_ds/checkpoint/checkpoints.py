@@ -1,14 +1,17 @@
-"""The checkpoints of a run: saved while training goes on, complete or invisible, and found again.
+"""The checkpoints of a run: written while training goes on, complete or invisible, and found again at the next start.
+
+In: the engine's shards, optimizer state and buffers. Out: an engine that is restored to a step. On disk:
 
     RUN_DIR/checkpoints/step_00000200/
         rank_0000.safetensors ...   fp32 master weights and optimizer state, each rank's own (shard_files.py)
+        buffers.safetensors         the model's buffers, if it has any (buffer_file.py)
         checkpoint.json             step, the run's identity, size and sha256 of each file (index.py)
 
-A save has two halves. Each rank copies its shards aside, and training goes on while a thread writes and syncs them into
-a hidden folder; when all have told that they are done, rank 0's thread adds checkpoint.json and renames the folder. So
-a run that is killed leaves either the whole checkpoint or none. Ranks tell each other within the sum that begins each
-step (`is_ready`): the threads need no word of their own. The step is the only cursor: rows, samples and learning rate
-follow from it. Nothing is pickled.
+A save has two phases. In the first one each rank copies its shards, training goes on, and a thread writes the copies
+into a hidden folder. In the second one rank 0's thread adds checkpoint.json and renames the folder. So a run that is
+killed leaves either the complete checkpoint or none. Ranks agree that a phase has ended within the sum that begins each
+step (`is_ready`); their threads do not communicate. Rows, samples and learning rate follow from the step and are not
+saved. Nothing is pickled.
 """
 
 import json
@@ -24,51 +27,67 @@ from torch import Tensor
 
 from sorted_ds.base.errors import AgreedError
 from sorted_ds.base.files import sync
-from sorted_ds.checkpoint.background import Staging, Task, wait_for_all
-from sorted_ds.checkpoint.finding import complete_ones, newest_whole
+from sorted_ds.checkpoint.background import Staging, Task, wait_for_ranks
+from sorted_ds.checkpoint.buffer_file import BUFFERS_FILE, copy_buffers, read_buffers
+from sorted_ds.checkpoint.finding import find_newest_intact
+from sorted_ds.checkpoint.folders import (
+    checkpoint_name,
+    delete,
+    delete_leftovers,
+    num_blocks,
+    publish,
+    published_checkpoints,
+    writing_folder,
+)
 from sorted_ds.checkpoint.identity import Identity
-from sorted_ds.checkpoint.index import Index, name_of, see_all
-from sorted_ds.checkpoint.shard_files import Sharded, file_of, fill, state_keys_of, tensors_of, write_file
-from sorted_ds.checkpoint.waiting import wait_for
+from sorted_ds.checkpoint.index import Index, wait_for, wait_for_files
+from sorted_ds.checkpoint.shard_files import (
+    Sharded,
+    load_shards,
+    rank_file,
+    state_keys_of,
+    tensors_to_save,
+    write_file,
+)
 from sorted_ds.cluster.ranks import Ranks
 
-FAILURES_IN_A_ROW = 2
-"""A disk may be full for an hour; a run that cannot save at all is not worth its GPUs."""
+MAX_FAILURES_IN_A_ROW = 2
+"""After so many failed saves the run ends. One may fail because the disk is full for an hour."""
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What became of a save."""
+class SaveResult:
+    """How a save ended."""
 
     folder: Path
     step: int
     seconds: float
-    """From its start until it was published."""
+    """Time from the start of the save until the checkpoint was published."""
     pause_seconds: float
-    """Of those, how long training waited."""
+    """Time that training waited for the save."""
     error: str = ""
-    """Why there is no checkpoint, if there is none."""
+    """Why the save failed; empty if it succeeded."""
 
 
 @dataclass
-class _Save:
-    """One on its way."""
+class _PendingSave:
+    """A save that has not ended."""
 
     folder: Path
     hidden: Path
     step: int
     started: float
     task: Task = field(init=False)
-    """Of the half that it is in."""
+    """This rank's work in the current phase."""
     pause_seconds: float = 0.0
-    pieces_read: list[int] = field(default_factory=list)
-    """For the checksum of this rank's file."""
+    chunks_read: list[int] = field(default_factory=list)
+    """Bytes of each chunk that was read to compute the checksums of this rank's files."""
     is_written: bool = False
-    """By every rank; now rank 0 publishes."""
+    """Whether every rank has written its files, so that rank 0 publishes now."""
 
 
 class Checkpoints:
-    """Every method that says so is a collective: all ranks call it."""
+    """Saves and restores the checkpoints of one run."""
 
     def __init__(
         self,
@@ -78,77 +97,81 @@ class Checkpoints:
         ranks: Ranks,
         asynchronous: bool = True,
         strict: bool = False,
-        beat: Callable[[], None] = lambda: None,
+        heartbeat: Callable[[], None] = lambda: None,
     ):
-        """`keep_last` checkpoints are kept. `strict`: a damaged one is an error, even if the one before is whole.
+        """Keeps the newest `keep_last` checkpoints in `folder`, and calls `heartbeat` while work makes progress.
 
-        `beat` is called as long as something moves.
+        `strict` makes a damaged checkpoint an error, even if an older one is intact.
         """
         self.folder = folder
         self.warnings: list[str] = []
-        """What the user should know of how the run was restored."""
+        """Messages to the user about how the run was restored."""
         self.last_step = 0
-        """Of the newest whole checkpoint."""
-        self.paused_seconds = 0.0
-        """How long training has waited for saves."""
-        self._seconds_to_save = 0.0
+        """Step of the newest intact checkpoint."""
+        self.total_pause_seconds = 0.0
+        """Time that training has waited for saves."""
+        self._longest_save_seconds = 0.0
         self._keep_last, self._identity, self._ranks, self._strict = keep_last, identity, ranks, strict
         self._staging = Staging() if asynchronous else None
-        self._pending: _Save | None = None
-        self._beat = beat
+        self._pending: _PendingSave | None = None
+        self._heartbeat = heartbeat
         self._failures = 0
 
     # Saving
 
-    def start(self, engine: Sharded, step: int) -> list[Saved]:
-        """Begins to save, and returns what became of the save before: there is one at a time. A collective.
+    def start_save(self, engine: Sharded, step: int) -> list[SaveResult]:
+        """Starts a save after the earlier one has ended, and returns the result of that one. Every rank must call this.
 
-        Raises: AgreedError when saving failed twice in a row.
+        Raises: AgreedError when two saves in a row have failed.
         """
-        before, began, ranks = self.finish(), time.perf_counter(), self._ranks
-        folder = self.folder / name_of(step)
-        hidden = self.folder / f".writing_{folder.name}_{ranks.gather(str(os.getpid()))[0]}"  # not a dead run's
-        save = _Save(folder, hidden, step, began)
+        earlier, began, ranks = self.finish(), time.perf_counter(), self._ranks
+        folder = self.folder / checkpoint_name(step)
+        hidden = writing_folder(folder, ranks.gather(str(os.getpid()))[0])
+        save = _PendingSave(folder, hidden, step, began)
         try:
             with ranks.together():
                 if ranks.is_first:
                     hidden.mkdir(parents=True)
-                tensors = self._set_aside(tensors_of(engine))
+                tensors, buffers = self._copy_to_host(tensors_to_save(engine)), engine.buffers()
+                buffers = copy_buffers(buffers) if ranks.is_first else {}
         except AgreedError as error:
-            return [*before, self._failed(save, began, str(error))]
+            return [*earlier, self._failed(save, began, str(error))]
         optimizer_steps = engine.steps_taken
 
         def write() -> dict:
-            path = hidden / file_of(ranks.rank)
             wait_for(hidden.is_dir)
+            contents = {rank_file(ranks.rank): tensors, **({BUFFERS_FILE: buffers} if buffers else {})}
+            on_chunk = save.chunks_read.append
             return {
                 "optimizer_steps": optimizer_steps,
                 "state_keys": state_keys_of(tensors),
-                "files": {path.name: write_file(path, tensors, save.pieces_read.append)},
+                "files": {name: write_file(hidden / name, own, on_chunk) for name, own in contents.items()},
             }
 
         save.task, self._pending = Task(write), save
         self._count_pause(save, began)
-        return before if self._staging else [*before, *self.finish()]
+        return earlier if self._staging else [*earlier, *self.finish()]
 
-    def _set_aside(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What can be written while training goes on; a synchronous save needs no copy."""
+    def _copy_to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns tensors that training does not change while they are written. A synchronous save needs no copy."""
         if self._staging is not None:
             return self._staging.copy(tensors)
         return {name: value.cpu().contiguous() for name, value in tensors.items()}
 
     def is_ready(self) -> bool:
-        """Whether this rank has done its part of the half that a save is in."""
+        """Returns whether this rank has finished its work in the current phase of a save."""
         return self._pending is not None and self._pending.task.is_done()
 
-    def advance(self) -> list[Saved]:
-        """Call when all ranks are ready, or to wait for them: ends this half of the save. A collective.
+    def advance(self) -> list[SaveResult]:
+        """Ends the current phase of the save; waits for ranks that are not ready. Every rank must call this.
 
-        Returns what became of the save, when it is over. Raises: AgreedError when saving failed twice in a row.
+        Returns the save's result if this was the last phase, otherwise an empty list.
+
+        Raises: AgreedError when two saves in a row have failed.
         """
         save, began, result = self._pending, time.perf_counter(), {}
         assert save is not None
-        wait_for_all(self._ranks, save.task, lambda: self._progress(save), self._beat)
+        wait_for_ranks(self._ranks, save.task, lambda: self._progress(save), self._heartbeat)
         try:
             with self._ranks.together():
                 result = save.task.result()
@@ -163,31 +186,34 @@ class Checkpoints:
         self._pending, self._failures, self.last_step = None, 0, save.step
         self._count_pause(save, began)
         seconds = time.perf_counter() - save.started
-        self._seconds_to_save = max(self._seconds_to_save, seconds)
-        return [Saved(save.folder, save.step, seconds, save.pause_seconds)]
+        self._longest_save_seconds = max(self._longest_save_seconds, seconds)
+        return [SaveResult(save.folder, save.step, seconds, save.pause_seconds)]
 
-    def _progress(self, save: _Save) -> int:
-        """Grows while any rank writes or reads. safetensors 0.8.0 gives a file its whole size before it fills it."""
-        return len(save.pieces_read) + (_blocks_in(save.hidden) if self._ranks.is_first else 0)
+    def _progress(self, save: _PendingSave) -> int:
+        """Returns a number that grows while any rank writes or reads files.
 
-    def _count_pause(self, save: _Save, began: float) -> None:
+        It counts allocated blocks, because safetensors 0.8.0 gives a file its full size before it writes the contents.
+        """
+        return len(save.chunks_read) + (num_blocks(save.hidden) if self._ranks.is_first else 0)
+
+    def _count_pause(self, save: _PendingSave, began: float) -> None:
         seconds = time.perf_counter() - began
         save.pause_seconds += seconds
-        self.paused_seconds += seconds
+        self.total_pause_seconds += seconds
 
-    def finish(self) -> list[Saved]:
-        """Waits until no save is on its way. A collective.
+    def finish(self) -> list[SaveResult]:
+        """Waits until the pending save, if there is one, has ended; returns its result. Every rank must call this.
 
-        Raises: AgreedError when saving failed twice in a row.
+        Raises: AgreedError when two saves in a row have failed.
         """
-        ended = []
+        results = []
         while self._pending is not None:
-            ended += self.advance()
-        return ended
+            results += self.advance()
+        return results
 
     @contextmanager
-    def finished(self) -> Iterator[None]:
-        """A run that ends by an error that all ranks know of still publishes what it was writing."""
+    def finish_on_error(self) -> Iterator[None]:
+        """Publishes the pending save if the run ends by an error that all ranks raise."""
         try:
             yield
         except AgreedError:
@@ -195,42 +221,45 @@ class Checkpoints:
                 self.finish()
             raise
 
-    def save(self, engine: Sharded, step: int) -> list[Saved]:
-        """Saves, and waits for it. A collective.
+    def save(self, engine: Sharded, step: int) -> list[SaveResult]:
+        """Saves and waits until the checkpoint is published. Every rank must call this.
 
-        Raises: AgreedError when it could not be written; nothing is left but the older checkpoints.
+        Raises: AgreedError when it could not be written; the older checkpoints are unchanged.
         """
-        ended = [*self.start(engine, step), *self.finish()]
-        if ended[-1].error:
-            raise AgreedError(self._told(step, ended[-1].error))
-        return ended
+        results = [*self.start_save(engine, step), *self.finish()]
+        if results[-1].error:
+            raise AgreedError(self._failure_message(step, results[-1].error))
+        return results
 
     @property
-    def seconds_to_save(self) -> float | None:
-        """What a last save may take: the longest so far, twice while one is on its way; None before the first."""
-        return self._seconds_to_save * (1 if self._pending is None else 2) or None
+    def expected_save_seconds(self) -> float | None:
+        """Returns how long a save that starts now may take, or None before the first save.
+
+        That is as long as the longest save took, and twice as long if another one is pending.
+        """
+        return self._longest_save_seconds * (1 if self._pending is None else 2) or None
 
     def last_good(self) -> str:
-        """A sentence for an error message."""
-        complete = []
+        """Returns a sentence for error messages that names the newest checkpoint."""
+        published = []
         with suppress(OSError):
-            complete = complete_ones(self.folder)
-        return f"Last good checkpoint: {complete[-1]}." if complete else "There is no earlier checkpoint."
+            published = published_checkpoints(self.folder)
+        return f"Last good checkpoint: {published[-1]}." if published else "There is no earlier checkpoint."
 
-    def _failed(self, save: _Save, began: float, error: str) -> Saved:
+    def _failed(self, save: _PendingSave, began: float, error: str) -> SaveResult:
         if self._ranks.is_first:
             shutil.rmtree(save.hidden, ignore_errors=True)
         self._count_pause(save, began)
         self._failures += 1
-        if self._failures == FAILURES_IN_A_ROW:
-            raise AgreedError(self._told(save.step, error))
-        return Saved(save.folder, save.step, time.perf_counter() - save.started, save.pause_seconds, error)
+        if self._failures == MAX_FAILURES_IN_A_ROW:
+            raise AgreedError(self._failure_message(save.step, error))
+        return SaveResult(save.folder, save.step, time.perf_counter() - save.started, save.pause_seconds, error)
 
-    def _told(self, step: int, error: str) -> str:
+    def _failure_message(self, step: int, error: str) -> str:
         return f"step {step}: the checkpoint could not be written: {error}. {self.last_good()}"
 
-    def _publisher(self, save: _Save, parts: list[dict]) -> Callable[[], None]:
-        """What is left to do for rank 0; nothing for the others."""
+    def _publisher(self, save: _PendingSave, parts: list[dict]) -> Callable[[], None]:
+        """Returns this rank's work in the second phase: rank 0 publishes, the other ranks do nothing."""
         if not self._ranks.is_first:
             return lambda: None
         files = {name: facts for part in parts for name, facts in part["files"].items()}
@@ -239,71 +268,45 @@ class Checkpoints:
         steps, identity = parts[0]["optimizer_steps"], self._identity.facts
         index = Index(save.step, steps, self._ranks.size, seconds, state_keys, identity, files)
 
-        def publish() -> None:
-            see_all(save.hidden, files)
+        def write_index_and_publish() -> None:
+            wait_for_files(save.hidden, files)
             index.write(save.hidden)
-            _swap(save.hidden, save.folder)
-            with suppress(OSError):  # it is there; what is left is room
+            publish(save.hidden, save.folder)
+            with suppress(OSError):  # the checkpoint is published; what may fail now costs only space
                 sync(self.folder)
-                for old in complete_ones(self.folder)[: -self._keep_last]:
-                    _delete(old)
+                for old in published_checkpoints(self.folder)[: -self._keep_last]:
+                    delete(old)
 
-        return publish
+        return write_index_and_publish
 
     # Restoring
 
     def restore_latest(self, engine: Sharded) -> int:
-        """Loads the newest whole checkpoint into the engine and returns its step; 0 when there is none. A collective.
+        """Loads the newest intact checkpoint and returns its step, or 0 if there is none. Every rank must call this.
 
-        Damaged ones that are newer are put aside, and told in `warnings`. What killed runs left half done goes.
+        Newer checkpoints that are damaged are renamed and listed in `warnings`. Unfinished folders of killed runs are
+        deleted.
 
-        Raises: AgreedError when there are only damaged ones, or some and `strict`, or another run's.
+        Raises: AgreedError when every checkpoint is damaged, when one is and `strict` is set, or when they belong to
+        another run.
         """
         with self._ranks.together():
             if self._ranks.is_first:
-                for left in (*self.folder.glob(".writing_*"), *self.folder.glob(".deleting_*")):
-                    shutil.rmtree(left, ignore_errors=True)
-        index, folder, self.warnings = newest_whole(self.folder, self._identity, self._ranks, self._strict, self._beat)
+                delete_leftovers(self.folder)
+        index, folder, self.warnings = find_newest_intact(
+            self.folder, self._identity, self._ranks, self._strict, self._heartbeat
+        )
         if index is None:
             return 0
-        self._beat()
+        self._heartbeat()
         engine.restore(index.optimizer_steps, index.state_keys)
-        names, own = list(index.files), self._ranks.rank % len(index.files)
+        rank_files, buffers = [name for name in index.files if name != BUFFERS_FILE], {}
+        own = self._ranks.rank % len(rank_files)
         with self._ranks.together():
-            # On as many ranks as before, the first file has all.
-            fill(engine, folder, names[own:] + names[:own], self._beat)
+            buffers = read_buffers(folder, index.files, engine.buffers())
+            # With an unchanged number of ranks, a rank finds all of its shards in its own file, which it reads first.
+            load_shards(engine, folder, rank_files[own:] + rank_files[:own], self._heartbeat)
+        engine.load_buffers(buffers)
         engine.publish()
-        self.last_step, self._seconds_to_save = index.step, index.seconds
+        self.last_step, self._longest_save_seconds = index.step, index.seconds
         return index.step
-
-
-def _blocks_in(folder: Path) -> int:
-    try:
-        return sum(entry.stat().st_blocks for entry in os.scandir(folder))
-    except OSError:
-        return 0
-
-
-def _swap(hidden: Path, folder: Path) -> None:
-    """Publishes. The same step's earlier checkpoint, if there is one, goes only when the new one has come."""
-    if not folder.exists():
-        hidden.rename(folder)
-        return
-    aside = folder.with_name(f".deleting_{folder.name}")
-    folder.rename(aside)
-    try:
-        hidden.rename(folder)
-    except OSError:
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _delete(folder: Path) -> None:
-    """Out of sight first: a kill in the middle leaves no half checkpoint. A failure costs space, never the run."""
-    hidden = folder.with_name(f".deleting_{folder.name}")
-    try:
-        folder.rename(hidden)
-    except OSError:
-        return
-    shutil.rmtree(hidden, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Tokens to packed rows: the text cut every `row_tokens`, across documents, nothing padded and nothing twice.
+"""Packed rows: the token ids of all documents, cut every `row_tokens`, without padding and without repetition.
 
 In: token ids, mapped from disk. Out: row i as an array. Nothing about rows is on disk.
 """
@@ -9,13 +9,16 @@ from sorted_ds.base.errors import UserError
 
 
 class PackedRows:
-    """`rows[i]`: the ids of row i and the first of the next one, so that each of its positions has a target.
+    """`rows[i]` returns the ids of row i and the first id of row i + 1, so that each position of row i has a target.
 
     Shapes: int64 [row_tokens + 1].
     """
 
     def __init__(self, tokens: np.ndarray, row_tokens: int, side: str = "training"):
-        """`side` of the text, for the message. Raises: UserError when the tokens do not fill one row."""
+        """Cuts the tokens of one `side` of the text, which errors name.
+
+        Raises: UserError when the tokens do not fill one row.
+        """
         self.tokens = tokens
         self.row_tokens = row_tokens
         if len(self) < 1:

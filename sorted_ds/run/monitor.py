@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from sorted_ds.checkpoint import Saved
+from sorted_ds.checkpoint import SaveResult
 from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.deploy.model_dir import Measured
 from sorted_ds.deploy.table import console, measured_table
@@ -148,7 +148,7 @@ class Monitor:
         rows = map(json.loads, (self._run_dir / METRICS).read_text().splitlines())
         return any(row["step"] == step and FULL_LOSS in row for row in rows)
 
-    def saved(self, saves: Iterable[Saved]) -> None:
+    def saved(self, saves: Iterable[SaveResult]) -> None:
         """What became of checkpoints."""
         for save in saves:
             if self._is_on and save.error:

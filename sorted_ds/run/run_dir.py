@@ -24,8 +24,9 @@ import sorted_ds
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import share, sync
 from sorted_ds.checkpoint import Checkpoints
+from sorted_ds.checkpoint.folders import checkpoint_name
 from sorted_ds.checkpoint.identity import MODEL, Identity, flat, with_current_keys
-from sorted_ds.checkpoint.index import fingerprint, name_of
+from sorted_ds.checkpoint.index import checkpoint_fingerprint
 from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.deploy.evaluate import save, stored_dtype
 from sorted_ds.deploy.model_dir import PARETO_PNG, SUBNETS_JSON, Measured, ModelDir, Sorted
@@ -154,7 +155,7 @@ class RunDir:
             eval_rows=self.run.eval.rows,
             task=self.run.task,
             layer_order=space.layer_order,
-            checkpoint=fingerprint(self.run.run_dir / "checkpoints" / name_of(self.run.train.steps)),
+            checkpoint=checkpoint_fingerprint(self.run.run_dir / "checkpoints" / checkpoint_name(self.run.train.steps)),
         )
 
     def _moving(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -78,7 +78,7 @@ def train(run: Run, task: Task, data: Prepared, ranks: Ranks, watchdog: Watchdog
 
     ask = partial(ask_all, ranks, stop, checkpoints, monitor)
     wanted, learning_rate, norm = Wanted(), 0.0, 0.0
-    with monitor, checkpoints.finished():
+    with monitor, checkpoints.finish_on_error():
         monitor.started(step, make_plan(run, space, config, ranks.size), changes, checkpoints.warnings)
         # A start that ended in the middle of an evaluation, or was killed there, has left it to this one.
         evaluated = step if ranks.sum([monitor.has_evaluated(step)])[0] == ranks.size else 0
@@ -104,13 +104,13 @@ def train(run: Run, task: Task, data: Prepared, ranks: Ranks, watchdog: Watchdog
             step += 1
             watchdog.beat()
             if is_due(step, run.log.every_steps):
-                monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.paused_seconds)
+                monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.total_pause_seconds)
             if is_due(step, run.checkpoint.every_steps):  # before the evaluation, which takes long
-                monitor.saved(checkpoints.start(engine, step))
+                monitor.saved(checkpoints.start_save(engine, step))
                 watchdog.beat()
 
         if step > monitor.reported_step:
-            monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.paused_seconds)
+            monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.total_pause_seconds)
         save_last(checkpoints, engine, step, wanted.goes_on, stop, monitor)
         if step == run.train.steps:
             wanted = leave_model(folder, engine, validation, costs, stop, monitor)
@@ -125,7 +125,7 @@ def ask_all(
 
     A checkpoint that was written meanwhile appears. Raises: AgreedError where a fact is another one.
     """
-    own = [num_targets, *stop.wanted(checkpoints.seconds_to_save), checkpoints.is_ready()]
+    own = [num_targets, *stop.wanted(checkpoints.expected_save_seconds), checkpoints.is_ready()]
     num_targets, *ends, ready = ranks.sum_agreed(own, fact)
     wanted = Wanted(*ends)
     if ready == ranks.size and not wanted.ends:

@@ -19,7 +19,7 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import NO_TARGET, Batch, MicroBatch
 from sorted_ds.data.rows import PackedRows
 from sorted_ds.data.text.content_key import TOKENIZER_FILES
-from sorted_ds.data.text.prepare import TRAIN, DataSpec, find_prepared, prepare
+from sorted_ds.data.text.prepare import TRAIN_A_TOKENIZER, DataSpec, find_prepared, prepare
 from sorted_ds.data.text.sources import find_files
 from sorted_ds.data.text.tokenizer import (
     Vocabulary,
@@ -198,7 +198,7 @@ def data_spec(run: Any) -> DataSpec:
 
 def vocabulary_of_run(run: Any) -> Vocabulary:
     """The vocabulary of the run's tokenizer; for one that is still to be trained, what it will be."""
-    if run.data.tokenizer == TRAIN:
+    if run.data.tokenizer == TRAIN_A_TOKENIZER:
         return trained_vocabulary(run.data.vocab_size)
     return vocabulary_of(load_tokenizer(run.data.tokenizer))
 

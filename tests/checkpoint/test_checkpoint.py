@@ -1,4 +1,4 @@
-"""Checkpoints on real ranks: resume bit for bit, saving meanwhile, other ranks, stages and spaces."""
+"""On real ranks a run resumes bit for bit; saving does not disturb it; ranks, stage and space may change."""
 
 import json
 import os
@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from sorted_ds.base.errors import AgreedError, UserError
-from sorted_ds.checkpoint.background import Task, wait_for_all
-from sorted_ds.checkpoint.checkpoints import _blocks_in
+from sorted_ds.checkpoint.background import Task, wait_for_ranks
+from sorted_ds.checkpoint.folders import num_blocks
 from tests import exactness, resumed
+from tests.checkpoint.fakes import delayed_writes
 from tests.exactness import MOMENTS, SPACE, Case
-from tests.resumed import HALF, PART, STEPS, Leg, Trainer, held_back
+from tests.resumed import HALF, PART, STEPS, Leg, Trainer
 from tests.spawn import on_ranks
 
 MODES = [Case(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
@@ -25,11 +26,11 @@ MODES += [Case(2, optimizer="fused"), Case(3, offload=True, offload_param=True)]
 MODES += [Case(stage, optimizer="cpu_adam", offload=True) for stage in (1, 3)]
 LEGS = [*(Leg(case, micro_batch_rows=6) for case in MODES), Leg(Case(2), asynchronous=False)]
 BOUNDS = {"weights": 1e-5, "exp_avg": 1e-5, "exp_avg_sq": 1e-5}
-"""Of AdamW's amplified rounding, as in exactness."""
+"""Largest differences that AdamW makes of rounding errors, as in tests/exactness.py."""
 
 
-def test_the_steps_from_a_checkpoint_written_meanwhile_are_the_uninterrupted_run_s_bit_for_bit(tmp_path):
-    results = on_ranks(2, resumed.both_ways, LEGS, str(tmp_path / "runs"), folder=tmp_path)
+def test_a_run_resumed_from_a_checkpoint_written_during_training_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
+    results = on_ranks(2, resumed.uninterrupted_and_resumed, LEGS, str(tmp_path / "runs"), folder=tmp_path)
     assert len(results) == len(LEGS)
     for name, (whole, halves) in results.items():
         for kind in ("weights", *MOMENTS):
@@ -39,20 +40,20 @@ def test_the_steps_from_a_checkpoint_written_meanwhile_are_the_uninterrupted_run
 SOURCES = {"stage1 on 2": (2, Leg(Case(1))), "stage3 on 3": (3, Leg(Case(3)))}
 SOURCES |= {"offload on 1": (1, Leg(Case(2, offload=True), micro_batch_rows=12))}
 TARGETS = [Leg(Case(0)), Leg(Case(1), 1), Leg(Case(2), 3), Leg(Case(3), 5)]
-"""Stages and micro-batch sizes; 5 rows leave some short of rows."""
+"""Stages and micro-batch sizes. Of 5 rows, some micro-batches are not full."""
 
 
-def first_legs(ranks, legs: list[Leg], folders: list[str]) -> None:
+def train_first_half(ranks, legs: list[Leg], folders: list[str]) -> None:
     for leg, folder in zip(legs, folders, strict=True):
         resumed.train(ranks, leg, folder, 0, HALF)
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, str]:
-    """Checkpoints of half the steps."""
+    """Returns folders with a checkpoint of half the steps, by the mode that wrote it."""
     folder = tmp_path_factory.mktemp("sources")
     for name, (num_ranks, leg) in SOURCES.items():
-        on_ranks(num_ranks, first_legs, [leg], [str(folder / name)], folder=folder / "ranks")
+        on_ranks(num_ranks, train_first_half, [leg], [str(folder / name)], folder=folder / "ranks")
     return {name: str(folder / name) for name in SOURCES}
 
 
@@ -63,10 +64,10 @@ def uninterrupted(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_other_ranks_stages_and_micro_batches_go_on_with_the_same_rows_to_rounding(
+def test_a_run_resumes_with_other_ranks_stages_and_micro_batches_on_the_same_rows_and_equal_to_rounding(
     sources, uninterrupted, tmp_path, num_ranks
 ):
-    results = on_ranks(num_ranks, resumed.continued, sources, TARGETS, str(tmp_path / "runs"), folder=tmp_path)
+    results = on_ranks(num_ranks, resumed.continue_each, sources, TARGETS, str(tmp_path / "runs"), folder=tmp_path)
     assert len(results) == len(SOURCES) * len(TARGETS)
     for name, found in results.items():
         assert found["rows"] == uninterrupted["rows"][HALF:], name
@@ -75,17 +76,18 @@ def test_other_ranks_stages_and_micro_batches_go_on_with_the_same_rows_to_roundi
             assert exactness.largest_difference(found[kind], uninterrupted[kind]) <= bound, (name, kind)
 
 
-def spaces(part: list[str], whole: list[str]) -> tuple[dict, dict]:
-    told = {"seed": "1", "space.depths": "[]", "space.groups": "[]", "space.ffn": "[]"}
-    return ({**told, "space.subnets": json.dumps(part)}, {**told, "space.subnets": json.dumps(whole)})
+def identity_facts(subnets: list[str]) -> dict[str, str]:
+    """Returns what a run's identity says of a space with these sub-networks."""
+    facts = {"seed": "1", "space.depths": "[]", "space.groups": "[]", "space.ffn": "[]"}
+    return {**facts, "space.subnets": json.dumps(subnets)}
 
 
 def extend(ranks, stage: int, folder: str) -> dict:
-    """Half the steps in a part of the space; then the rest there, and in the whole space with the same samples."""
-    leg = Leg(Case(stage), space=PART, schedule=PART)
-    part, whole = spaces([s.name for s in PART], [s.name for s in SPACE])
+    """Trains half the steps in a part of the space, then the rest in the part and in the whole, with equal samples."""
+    leg = Leg(Case(stage), space=PART, trained=PART)
+    part, whole = (identity_facts([subnet.name for subnet in space]) for space in (PART, SPACE))
     before = resumed.train(ranks, leg, folder, 0, HALF, facts=part)
-    larger = Leg(Case(stage), space=SPACE, schedule=PART)
+    larger = Leg(Case(stage), space=SPACE, trained=PART)
     refused = Trainer(ranks, larger, folder, facts=whole)
     try:
         refused.checkpoints.restore_latest(refused.engine)
@@ -111,7 +113,7 @@ def extend(ranks, stage: int, folder: str) -> dict:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_space_grows_on_purpose_with_the_same_weights_and_moments(tmp_path, stage):
+def test_a_space_grows_only_if_asked_and_keeps_its_weights_and_moments(tmp_path, stage):
     found = on_ranks(2, extend, stage, str(tmp_path / "run"), folder=tmp_path)
     for kind in ("weights", *MOMENTS):
         same = found["before"][kind], found["restored"][kind]
@@ -126,27 +128,31 @@ def test_a_space_grows_on_purpose_with_the_same_weights_and_moments(tmp_path, st
 OTHERS_MAY_READ = 0o640
 
 
-def pauses(ranks, folder: str) -> tuple[float, bool, bool]:
-    """Of a save that is written late: what training did not wait; whether it was invisible; whether memory grew."""
+def save_late(ranks, folder: str) -> tuple[float, bool, bool]:
+    """Delays the writing of a save.
+
+    Returns how long training did not wait for it, whether it was invisible meanwhile, and whether the next save used
+    the same memory.
+    """
     os.umask(0o027)
     trainer = Trainer(ranks, Leg(), folder)
     checkpoints, engine = trainer.checkpoints, trainer.engine
-    with held_back() as event:
-        checkpoints.start(engine, 1)
+    with delayed_writes() as event:
+        checkpoints.start_save(engine, 1)
         hidden = not list(Path(folder).glob("step_*"))
         time.sleep(0.5)
-        buffer = checkpoints._staging._buffer.data_ptr()
+        memory = checkpoints._staging._memory.data_ptr()
         event.set()
         saved = checkpoints.finish()[0]
-    with suppress(AgreedError), checkpoints.finished():
-        checkpoints.start(engine, 2)
-        raise AgreedError("what all ranks know of")
-    same_memory = checkpoints._staging._buffer.data_ptr() == buffer
+    with suppress(AgreedError), checkpoints.finish_on_error():
+        checkpoints.start_save(engine, 2)
+        raise AgreedError("an error that all ranks raise")
+    same_memory = checkpoints._staging._memory.data_ptr() == memory
     return saved.seconds - saved.pause_seconds, hidden, same_memory
 
 
-def test_training_does_not_wait_for_writes_one_copy_serves_all_and_the_umask_holds(tmp_path):
-    not_waited, hidden, same_memory = on_ranks(2, pauses, str(tmp_path / "run"), folder=tmp_path / "ranks")
+def test_training_does_not_wait_for_writes_saves_share_one_copy_and_files_get_the_umask_s_mode(tmp_path):
+    not_waited, hidden, same_memory = on_ranks(2, save_late, str(tmp_path / "run"), folder=tmp_path / "ranks")
     assert not_waited >= 0.4
     assert hidden
     assert same_memory
@@ -154,24 +160,28 @@ def test_training_does_not_wait_for_writes_one_copy_serves_all_and_the_umask_hol
     assert modes == {OTHERS_MAY_READ}
 
 
-def beats(ranks, seconds: float, moves: bool) -> int:
-    """Of this rank, while rank 0 alone has something to do."""
-    heard: list[float] = []
+def count_heartbeats(ranks, seconds: float, makes_progress: bool) -> int:
+    """Returns the fewest heartbeats of a rank while rank 0 alone works."""
+    heartbeats: list[float] = []
     began = time.monotonic()
+
+    def progress() -> float:
+        return makes_progress and ranks.is_first and time.monotonic() - began
+
     task = Task(lambda: time.sleep(seconds if ranks.is_first else 0))
-    wait_for_all(ranks, task, lambda: moves and ranks.is_first and time.monotonic() - began, lambda: heard.append(1))
-    return min(int(count) for count in ranks.gather(str(len(heard))))
+    wait_for_ranks(ranks, task, progress, lambda: heartbeats.append(1))
+    return min(int(count) for count in ranks.gather(str(len(heartbeats))))
 
 
-def test_ranks_that_wait_for_one_do_not_hang_as_long_as_it_makes_progress(tmp_path):
-    assert on_ranks(2, beats, 3.5, True, folder=tmp_path / "moving") >= 3
-    assert on_ranks(2, beats, 3.5, False, folder=tmp_path / "still") == 1
+def test_waiting_ranks_send_heartbeats_as_long_as_the_working_rank_makes_progress(tmp_path):
+    assert on_ranks(2, count_heartbeats, 3.5, True, folder=tmp_path / "moving") >= 3
+    assert on_ranks(2, count_heartbeats, 3.5, False, folder=tmp_path / "still") == 1
 
 
-def test_a_file_that_is_being_filled_shows_it_before_it_has_its_name(tmp_path):
+def test_progress_is_seen_while_a_file_of_full_size_is_filled(tmp_path):
     with (tmp_path / ".tmp").open("wb") as file:
         file.truncate(2**24)  # as safetensors does
-        before = _blocks_in(tmp_path)
+        before = num_blocks(tmp_path)
         file.write(bytes(2**22))
         os.fsync(file.fileno())
-        assert before < _blocks_in(tmp_path) < 2**24 // 512
+        assert before < num_blocks(tmp_path) < 2**24 // 512

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sorted_ds.checkpoint.finding import complete_ones
+from sorted_ds.checkpoint.folders import published_checkpoints
 from tests.cluster.machines import Cluster, until
 from tests.launched import ROOT, SETTINGS, copied, masters, one_error, run_dir
 
@@ -96,7 +96,7 @@ def test_ranks_save_and_end_when_pdshs_connections_are_gone(cluster, run):
         cluster.on("h1", "pkill", "-9", "-f", "^ssh -oConnectTimeout")
         until(lambda: not ranks_on(cluster), "the end", 40)
         ending.result()
-    (saved,) = complete_ones(run_dir(run) / "checkpoints")
+    (saved,) = published_checkpoints(run_dir(run) / "checkpoints")
     assert int(saved.name.removeprefix("step_")) >= 5
 
 

@@ -1,4 +1,4 @@
-"""Prepared tokens are the documents, each on its side; a folder is complete or invisible, and found by content."""
+"""Prepared tokens are the documents, split in two; a folder is complete or invisible, and is found by content."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def text_of(number: int) -> str:
 
 
 def corpus(folder: Path, num_documents: int = 30) -> DataSpec:
-    """Text files under `folder`, last changed an hour ago."""
+    """Writes text files that seem to have changed an hour ago. Returns their specification."""
     (folder / "text").mkdir(parents=True)
     for number in range(num_documents):
         path = folder / "text" / f"{number:02}.txt"
@@ -50,7 +50,7 @@ def age(path: Path) -> None:
 
 
 def documents_in(ids: np.ndarray, tokens: TokenizedText) -> list[str]:
-    """Decoded by plain transformers; what follows the last end of text must be nothing."""
+    """Returns the documents, decoded by plain transformers. Nothing may follow the last end of text."""
     tokenizer = AutoTokenizer.from_pretrained(tokens.tokenizer_dir)
     *parts, rest = np.split(ids, np.flatnonzero(ids == tokenizer.eos_token_id) + 1)
     assert len(rest) == 0
@@ -66,7 +66,7 @@ def visible(cache_dir: Path) -> list[str]:
     return [p.name for p in cache_dir.iterdir() if not p.name.startswith(".") and p.name != HASHES_FILE]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
@@ -78,7 +78,7 @@ def word_tokenizer(folder: Path, words: int, end: str = "</s>") -> str:
     return str(folder)
 
 
-def test_the_tokens_are_the_documents_in_order_each_followed_by_the_end_of_text(tmp_path):
+def test_the_tokens_are_the_documents_in_order_with_an_end_of_text_after_each(tmp_path):
     spec = corpus(tmp_path)
     tokens = prepare(spec, tmp_path / "cache", 1)
     texts = [text_of(number) for number in range(30)]
@@ -87,41 +87,46 @@ def test_the_tokens_are_the_documents_in_order_each_followed_by_the_end_of_text(
     assert documents_in(tokens.validation, tokens) == sides[True]
     assert (tokens.vocab_size, tokens.bos_id, tokens.eos_id) == (300, 1, 2)
     assert tokens.train.dtype == np.dtype("<u2")
-    assert tokens.tokens_dir == tmp_path / "cache" / tokens.key
-    assert set(contents(tokens.tokens_dir)) > {"train.bin", "validation.bin", "meta.json", "tokenizer/tokenizer.json"}
+    assert tokens.folder == tmp_path / "cache" / tokens.key
+    assert set(contents_of(tokens.folder)) > {
+        "train.bin",
+        "validation.bin",
+        "meta.json",
+        "tokenizer/tokenizer.json",
+    }
 
 
-def test_equal_documents_are_on_the_same_side_and_another_seed_gives_other_sides(tmp_path):
+def test_equal_documents_are_on_the_same_side_and_another_seed_gives_another_split(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text("".join(json.dumps({"text": text_of(k % 20)}) + "\n" for k in range(60)))
     spec = DataSpec((), (path,), (), "train", 300, 0.3, 1)
-    validation = []
+    sides = []
     for seed in (1, 2):
         tokens = prepare(replace(spec, seed=seed), tmp_path / "cache", 1)
-        train, held = (Counter(documents_in(side, tokens)) for side in (tokens.train, tokens.validation))
-        assert not train.keys() & held.keys()
-        assert set((train + held).values()) == {3}
-        validation.append(set(held))
-    assert validation[0] != validation[1]
+        train, validation = (Counter(documents_in(side, tokens)) for side in (tokens.train, tokens.validation))
+        assert not train.keys() & validation.keys()
+        assert set((train + validation).values()) == {3}
+        sides.append(set(validation))
+    assert sides[0] != sides[1]
 
 
 @pytest.mark.parametrize("fraction", [0.0001, 0.9999])
-def test_each_side_has_a_document_whatever_the_fraction(tmp_path, fraction):
+def test_each_side_has_a_document_for_any_fraction(tmp_path, fraction):
     tokens = prepare(replace(corpus(tmp_path, 2), validation_fraction=fraction), tmp_path / "cache", 1)
     assert len(documents_in(tokens.train, tokens)) == len(documents_in(tokens.validation, tokens)) == 1
 
 
 def test_the_tokenizer_is_trained_on_training_documents_only(tmp_path):
     texts = [text_of(number) for number in range(30)]
-    held = next(number for number, text in enumerate(texts) if is_validation(text, 17, 0.2))
+    number = next(number for number, text in enumerate(texts) if is_validation(text, 17, 0.2))
     spec = corpus(tmp_path)
     before = prepare(spec, tmp_path / "cache", 1)
     letters = "ΩЖ" * 300
     extra = next(letters + str(k) for k in range(99) if is_validation(letters + str(k), 17, 0.2))
-    (tmp_path / "text" / f"{held:02}.txt").write_text(extra)
+    (tmp_path / "text" / f"{number:02}.txt").write_text(extra)
     after = prepare(spec, tmp_path / "cache", 1)
     assert extra in documents_in(after.validation, after)
-    assert contents(before.tokenizer_dir) == contents(after.tokenizer_dir)
+    assert contents_of(before.tokenizer_dir) == contents_of(after.tokenizer_dir)
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path):
@@ -130,28 +135,28 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path):
     (tmp_path / "lines.jsonl").write_text(
         "".join(json.dumps({"text": path.read_text("utf-8")}) + "\n" for path in library) + json.dumps({"text": whole})
     )
-    assert (tmp_path / "lines.jsonl").stat().st_size > 5 * BATCH_CHARACTERS, "more than two workers are given at a time"
+    assert (tmp_path / "lines.jsonl").stat().st_size > 5 * BATCH_CHARACTERS, "two workers cannot take all of it at once"
     spec = DataSpec((), (tmp_path / "lines.jsonl",), (), "train", 512, 0.1, 3)
     reports: list[tuple[int, int]] = []
     alone = prepare(spec, tmp_path / "one", 1, lambda done, total: reports.append((done, total)))
     two = prepare(spec, tmp_path / "two", 2)
-    assert contents(alone.tokens_dir) == contents(two.tokens_dir)
+    assert contents_of(alone.folder) == contents_of(two.folder)
     assert alone.key == two.key
     assert reports == sorted(reports)
     assert reports[-1][0] == reports[-1][1]
 
 
-def test_the_unigram_loss_is_that_of_counting_by_hand(tmp_path):
+def test_the_unigram_loss_equals_an_independent_count(tmp_path):
     tokens = prepare(corpus(tmp_path), tmp_path / "cache", 1)
     counts = Counter(tokens.train.tolist())
     total = len(tokens.train) + 300
     by_hand = -sum(math.log((counts[token] + 1) / total) for token in tokens.validation.tolist())
-    # Sums of about 10,000 terms in another order.
+    # The tolerance is for sums of about 10,000 terms in another order.
     assert tokens.unigram_nats == pytest.approx(by_hand / len(tokens.validation), rel=1e-10)
 
 
 @pytest.mark.parametrize(("words", "dtype"), [(2**16, "<u2"), (2**16 + 1, "<u4")])
-def test_a_tokenizer_from_a_directory_is_copied_and_its_ids_fit(tmp_path, words, dtype):
+def test_a_tokenizer_from_a_directory_is_copied_and_the_token_type_holds_its_ids(tmp_path, words, dtype):
     spec = replace(corpus(tmp_path, 2), tokenizer=word_tokenizer(tmp_path / "words", words))
     for number, text in enumerate((f"w{words - 1} w7 </s> other", f"w8 w{words - 1}")):
         (tmp_path / "text" / f"{number:02}.txt").write_text(text)
@@ -163,14 +168,14 @@ def test_a_tokenizer_from_a_directory_is_copied_and_its_ids_fit(tmp_path, words,
     assert tokens.vocab_size == len(AutoTokenizer.from_pretrained(tokens.tokenizer_dir)) == words
 
 
-def test_a_second_start_finds_what_is_there(tmp_path):
+def test_a_second_start_uses_the_prepared_tokens(tmp_path):
     spec = corpus(tmp_path)
     with pytest.raises(UserError, match=r"is not prepared\. Run `sorted-ds prepare RUN\.toml` first\.$"):
         find_prepared(spec, tmp_path / "cache")
     first = prepare(spec, tmp_path / "cache", 1)
-    made = (first.tokens_dir / "train.bin").stat().st_mtime_ns
+    time_ns = (first.folder / "train.bin").stat().st_mtime_ns
     assert prepare(spec, tmp_path / "cache", 1).key == find_prepared(spec, tmp_path / "cache").key == first.key
-    assert (first.tokens_dir / "train.bin").stat().st_mtime_ns == made
+    assert (first.folder / "train.bin").stat().st_mtime_ns == time_ns
 
 
 def test_touched_or_moved_files_keep_their_key(tmp_path):
@@ -190,7 +195,7 @@ def test_changed_content_order_or_settings_give_another_key(tmp_path):
     ]
     keys = [prepare(one, tmp_path / "cache", 1).key for one in specs]
     same = prepare(replace(spec, tokenizer=words[0], vocab_size=999), tmp_path / "cache", 1).key
-    assert same == keys[4], "vocab_size says nothing about a tokenizer that is there"
+    assert same == keys[4], "vocab_size has no meaning for an existing tokenizer"
     (tmp_path / "text" / "03.txt").rename(tmp_path / "text" / "zz.txt")
     keys.append(prepare(spec, tmp_path / "cache", 1).key)
     path = tmp_path / "text" / "04.txt"
@@ -199,7 +204,7 @@ def test_changed_content_order_or_settings_give_another_key(tmp_path):
     assert len(set(keys)) == len(keys)
 
 
-def test_a_tokenizers_directory_counts_by_its_contents(tmp_path):
+def test_a_tokenizer_directory_enters_the_key_by_its_contents_of(tmp_path):
     spec = replace(corpus(tmp_path, 2), tokenizer=word_tokenizer(tmp_path / "words", 10))
     first = prepare(spec, tmp_path / "cache", 1).key
     shutil.move(tmp_path / "words", tmp_path / "moved")
@@ -209,14 +214,14 @@ def test_a_tokenizers_directory_counts_by_its_contents(tmp_path):
 
 
 def change_within_the_same_time(path: Path) -> None:
-    """Same size, same time: as a quick editor on a file system of coarse times."""
+    """Changes a file but neither its size nor its time, as quick edits do on a file system with coarse times."""
     status = path.stat()
     text = path.read_text()
     path.write_text(text[1:] + text[0])
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_hashes_of_settled_files_are_remembered_and_those_of_fresh_ones_are_not(tmp_path):
+def test_hashes_of_old_files_are_cached_and_those_of_recently_changed_files_are_not(tmp_path):
     spec, path = corpus(tmp_path), tmp_path / "text" / "05.txt"
     first = prepare(spec, tmp_path / "cache", 1).key
     change_within_the_same_time(path)
@@ -227,7 +232,7 @@ def test_hashes_of_settled_files_are_remembered_and_those_of_fresh_ones_are_not(
     assert len({first, fresh, prepare(spec, tmp_path / "cache", 1).key}) == 3
 
 
-def test_damaged_hashes_are_made_again(tmp_path):
+def test_a_damaged_hash_cache_is_written_again(tmp_path):
     first = prepare(corpus(tmp_path), tmp_path / "cache", 1)
     (tmp_path / "cache" / HASHES_FILE).write_text('{"half')
     spec = DataSpec((tmp_path / "text",), (), (".txt",), "train", 300, 0.2, 17)
@@ -239,11 +244,11 @@ def test_damaged_hashes_are_made_again(tmp_path):
     ("texts", "message"),
     [
         (["", " \n"], r"^data: all of the text is empty or whitespace\."),
-        (["one only"], r"^data: there is one document only, .* Use several files, or JSONL"),
-        (["twice the same", "twice the same"], r"^data: there is one document only"),
+        (["one only"], r"^data: there is only one document, .* Use several files, or JSONL"),
+        (["twice the same", "twice the same"], r"^data: there is only one document"),
     ],
 )
-def test_text_that_cannot_be_split_is_refused_and_leaves_nothing(tmp_path, texts, message):
+def test_text_that_cannot_be_split_is_refused_and_leaves_no_file(tmp_path, texts, message):
     spec = corpus(tmp_path, 0)
     for number, text in enumerate(texts):
         (tmp_path / "text" / f"{number}.txt").write_text(text)
@@ -252,24 +257,24 @@ def test_text_that_cannot_be_split_is_refused_and_leaves_nothing(tmp_path, texts
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_truncated_token_file_is_named_with_its_bytes(tmp_path):
+def test_a_truncated_token_file_is_refused_with_its_size(tmp_path):
     spec = corpus(tmp_path)
     tokens = prepare(spec, tmp_path / "cache", 1)
-    path, size = tokens.tokens_dir / "train.bin", 2 * len(tokens.train)
+    path, size = tokens.folder / "train.bin", 2 * len(tokens.train)
     os.truncate(path, size - 2)
-    expected = rf"train\.bin has {size - 2} bytes, expected {size}\. Delete the folder and run `sorted-ds prepare"
-    for again in (lambda: open_tokens(tokens.tokens_dir), lambda: prepare(spec, tmp_path / "cache", 1)):
+    expected = rf"train\.bin has {size - 2} bytes instead of {size}\. Delete the folder and run `sorted-ds prepare"
+    for again in (lambda: open_tokens(tokens.folder), lambda: prepare(spec, tmp_path / "cache", 1)):
         with pytest.raises(UserError, match=expected):
             again()
     path.unlink()
-    with pytest.raises(UserError, match=rf"train\.bin has 0 bytes, expected {size}"):
-        open_tokens(tokens.tokens_dir)
+    with pytest.raises(UserError, match=rf"train\.bin has 0 bytes instead of {size}"):
+        open_tokens(tokens.folder)
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": 1}', None, "format", "dtype"])
-def test_a_damaged_meta_file_is_named(tmp_path, damage):
+def test_a_damaged_meta_file_is_refused_by_name(tmp_path, damage):
     tokens = prepare(corpus(tmp_path, 3), tmp_path / "cache", 1)
-    path = tokens.tokens_dir / "meta.json"
+    path = tokens.folder / "meta.json"
     if damage is None:
         path.unlink()
     elif damage in ("format", "dtype"):
@@ -277,17 +282,17 @@ def test_a_damaged_meta_file_is_named(tmp_path, damage):
     else:
         path.write_text(damage)
     with pytest.raises(UserError, match=r"meta\.json .*Delete the folder and run `sorted-ds prepare") as raised:
-        open_tokens(tokens.tokens_dir)
+        open_tokens(tokens.folder)
     assert "\n" not in str(raised.value)
 
 
-def test_text_that_changes_meanwhile_is_refused(tmp_path):
+def test_text_that_changes_during_preparation_is_refused(tmp_path):
     spec = corpus(tmp_path)
 
     def change(done: int, total: int) -> None:
         (tmp_path / "text" / "07.txt").write_text("other")
 
-    with pytest.raises(UserError, match=r"^data: the text was changed while it was being prepared\. Start again\.$"):
+    with pytest.raises(UserError, match=r"^data: the text changed while it was being prepared\. Start again\.$"):
         prepare(spec, tmp_path / "cache", 1, change)
     assert visible(tmp_path / "cache") == []
 
@@ -307,9 +312,9 @@ except UserError as error:
 
 
 @pytest.mark.parametrize("limit", [2_000, 8_000, 30_000])
-def test_a_full_disk_leaves_nothing(tmp_path, limit):
+def test_a_full_disk_leaves_no_folder(tmp_path, limit):
     corpus(tmp_path)
-    sizes = {name: len(data) for name, data in contents(prepared_elsewhere(tmp_path).tokens_dir).items()}
+    sizes = {name: len(data) for name, data in contents_of(prepared_elsewhere(tmp_path).folder).items()}
     smaller = {name for name, size in sizes.items() if size <= limit}
     assert (limit == 2_000) == ("tokenizer/sentencepiece.model" not in smaller)
     assert (limit < 30_000) == ("tokenizer/tokenizer.json" not in smaller)
@@ -345,7 +350,7 @@ def start(folder: Path, pause_seconds: float) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
-def test_killed_in_the_middle_nothing_is_visible_no_worker_stays_and_the_next_start_succeeds(tmp_path):
+def test_after_a_kill_no_folder_is_visible_no_worker_lives_and_the_next_start_succeeds(tmp_path):
     spec = corpus(tmp_path)
     with start(tmp_path, 60) as process:
         assert process.stdout is not None
@@ -359,17 +364,17 @@ def test_killed_in_the_middle_nothing_is_visible_no_worker_stays_and_the_next_st
     assert visible(tmp_path / "cache") == [key]
 
 
-def test_two_processes_that_prepare_the_same_both_succeed(tmp_path):
+def test_two_processes_that_prepare_the_same_text_both_succeed(tmp_path):
     spec = corpus(tmp_path)
     with start(tmp_path, 2) as one, start(tmp_path, 2) as other:
         assert (one.wait(60), other.wait(60)) == (0, 0)
     key = find_prepared(spec, tmp_path / "cache").key
     assert visible(tmp_path / "cache") == [key]
     assert [p.name for p in (tmp_path / "cache").iterdir() if p.name.startswith(".")] == []
-    assert contents(tmp_path / "cache" / key) == contents(prepared_elsewhere(tmp_path).tokens_dir)
+    assert contents_of(tmp_path / "cache" / key) == contents_of(prepared_elsewhere(tmp_path).folder)
 
 
-def test_a_worker_that_is_killed_is_an_error_and_not_a_wait_for_ever(tmp_path):
+def test_a_killed_worker_is_an_error_and_not_an_endless_wait(tmp_path):
     path = tmp_path / "lines.jsonl"
     text = "w2 w3\n" * (BATCH_CHARACTERS // 6 + 1)
     path.write_text("".join(json.dumps({"text": f"w{k} {text}"}) + "\n" for k in range(12)))
@@ -377,7 +382,7 @@ def test_a_worker_that_is_killed_is_an_error_and_not_a_wait_for_ever(tmp_path):
 
     def kill_workers(done: int, total: int) -> None:
         for child in psutil.Process().children():
-            with suppress(psutil.NoSuchProcess):  # a worker that an earlier call has killed
+            with suppress(psutil.NoSuchProcess):  # an earlier call has killed it
                 if "spawn_main" in " ".join(child.cmdline()):
                     child.kill()
 

@@ -1,4 +1,4 @@
-"""Rows and their targets equal plain Python packing; steps are pure, and the union over ranks is always the same."""
+"""Rows and targets equal plain Python packing. A step's rows follow from seed and step, on any number of ranks."""
 
 from itertools import pairwise
 
@@ -9,29 +9,38 @@ import torch
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import Loader, MicroBatch, deal, validation_batches
 from sorted_ds.data.rows import PackedRows
+from tests.batches import TASK
 
 ROW_TOKENS = 5
 NUM_ROWS = 23
 TOKENS = np.arange(100, 100 + NUM_ROWS * ROW_TOKENS + 3, dtype="<u2")
-"""Each id once, so that a row's first id says which row it is."""
+"""Each id occurs once, so that a row's first id tells which row it is."""
 
 
 def packed() -> PackedRows:
     return PackedRows(TOKENS, ROW_TOKENS)
 
 
+def collate(rows, size: int) -> MicroBatch:
+    return TASK.collate(rows, size, ROW_TOKENS)
+
+
 def loader(rank: int = 0, world_size: int = 1, **changes) -> Loader:
-    settings = {"seed": 17, "step_rows": 12, "samples": 3, "micro_batch_rows": 2, **changes}
-    return Loader(packed(), rank=rank, world_size=world_size, **settings)
+    settings = {"seed": 17, "step_rows": 12, "num_shares": 3, "micro_batch_rows": 2, **changes}
+    return Loader(packed(), collate, rank=rank, world_size=world_size, **settings)
 
 
 def rows_in(batches: list[MicroBatch]) -> list[int]:
-    """The numbers of the real rows, after a check of their contents."""
+    """Checks the contents of the real rows, and returns their numbers."""
     found = []
     for batch in batches:
-        real = [(ids, labels) for ids, labels in zip(batch.input_ids, batch.labels, strict=True) if labels[0] != -100]
+        real = [
+            (ids, labels)
+            for ids, labels in zip(batch.inputs["input_ids"], batch.inputs["labels"], strict=True)
+            if labels[0] != -100
+        ]
         assert batch.num_rows == len(real)
-        assert batch.num_targets == int((batch.labels != -100).sum())
+        assert batch.num_targets == int((batch.inputs["labels"] != -100).sum())
         for ids, labels in real:
             row = (int(ids[0]) - 100) // ROW_TOKENS
             assert ids.tolist() == [100 + row * ROW_TOKENS + k for k in range(ROW_TOKENS)]
@@ -41,7 +50,7 @@ def rows_in(batches: list[MicroBatch]) -> list[int]:
 
 
 @pytest.mark.parametrize("num_tokens", [6, 10, 11, 12, 116])
-def test_rows_are_the_text_cut_every_row_tokens_each_position_with_a_target(num_tokens):
+def test_rows_are_the_text_cut_every_row_tokens_and_each_position_has_a_target(num_tokens):
     plain = list(range(num_tokens))
     expected = [plain[k : k + 6] for k in range(0, num_tokens, 5) if k + 6 <= num_tokens]
     rows = PackedRows(np.array(plain, dtype="<u4"), 5)
@@ -49,14 +58,14 @@ def test_rows_are_the_text_cut_every_row_tokens_each_position_with_a_target(num_
     assert rows[0].dtype == np.int64
 
 
-def test_less_than_one_row_is_refused():
+def test_a_text_shorter_than_one_row_is_refused():
     with pytest.raises(
         UserError, match=r"batch\.row_tokens = 5 is too long: the training text has 5 tokens, and one row needs 6"
     ):
         PackedRows(np.arange(5), 5)
 
 
-def test_a_row_that_is_not_there_is_an_error():
+def test_a_row_out_of_range_raises():
     for row in (-1, NUM_ROWS):
         with pytest.raises(IndexError):
             packed()[row]
@@ -68,19 +77,19 @@ def test_a_row_that_is_not_there_is_an_error():
         ((32, 4, 4, 1), (8, 2, 4, 0.0)),
         ((32, 4, 4, 2), (8, 1, 4, 0.0)),
         ((32, 4, 4, 3), (8, 1, 3, 1 / 9)),
-        ((12, 1, 5, 1), (12, 3, 4, 0.0)),  # three of 4, not 5, 5 and 2
+        ((12, 1, 5, 1), (12, 3, 4, 0.0)),  # three forwards of 4 rows, not of 5, 5 and 2
         ((2, 1, 4, 3), (2, 1, 1, 1 / 3)),
         ((10, 1, 3, 2), (10, 2, 3, 1 / 6)),
     ],
 )
 def test_rows_are_dealt_in_the_fewest_forwards_and_the_smallest_shape(arguments, expected):
     dealt = deal(*arguments)
-    assert (dealt.rows_per_sample, dealt.forwards, dealt.rows_per_forward) == expected[:3]
+    assert (dealt.rows_per_share, dealt.forwards, dealt.rows_per_forward) == expected[:3]
     assert dealt.padded_fraction == pytest.approx(expected[3])
 
 
 @pytest.mark.parametrize(("step_rows", "samples", "nearest"), [(250, 4, "248, 252"), (3, 4, "4"), (7, 2, "6, 8")])
-def test_samples_that_cannot_have_equally_many_rows_are_refused(step_rows, samples, nearest):
+def test_a_step_whose_samples_would_have_different_numbers_of_rows_is_refused(step_rows, samples, nearest):
     with pytest.raises(UserError) as raised:
         deal(step_rows, samples, 4, 1)
     cannot = f"batch.step_rows = {step_rows} cannot be shared out over sampling.subnets_per_step = {samples}."
@@ -106,25 +115,27 @@ def test_every_rank_runs_the_same_number_of_forwards_of_the_same_shape(world_siz
         samples = loader(rank, world_size).batches(3)
         assert [len(sample) for sample in samples] == [dealt.forwards] * 3
         for batch in (batch for sample in samples for batch in sample):
-            assert batch.input_ids.shape == batch.labels.shape == (dealt.rows_per_forward, ROW_TOKENS)
-            assert (batch.input_ids.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
-            assert batch.input_ids[batch.num_rows :].eq(0).all()
-            assert batch.labels[batch.num_rows :].eq(-100).all()
+            assert (
+                batch.inputs["input_ids"].shape == batch.inputs["labels"].shape == (dealt.rows_per_forward, ROW_TOKENS)
+            )
+            assert (batch.inputs["input_ids"].dtype, batch.inputs["labels"].dtype) == (torch.int64, torch.int64)
+            assert batch.inputs["input_ids"][batch.num_rows :].eq(0).all()
+            assert batch.inputs["labels"][batch.num_rows :].eq(-100).all()
             real += batch.num_rows
     run = world_size * 3 * dealt.forwards * dealt.rows_per_forward
     assert 1 - real / run == pytest.approx(dealt.padded_fraction)
 
 
-def test_each_row_comes_once_an_epoch_and_in_another_order_each_epoch():
+def test_an_epoch_has_each_row_once_and_each_epoch_has_another_order():
     one = loader(step_rows=6)
-    active = [row for step in range(23) for sample in one.batches(step) for row in rows_in(sample)]
-    epochs = [active[start : start + NUM_ROWS] for start in range(0, 6 * NUM_ROWS, NUM_ROWS)]
+    trained = [row for step in range(23) for sample in one.batches(step) for row in rows_in(sample)]
+    epochs = [trained[start : start + NUM_ROWS] for start in range(0, 6 * NUM_ROWS, NUM_ROWS)]
     assert all(sorted(epoch) == list(range(NUM_ROWS)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     assert list(range(NUM_ROWS)) not in epochs
 
 
-def test_a_sample_owns_the_positions_of_its_turn():
+def test_the_samples_of_a_step_take_consecutive_positions():
     one = loader()
     assert [rows_in(sample) for sample in one.batches(5)] == [
         [one.row_at(5 * 12 + sample * 4 + k) for k in range(4)] for sample in range(3)
@@ -132,20 +143,20 @@ def test_a_sample_owns_the_positions_of_its_turn():
 
 
 def test_a_steps_rows_follow_from_seed_and_step_alone():
-    walked = loader()
+    used = loader()
     for step in range(8):
-        walked.batches(step)
+        used.batches(step)
     again = [rows_in(sample) for sample in loader().batches(7)]
-    assert [rows_in(sample) for sample in walked.batches(7)] == again
+    assert [rows_in(sample) for sample in used.batches(7)] == again
     assert [rows_in(sample) for sample in loader(seed=18).batches(7)] != again
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_rows", [1, 5, 22, 23, 1000])
 def test_validation_rows_are_spread_evenly_and_dealt_over_the_ranks(num_rows, world_size):
-    shares = [list(validation_batches(packed(), num_rows, 3, rank, world_size)) for rank in range(world_size)]
+    shares = [list(validation_batches(packed(), collate, num_rows, 3, rank, world_size)) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
-    assert len({batch.input_ids.shape for share in shares for batch in share}) == 1
+    assert len({batch.inputs["input_ids"].shape for share in shares for batch in share}) == 1
     found = sorted(row for share in shares for row in rows_in(share))
     number = min(num_rows, NUM_ROWS)
     assert found == [int(k * NUM_ROWS / number) for k in range(number)]

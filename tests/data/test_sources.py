@@ -1,4 +1,4 @@
-"""Files come in a fixed order, documents as they are; what cannot be read is named by file and line."""
+"""Files come in a fixed order, documents unchanged; errors name the file and the line."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def jsonl(path: Path, *lines: object) -> Source:
     return Source(path, "jsonl")
 
 
-def test_a_folder_gives_its_files_of_the_suffixes_by_sorted_path(tmp_path):
+def test_a_folder_gives_its_files_with_the_suffixes_by_sorted_path(tmp_path):
     write(tmp_path, b_dot_txt="b", a__z_dot_md="z", a__b__c_dot_txt="c", d_dot_bin="d", e="e")
     (tmp_path / "folder.txt").mkdir()
     found = find_files([tmp_path], [], [".txt", ".md"])
@@ -30,13 +30,13 @@ def test_a_folder_gives_its_files_of_the_suffixes_by_sorted_path(tmp_path):
     assert {s.kind for s in found} == {"text"}
 
 
-def test_named_files_are_taken_in_their_order_whatever_their_suffix(tmp_path):
+def test_named_files_are_taken_in_their_order_with_any_suffix(tmp_path):
     write(tmp_path, x_dot_log="x", a_dot_txt="a", lines__l_dot_jsonl="", lines__other_dot_json="")
     found = find_files([tmp_path / "x.log", tmp_path / "a.txt"], [tmp_path / "lines"], [".txt"])
     assert [(s.path.name, s.kind) for s in found] == [("x.log", "text"), ("a.txt", "text"), ("l.jsonl", "jsonl")]
 
 
-def test_nothing_named_is_refused():
+def test_a_run_that_names_no_text_is_refused():
     with pytest.raises(UserError, match=r"^data names no text\. Set data\.text or data\.jsonl\.$"):
         find_files([], [], [".txt"])
 
@@ -60,7 +60,7 @@ def test_a_folder_without_such_files_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["plain", "  lead\r\n\ttrail \n\n", "λ 東京 🎉\u2028x\x00y\ufeff"])
-def test_a_text_file_is_one_document_as_it_is(tmp_path, text):
+def test_a_text_file_is_one_unchanged_document(tmp_path, text):
     write(tmp_path, a_dot_txt=text)
     assert list(documents(Source(tmp_path / "a.txt", "text"))) == [text]
 
@@ -72,12 +72,12 @@ def test_each_jsonl_line_is_a_document_and_blank_ones_are_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", " \t\n\r\n"])
-def test_a_file_of_whitespace_is_no_document(tmp_path, text):
+def test_a_file_of_whitespace_gives_no_document(tmp_path, text):
     write(tmp_path, a_dot_txt=text)
     assert list(documents(Source(tmp_path / "a.txt", "text"))) == []
 
 
-def test_what_is_not_utf8_is_named(tmp_path):
+def test_a_file_that_is_not_utf8_is_refused_with_the_byte(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes("café".encode("latin-1"))
     with pytest.raises(UserError, match=rf"^{path} is not UTF-8 \(byte 3 is 0xe9\)\. Convert it, or leave it out\.$"):
@@ -90,14 +90,14 @@ def test_what_is_not_utf8_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "a"', r"is no JSON \("),
-        ('["text"]', r'is no JSON object with a string "text"'),
-        ('{"content": "a"}', r'is no JSON object with a string "text"'),
-        ('{"text": 3}', r'is no JSON object with a string "text"'),
+        ('{"text": "a"', r"is not valid JSON \("),
+        ('["text"]', r'is not a JSON object with a string "text"'),
+        ('{"content": "a"}', r'is not a JSON object with a string "text"'),
+        ('{"text": 3}', r'is not a JSON object with a string "text"'),
         ('{"text": "a\\ud83d"}', r"half a character, \"\\ud83d\""),
     ],
 )
-def test_a_jsonl_line_without_text_is_named_by_its_number(tmp_path, line, message):
+def test_a_jsonl_line_without_text_is_refused_with_its_number(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n\n' + line + "\n")
     with pytest.raises(UserError, match=rf"^{path}:3.* ?{message}.*Correct or remove the line\.$"):

@@ -1,4 +1,4 @@
-"""The trained tokenizer gives SentencePiece's own ids and gives back its text; others are refused with a reason."""
+"""The trained tokenizer gives SentencePiece's ids and decodes to the same text; unusable tokenizers are refused."""
 
 import json
 import random
@@ -16,11 +16,11 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.data.text.tokenizer import (
     TRAINING_CHARACTERS,
     Vocabulary,
-    beginnings,
     encode,
     load_tokenizer,
     train_tokenizer,
     trained_vocabulary,
+    training_excerpts,
     vocabulary_of,
 )
 
@@ -42,15 +42,15 @@ ODD = [
 
 
 def library_texts() -> list[str]:
-    """The standard library's top-level modules: about 5 MB of code."""
+    """Returns the standard library's top-level modules: about 5 MB of code."""
     return [path.read_text("utf-8") for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
 
 
 def odd_texts() -> list[str]:
-    """Runs and overlaps of few characters, where the order of merges would show."""
-    sample = random.Random(0)
+    """Returns random texts of few characters with many repetitions, where another order of merges would show."""
+    generator = random.Random(0)
     alphabets = [" ab", "= ", "-=_", "01 ", "aeiourstn ", "\n \t", "()[],.'\"", "self._"]
-    return ODD + ["".join(sample.choices(a, k=sample.randint(1, 80))) for a in alphabets for _ in range(300)]
+    return ODD + ["".join(generator.choices(a, k=generator.randint(1, 80))) for a in alphabets for _ in range(300)]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def held_out() -> list[str]:
     return texts + odd_texts()
 
 
-def test_ids_are_sentencepieces_own_on_held_out_text(trained, held_out):
+def test_ids_equal_those_of_sentencepiece_on_held_out_text(trained, held_out):
     own = SentencePieceProcessor(model_file=str(trained / "sentencepiece.model"))
     encoded = encode(AutoTokenizer.from_pretrained(trained), held_out)
     different = [text[:80] for text, ids in zip(held_out, encoded, strict=True) if ids != own.encode(text)]
@@ -99,7 +99,7 @@ def test_plain_transformers_gives_the_same_ids(trained, held_out, tmp_path):
     assert json.loads(done.stdout) == [encode(load_tokenizer(str(trained)), texts), texts]
 
 
-def test_a_space_comes_back_where_the_training_text_had_none(tmp_path):
+def test_a_space_is_decoded_even_if_the_training_text_had_none(tmp_path):
     train_tokenizer(["東京都\n大阪府\n" * 50], 270, tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     own = SentencePieceProcessor(model_file=str(tmp_path / "sentencepiece.model"))
@@ -108,7 +108,7 @@ def test_a_space_comes_back_where_the_training_text_had_none(tmp_path):
     assert tokenizer.decode(ids) == " 東京  x "
 
 
-def test_indentation_takes_few_tokens_and_line_ends_one_each(trained):
+def test_indentation_becomes_few_tokens_and_each_line_end_one(trained):
     tokenizer = load_tokenizer(str(trained))
     newline = encode(tokenizer, ["\n"])[0]
     assert len(newline) == 1
@@ -116,17 +116,17 @@ def test_indentation_takes_few_tokens_and_line_ends_one_each(trained):
     assert len(encode(tokenizer, [" " * 8 + "\n"])[0]) == 2
 
 
-def test_digits_stand_alone(trained):
+def test_each_digit_is_a_token(trained):
     assert len(encode(load_tokenizer(str(trained)), ["2026"])[0]) == 4
 
 
-def test_special_tokens_in_a_text_are_text(trained):
+def test_special_tokens_in_a_text_are_encoded_as_text(trained):
     tokenizer = load_tokenizer(str(trained))
     assert min(encode(tokenizer, ["a<s>b</s>c<unk>"])[0]) > 2
     assert tokenizer("<s>")["input_ids"] == [1]
 
 
-def test_training_text_that_holds_the_special_tokens_keeps_them_apart(tmp_path):
+def test_special_tokens_in_the_training_text_are_encoded_as_text_too(tmp_path):
     texts = ["a <s>struck</s> word, <s>two</s> <unk> s> </ s>\n" * 50]
     train_tokenizer(texts, 295, tmp_path)
     own = SentencePieceProcessor(model_file=str(tmp_path / "sentencepiece.model"))
@@ -158,7 +158,7 @@ def test_the_same_texts_give_the_same_bytes(trained, tmp_path):
     }
 
 
-def test_a_vocabulary_too_large_names_the_largest_that_can_be(tmp_path):
+def test_a_vocabulary_too_large_is_refused_with_the_largest_possible(tmp_path):
     with pytest.raises(UserError, match=r"^data\.vocab_size = 4096 is too large: .* Set \d+ or less\.$") as raised:
         train_tokenizer(["one two three\n" * 30], 4096, tmp_path)
     most = int(str(raised.value).split()[-3])
@@ -166,7 +166,7 @@ def test_a_vocabulary_too_large_names_the_largest_that_can_be(tmp_path):
     assert len(load_tokenizer(str(tmp_path))) == most
 
 
-def test_a_vocabulary_too_small_names_the_smallest_that_can_be(tmp_path):
+def test_a_vocabulary_too_small_is_refused_with_the_smallest_possible(tmp_path):
     with pytest.raises(UserError, match=r"^data\.vocab_size = 250 is too small: .* Set \d+ or more\.$") as raised:
         train_tokenizer(["one two three\n" * 30], 250, tmp_path)
     least = int(str(raised.value).split()[-3])
@@ -174,10 +174,10 @@ def test_a_vocabulary_too_small_names_the_smallest_that_can_be(tmp_path):
     assert len(load_tokenizer(str(tmp_path))) == least
 
 
-def test_training_takes_an_equal_share_of_each_text_from_its_beginning():
+def test_training_excerpts_are_an_equal_share_of_each_text_from_its_beginning():
     texts = ["abcd" * 100, "x", "yz" * 300]
-    assert list(beginnings(texts, 1001)) == texts
-    assert list(beginnings(texts, 4 * TRAINING_CHARACTERS)) == ["abcd" * 25, "x", "yz" * 75]
+    assert list(training_excerpts(texts, 1001)) == texts
+    assert list(training_excerpts(texts, 4 * TRAINING_CHARACTERS)) == ["abcd" * 25, "x", "yz" * 75]
 
 
 def fast(folder: Path, vocabulary: dict[str, int], **special: str) -> str:
@@ -203,7 +203,7 @@ def slow(folder: Path) -> str:
         (lambda folder: "no/such/one", r"cannot be loaded \(.+\)"),
         (str, r"cannot be loaded \(.+\)"),
         (damaged, r"cannot be loaded \(.+\)"),
-        (slow, r"has no tokenizer\.json, which a fast tokenizer is read from"),
+        (slow, r"has no tokenizer\.json, from which a fast tokenizer is read"),
         (lambda folder: fast(folder, {"<unk>": 0, "a": 1}), r"has no end-of-text token, .*"),
         (lambda folder: fast(folder, {"<unk>": 0, "</s>": 7}, eos_token="</s>"), r"has ids up to 7 for 2 tokens"),
     ],

@@ -1,1 +1,1 @@
-"""Text to tokens on disk: files, split, tokenizer, shards of ids, each under a key of its content."""
+"""Prepares text as tokens on disk: finds files, splits documents, trains or loads a tokenizer, encodes."""

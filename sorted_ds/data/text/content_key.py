@@ -1,8 +1,8 @@
-"""The content key: the name under which prepared tokens are found again.
+"""The content key: the name of the folder of prepared tokens.
 
-In: the files and the settings that decide the tokens. Out: a hash of the files' contents, whatever their paths and
-times, and of those settings. On disk: CACHE_DIR/hashes.json, the hash of each file of known path, size and time, so
-that a second start reads no text.
+In: the files and the settings that decide the tokens. Out: a hash of the files' contents and of the settings. Paths and
+times of files do not matter. On disk: CACHE_DIR/hashes.json, which holds the hash of each file of known path, size and
+time, so that a second start reads no text.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.data.text.sources import Source
 
 FORMAT = 1
-"""Of everything that is prepared. Raise it when the same text and settings would give other bytes."""
+"""Format of the prepared files. Raise it when the same text and settings would give other bytes."""
 HASHES_FILE = "hashes.json"
 SETTLED_SECONDS = 2.0
-"""A file changed more recently is hashed again: the next change may get the same time."""
+"""A file that changed more recently is hashed again, because its next change may get the same time."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
 
 
 def content_key(sources: Sequence[Source], settings: Mapping[str, object], cache_dir: Path, workers: int) -> str:
-    """A hash of the files in this order, and of the settings. Raises: UserError when a file cannot be read."""
+    """Returns a hash of the files in this order and of the settings. Raises: UserError when a file is unreadable."""
     digests = _hash_files([source.path for source in sources], cache_dir, workers)
     files = [[source.kind, digest] for source, digest in zip(sources, digests, strict=True)]
     contents = json.dumps({"format": FORMAT, "files": files, **settings}, sort_keys=True)
@@ -44,7 +44,7 @@ def content_key(sources: Sequence[Source], settings: Mapping[str, object], cache
 
 
 def tokenizer_identity(name_or_path: str) -> str:
-    """A local directory's by its files, so that it may be moved; otherwise the name."""
+    """Returns a hash of the files of a local directory, which may be moved, or the name of a tokenizer of the hub."""
     folder = Path(name_or_path)
     if not folder.is_dir():
         return name_or_path
@@ -53,9 +53,9 @@ def tokenizer_identity(name_or_path: str) -> str:
 
 
 def _hash_files(paths: Sequence[Path], cache_dir: Path, workers: int) -> list[str]:
-    known = _read_known(cache_dir)
+    cached = _read_hash_cache(cache_dir)
     stamps = [(str(path.resolve()), *_size_and_time(path)) for path in paths]
-    missing = [name for name, size, time_ns in stamps if known.get(name, [])[:2] != [size, time_ns]]
+    missing = [name for name, size, time_ns in stamps if cached.get(name, [])[:2] != [size, time_ns]]
     with ThreadPoolExecutor(workers) as pool:
         digests = dict(zip(missing, pool.map(_hash_file, map(Path, missing)), strict=True))
     latest = time.time_ns() - int(SETTLED_SECONDS * 1e9)
@@ -63,8 +63,8 @@ def _hash_files(paths: Sequence[Path], cache_dir: Path, workers: int) -> list[st
         name: [size, time_ns, digests[name]] for name, size, time_ns in stamps if name in digests and time_ns < latest
     }
     if settled:
-        _write_known(cache_dir, {**_read_known(cache_dir), **settled})
-    return [digests[name] if name in digests else known[name][2] for name, _, _ in stamps]
+        _write_hash_cache(cache_dir, {**_read_hash_cache(cache_dir), **settled})
+    return [digests[name] if name in digests else cached[name][2] for name, _, _ in stamps]
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
@@ -77,11 +77,11 @@ def _hash_file(path: Path) -> str:
         with path.open("rb") as file:
             return file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). Mend its permissions, or leave it out.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}). Make it readable, or leave it out.") from error
 
 
-def _read_known(cache_dir: Path) -> dict[str, list]:
-    """For each path: size in bytes, time in nanoseconds, hash."""
+def _read_hash_cache(cache_dir: Path) -> dict[str, list]:
+    """Returns for each path the size in bytes, the time in nanoseconds and the hash."""
     try:
         known = json.loads((cache_dir / HASHES_FILE).read_bytes())
     except (OSError, ValueError):
@@ -89,8 +89,8 @@ def _read_known(cache_dir: Path) -> dict[str, list]:
     return known if isinstance(known, dict) else {}
 
 
-def _write_known(cache_dir: Path, known: dict[str, list]) -> None:
-    """It saves time only, so that a read-only or full disk is no error here."""
+def _write_hash_cache(cache_dir: Path, known: dict[str, list]) -> None:
+    """Writes the hashes of known files. A read-only or full disk is no error, because the cache only saves time."""
     with contextlib.suppress(OSError):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile("w", dir=cache_dir, prefix=f".writing_{HASHES_FILE}_", delete=False) as file:

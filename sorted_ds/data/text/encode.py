@@ -1,8 +1,8 @@
-"""Documents to token files, in worker processes.
+"""Encodes documents into token files, in worker processes.
 
 In: documents in order, each with its side, and a tokenizer.json. On disk: train.bin and validation.bin, flat
-little-endian unsigned integers, each document followed by the end-of-text token. The bytes do not depend on the number
-of workers. Workers load this module alone: no transformers, no torch.
+little-endian unsigned integers; the end-of-text token follows each document. The bytes do not depend on the number of
+workers. A worker imports this module alone, neither transformers nor torch.
 """
 
 import os
@@ -22,21 +22,21 @@ from tokenizers import Tokenizer
 from sorted_ds.base.errors import UserError
 
 BATCH_CHARACTERS = 2**20
-"""Of text that a worker gets at a time: about half a second of work. A longer document is a batch by itself."""
+"""Size of the text that a worker gets at a time: about half a second of work. A longer document is a batch alone."""
 BATCHES_PER_WORKER = 2
-"""That are read ahead, so that no worker waits; more would be memory."""
+"""Number of batches that are read ahead, so that no worker waits. More would cost memory."""
 
 TRAIN_FILE, VALIDATION_FILE = "train.bin", "validation.bin"
 
 Batch = list[tuple[str, bool]]
-"""Documents, and whether each is for validation."""
-Report = Callable[[int, int], None]
-"""Hears the number of characters that are done, and of all."""
+"""Documents, each with whether it is for validation."""
+OnProgress = Callable[[int, int], None]
+"""Is called with the number of characters that are encoded, and the number of all characters."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How documents become bytes. Small, so that each worker gets a copy."""
+    """How documents become bytes. Each worker gets a copy."""
 
     tokenizer_file: Path
     eos_id: int
@@ -44,12 +44,12 @@ class Encoding:
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The smallest that holds every id."""
+    """Returns the smallest type that holds every id."""
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of whole texts, nothing added, and what looks like a special token taken as text. Changes `tokenizer`."""
+    """Returns the ids of each text, without added tokens; "</s>" in a text is text. Changes `tokenizer`."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -62,19 +62,19 @@ def write_tokens(
     folder: Path,
     workers: int,
     num_characters: int,
-    report: Report,
+    on_progress: OnProgress,
 ) -> None:
-    """Writes the two token files. Memory: a few batches for each worker, whatever the size of the text.
+    """Writes the two token files. The memory is that of a few batches for each worker, for a text of any size.
 
     Raises: UserError when a worker is killed; OSError.
     """
     done = 0
     with (folder / TRAIN_FILE).open("wb") as train, (folder / VALIDATION_FILE).open("wb") as validation:
-        for num_encoded, train_bytes, validation_bytes in _encoded(_batches(documents), encoding, workers):
+        for num_encoded, train_bytes, validation_bytes in _encode_all(_batches(documents), encoding, workers):
             train.write(train_bytes)
             validation.write(validation_bytes)
             done += num_encoded
-            report(done, num_characters)
+            on_progress(done, num_characters)
 
 
 def _batches(documents: Iterable[tuple[str, bool]]) -> Iterator[Batch]:
@@ -90,18 +90,18 @@ def _batches(documents: Iterable[tuple[str, bool]]) -> Iterator[Batch]:
         yield batch
 
 
-def _encoded(batches: Iterator[Batch], encoding: Encoding, workers: int) -> Iterator[tuple[int, bytes, bytes]]:
+def _encode_all(batches: Iterator[Batch], encoding: Encoding, workers: int) -> Iterator[tuple[int, bytes, bytes]]:
     if workers == 1:
-        yield from map(_encoder(encoding), batches)
+        yield from map(_make_encoder(encoding), batches)
         return
-    # The executor notices a worker that was killed; multiprocessing.Pool would wait for its result for ever.
+    # The executor notices that a worker was killed. multiprocessing.Pool would wait for its result for ever.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoding,))
     try:
         yield from _in_order(pool, batches, BATCHES_PER_WORKER * workers)
     except BrokenProcessPool as error:
         raise UserError(
-            f"one of data.workers = {workers} processes was killed while it tokenized, most likely for want of memory. "
-            "Set fewer."
+            f"one of data.workers = {workers} processes was killed while it tokenized, most likely because memory ran "
+            "out. Set fewer workers."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -119,12 +119,12 @@ def _in_order(
         yield waiting.popleft().result()
 
 
-def _encoder(encoding: Encoding) -> Callable[[Batch], tuple[int, bytes, bytes]]:
+def _make_encoder(encoding: Encoding) -> Callable[[Batch], tuple[int, bytes, bytes]]:
     return partial(_encode_batch, Tokenizer.from_file(str(encoding.tokenizer_file)), encoding)
 
 
 def _encode_batch(tokenizer: Tokenizer, encoding: Encoding, batch: Batch) -> tuple[int, bytes, bytes]:
-    """Number of characters, bytes of the training and of the validation documents."""
+    """Returns the number of characters, and the bytes of the training and of the validation documents."""
     sides: tuple[list[int], list[int]] = ([], [])
     encoded = encode_texts(tokenizer, [text for text, _ in batch])
     for (_, is_validation), ids in zip(batch, encoded, strict=True):
@@ -139,12 +139,12 @@ _worker_encode: Callable[[Batch], tuple[int, bytes, bytes]]
 def _start_worker(encoding: Encoding) -> None:
     global _worker_encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # The processes are the parallelism.
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _worker_encode = _encoder(encoding)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _worker_encode = _make_encoder(encoding)
 
 
-def _leave_with_parent() -> None:
-    """A parent that is killed cannot stop its workers, and they would wait for its next batch for ever."""
+def _exit_with_parent() -> None:
+    """Ends this worker when its parent has ended. A killed parent cannot stop workers that wait for a batch."""
     parent = parent_process()
     if parent is not None:
         parent.join()

@@ -1,10 +1,10 @@
-"""Text to tokens on disk, once for each content and settings.
+"""Prepares text as tokens on disk, once for each content and settings.
 
-    CACHE_DIR/<content key>/    what `tokens.py` describes
+    CACHE_DIR/<content key>/    the files that tokens.py describes
     CACHE_DIR/hashes.json       hashes of the text files
 
 In: a `DataSpec`. Out: `TokenizedText`, its tokens mapped from disk. A folder is written under a hidden name and renamed
-when it is complete, so it is complete or invisible, whoever else prepares the same at the same time.
+when it is complete. So it is complete or invisible, even if other processes prepare the same text at the same time.
 """
 
 import os
@@ -16,59 +16,61 @@ from pathlib import Path
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import sync
 from sorted_ds.data.text.content_key import content_key, tokenizer_identity
-from sorted_ds.data.text.encode import Encoding, Report, token_dtype, write_tokens
+from sorted_ds.data.text.encode import Encoding, OnProgress, token_dtype, write_tokens
 from sorted_ds.data.text.sources import Source, documents, find_files
 from sorted_ds.data.text.split import split_documents
 from sorted_ds.data.text.tokenizer import (
-    beginnings,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
+    training_excerpts,
     vocabulary_of,
 )
 from sorted_ds.data.text.tokens import TOKENIZER_DIR, TokenizedText, open_tokens, write_meta
 
-TRAIN = "train"
-"""`data.tokenizer` of a tokenizer that is trained on the run's text."""
+TRAIN_A_TOKENIZER = "train"
+"""The value of `data.tokenizer` with which a tokenizer is trained on the run's text."""
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What decides the prepared tokens."""
+    """Everything that decides the prepared tokens."""
 
     text: tuple[Path, ...]
     jsonl: tuple[Path, ...]
     suffixes: tuple[str, ...]
-    """Of the files that are taken from folders in `text`."""
+    """Suffixes of the files that are taken from folders in `text`."""
     tokenizer: str
     """"train", a directory, or a hub id."""
     vocab_size: int
-    """Of a tokenizer that is trained; of others it says nothing."""
+    """Size of the vocabulary of a tokenizer that is trained. Not used for other tokenizers."""
     validation_fraction: float
-    """Of the documents."""
+    """Share of the documents that is for validation."""
     seed: int
 
 
-def prepare(spec: DataSpec, cache_dir: Path, workers: int, report: Report = lambda done, total: None) -> TokenizedText:
-    """The tokens of `spec`, made where they are not there yet. `report` hears of the progress in characters.
+def prepare(
+    spec: DataSpec, cache_dir: Path, workers: int, on_progress: OnProgress = lambda done, total: None
+) -> TokenizedText:
+    """Returns the tokens of `spec`, and prepares them first if necessary.
 
-    Raises: UserError when text or tokenizer cannot be used, prepared files are damaged, or the disk is full.
+    Raises: UserError when the text or the tokenizer cannot be used, prepared files are damaged, or the disk is full.
     """
     sources = find_files(spec.text, spec.jsonl, spec.suffixes)
     try:
         folder = cache_dir / _key(spec, sources, cache_dir, workers)
         if not folder.exists():
-            _make(spec, sources, folder, workers, report)
+            _prepare_folder(spec, sources, folder, workers, on_progress)
     except OSError as error:
         raise UserError(
-            f"data could not be prepared in {cache_dir}: {error}. Free the space, mend the permissions, or set another "
-            "data.cache_dir."
+            f"data could not be prepared in {cache_dir}: {error}. Free disk space, correct the permissions, or set "
+            "another data.cache_dir."
         ) from error
     return open_tokens(folder)
 
 
 def find_prepared(spec: DataSpec, cache_dir: Path, workers: int = 1) -> TokenizedText:
-    """The tokens of `spec` where they are there. Raises: UserError otherwise."""
+    """Returns the tokens of `spec`. Raises: UserError when they are not prepared, or damaged."""
     sources = find_files(spec.text, spec.jsonl, spec.suffixes)
     folder = cache_dir / _key(spec, sources, cache_dir, workers)
     if not folder.exists():
@@ -78,50 +80,54 @@ def find_prepared(spec: DataSpec, cache_dir: Path, workers: int = 1) -> Tokenize
 
 def _key(spec: DataSpec, sources: Sequence[Source], cache_dir: Path, workers: int) -> str:
     settings = {
-        "tokenizer": TRAIN if spec.tokenizer == TRAIN else tokenizer_identity(spec.tokenizer),
-        "vocab_size": spec.vocab_size if spec.tokenizer == TRAIN else None,
+        "tokenizer": TRAIN_A_TOKENIZER if spec.tokenizer == TRAIN_A_TOKENIZER else tokenizer_identity(spec.tokenizer),
+        "vocab_size": spec.vocab_size if spec.tokenizer == TRAIN_A_TOKENIZER else None,
         "validation_fraction": spec.validation_fraction,
         "seed": spec.seed,
     }
     return content_key(sources, settings, cache_dir, workers)
 
 
-def _make(spec: DataSpec, sources: Sequence[Source], folder: Path, workers: int, report: Report) -> None:
+def _prepare_folder(
+    spec: DataSpec, sources: Sequence[Source], folder: Path, workers: int, on_progress: OnProgress
+) -> None:
     hidden = folder.parent / f".writing_{folder.name}_{os.getpid()}"
     shutil.rmtree(hidden, ignore_errors=True)
     try:
         hidden.mkdir(parents=True)
-        _write(spec, sources, hidden, workers, report)
+        _write_contents(spec, sources, hidden, workers, on_progress)
         if _key(spec, sources, folder.parent, workers) != folder.name:
-            raise UserError("data: the text was changed while it was being prepared. Start again.")
+            raise UserError("data: the text changed while it was being prepared. Start again.")
         _sync_all(hidden)
         _publish(hidden, folder)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _write(spec: DataSpec, sources: Sequence[Source], hidden: Path, workers: int, report: Report) -> None:
-    split = split_documents(_all(sources), spec.validation_fraction, spec.seed)
-    if spec.tokenizer == TRAIN:
-        training = (text for text in _all(sources) if not split.is_validation(text))
-        train_tokenizer(beginnings(training, split.num_characters), spec.vocab_size, hidden / TOKENIZER_DIR)
+def _write_contents(
+    spec: DataSpec, sources: Sequence[Source], hidden: Path, workers: int, on_progress: OnProgress
+) -> None:
+    split = split_documents(_all_documents(sources), spec.validation_fraction, spec.seed)
+    if spec.tokenizer == TRAIN_A_TOKENIZER:
+        training = (text for text in _all_documents(sources) if not split.is_validation(text))
+        train_tokenizer(training_excerpts(training, split.num_characters), spec.vocab_size, hidden / TOKENIZER_DIR)
         tokenizer = load_tokenizer(str(hidden / TOKENIZER_DIR))
     else:
         tokenizer = load_tokenizer(spec.tokenizer)
         save_tokenizer(tokenizer, hidden / TOKENIZER_DIR)
     vocabulary = vocabulary_of(tokenizer)
     encoding = Encoding(hidden / TOKENIZER_DIR / "tokenizer.json", vocabulary.eos_id, token_dtype(vocabulary.size))
-    sided = ((text, split.is_validation(text)) for text in _all(sources))
-    write_tokens(sided, encoding, hidden, workers, split.num_characters, report)
+    sided = ((text, split.is_validation(text)) for text in _all_documents(sources))
+    write_tokens(sided, encoding, hidden, workers, split.num_characters, on_progress)
     write_meta(hidden, vocabulary, encoding.dtype)
 
 
-def _all(sources: Sequence[Source]) -> Iterator[str]:
+def _all_documents(sources: Sequence[Source]) -> Iterator[str]:
     return (text for source in sources for text in documents(source))
 
 
 def _sync_all(folder: Path) -> None:
-    """Before the name appears, the contents are on the disk, not only in its cache."""
+    """Syncs every file and folder, so that the contents are on the disk before the name appears."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
@@ -131,5 +137,5 @@ def _publish(hidden: Path, folder: Path) -> None:
         hidden.rename(folder)
     except OSError:
         if not folder.is_dir():
-            raise  # Otherwise another process was first, with the same bytes.
+            raise  # If the folder exists, another process was faster and has written the same bytes.
     sync(folder.parent)

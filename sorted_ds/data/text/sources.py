@@ -1,7 +1,7 @@
-"""Where the text comes from: files in a fixed order, and the documents in each.
+"""The sources of the text: files in a fixed order, and the documents in each file.
 
-In: `data.text` and `data.jsonl` of the run file. On disk: UTF-8 text files, each one document, and JSONL files, each
-line a document. Out: `Source` values, and from each the documents as they are, line ends and all.
+In: `data.text` and `data.jsonl` of the run file. Out: `Source` values, and the documents of each, unchanged. On disk:
+UTF-8 text files, each of which is one document, and JSONL files, each line of which is one document.
 """
 
 import json
@@ -18,16 +18,17 @@ JSONL_FIELD = "text"
 
 @dataclass(frozen=True)
 class Source:
-    """One file with documents."""
+    """A file that holds documents."""
 
     path: Path
     kind: Literal["text", "jsonl"]
 
 
 def find_files(text: Sequence[Path], jsonl: Sequence[Path], suffixes: Sequence[str]) -> list[Source]:
-    """The files as named, `text` first; those of a folder, however deep, by their sorted paths.
+    """Returns the files in the order in which they are named, `text` first.
 
-    A file that is named itself is taken whatever its suffix.
+    A folder stands for all files below it that have one of the suffixes, by sorted path. A file that is named itself
+    may have any suffix.
 
     Raises: UserError when a path does not exist, a folder holds no such file, or nothing is named.
     """
@@ -40,7 +41,7 @@ def find_files(text: Sequence[Path], jsonl: Sequence[Path], suffixes: Sequence[s
 
 def _files_of(named: Path, key: str, suffixes: Sequence[str]) -> list[Path]:
     if not named.exists():
-        raise UserError(f"{key}: {named.absolute()} does not exist. Correct the path; it starts at the run file.")
+        raise UserError(f"{key}: {named.absolute()} does not exist. Correct the path (relative to the run file).")
     if not named.is_dir():
         return [named]
     found = sorted(path for path in named.rglob("*") if path.suffix in suffixes and path.is_file())
@@ -51,9 +52,9 @@ def _files_of(named: Path, key: str, suffixes: Sequence[str]) -> list[Path]:
 
 
 def documents(source: Source) -> Iterator[str]:
-    """The documents of a file in order, without those that are only whitespace.
+    """Yields the documents of a file in order, except those that are only whitespace.
 
-    Raises: UserError for a file that is not UTF-8, or a JSONL line without a text.
+    Raises: UserError for a file that is not UTF-8, or a JSONL line without text.
     """
     found = _jsonl_documents(source.path) if source.kind == "jsonl" else _text_document(source.path)
     return (document for document in found if not document.isspace() and document)
@@ -67,25 +68,25 @@ def _jsonl_documents(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _text_of(_decode(line, f"{path}:{number}"), f"{path}:{number}")
+                yield _parse_line(_decode(line, f"{path}:{number}"), f"{path}:{number}")
 
 
-def _text_of(line: str, where: str) -> str:
+def _parse_line(line: str, where: str) -> str:
     try:
         fields = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} is no JSON ({error}). Correct or remove the line.") from error
+        raise UserError(f"{where} is not valid JSON ({error}). Correct or remove the line.") from error
     text = fields.get(JSONL_FIELD) if isinstance(fields, dict) else None
     if not isinstance(text, str):
-        raise UserError(f'{where} is no JSON object with a string "{JSONL_FIELD}". Correct or remove the line.')
+        raise UserError(f'{where} is not a JSON object with a string "{JSONL_FIELD}". Correct or remove the line.')
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {_half(text[error.start])}. Correct or remove the line.") from error
+        raise UserError(f"{where}: {_surrogate_message(text[error.start])}. Correct or remove the line.") from error
     return text
 
 
-def _half(surrogate: str) -> str:
+def _surrogate_message(surrogate: str) -> str:
     return f'the text holds half a character, "\\u{ord(surrogate):04x}" without its other half'
 
 

@@ -1,7 +1,7 @@
 """The tokenizer: loaded from a directory or the hub, or trained on the run's own text.
 
-In: a name, or training documents. On disk, of a trained one: sentencepiece.model and an ordinary Hugging Face
-tokenizer beside it, which gives the same ids. Out: a fast Hugging Face tokenizer, and its `Vocabulary`.
+In: a name, or training documents. Out: a fast Hugging Face tokenizer, and its `Vocabulary`. On disk, for a trained one:
+sentencepiece.model, and an ordinary Hugging Face tokenizer that gives the same ids.
 """
 
 import io
@@ -20,18 +20,18 @@ from sorted_ds.data.text.encode import encode_texts
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPACE = "▁"
-"""SentencePiece's sign for a space. It is no other character's: one that stands in the text is read back as a space."""
+"""SentencePiece's sign for a space. If this character occurs in the text, it is decoded as a space."""
 TRAINING_CHARACTERS = 2**25
-"""Of text, for training a tokenizer: 3 seconds and under 1 GiB. More hardly changes the pieces."""
+"""Size of the text that trains a tokenizer: 3 seconds and under 1 GiB. More text hardly changes the pieces."""
 LINE_CHARACTERS = 2**12
-"""Longer lines are cut for training: SentencePiece leaves out a sentence that is longer than it is told."""
+"""Longer lines are cut for training, because SentencePiece skips sentences over `max_sentence_length`."""
 CHARACTER_COVERAGE = 0.9995
-"""SentencePiece's default: rarer characters are left to the bytes, so that exotic ones do not fill the vocabulary."""
+"""SentencePiece's default. Rarer characters are encoded as bytes, so that they do not fill the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a model has to know of its tokenizer."""
+    """What a model has to know about its tokenizer."""
 
     size: int
     bos_id: int | None
@@ -39,49 +39,49 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
-    """The vocabulary of a tokenizer, added tokens included."""
+    """Returns the vocabulary of a tokenizer, with its added tokens."""
     return Vocabulary(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def trained_vocabulary(size: int) -> Vocabulary:
-    """The vocabulary that `train_tokenizer` will give, known before it was trained."""
+    """Returns the vocabulary that `train_tokenizer` will give, before the training."""
     return Vocabulary(size, BOS_ID, EOS_ID)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer from a local directory or a hub id.
+    """Returns a fast tokenizer from a local directory or a hub id.
 
-    Raises: UserError when it cannot be had or read, is not fast, has no end-of-text token, or has gaps in its ids.
+    Raises: UserError when it cannot be loaded, is not fast, has no end-of-text token, or has gaps in its ids.
     """
     is_local = Path(name_or_path).is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=is_local, trust_remote_code=False)
     except Exception as error:  # The tokenizers library raises plain `Exception` for a damaged file.
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise _refused(name_or_path, f"cannot be loaded ({reason})") from error
+        raise _refusal(name_or_path, f"cannot be loaded ({reason})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise _refused(name_or_path, "has no tokenizer.json, which a fast tokenizer is read from")
+        raise _refusal(name_or_path, "has no tokenizer.json, from which a fast tokenizer is read")
     if tokenizer.eos_token_id is None:
-        raise _refused(name_or_path, "has no end-of-text token, which separates the documents")
+        raise _refusal(name_or_path, "has no end-of-text token, which separates the documents")
     highest = max(tokenizer.get_vocab().values())
     if highest >= len(tokenizer):
-        raise _refused(name_or_path, f"has ids up to {highest} for {len(tokenizer)} tokens")
+        raise _refusal(name_or_path, f"has ids up to {highest} for {len(tokenizer)} tokens")
     return tokenizer
 
 
-def _refused(name: str, reason: str) -> UserError:
+def _refusal(name: str, reason: str) -> UserError:
     return UserError(f'data.tokenizer: {name!r} {reason}. Name a directory, a hub id, or "train".')
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, of any length, without added tokens. "</s>" in a text is text, not the end."""
+    """Returns the ids of each text, without added tokens; "</s>" in a text is text. Leaves `tokenizer` unchanged."""
     return encode_texts(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), texts)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Trains SentencePiece BPE on the texts, and writes it to `folder` as sentencepiece.model and for Hugging Face.
+    """Trains SentencePiece BPE on the texts; writes sentencepiece.model and a Hugging Face tokenizer to `folder`.
 
-    The same texts give the same bytes. Decoding gives back any text but for `SPACE`.
+    The same texts give the same bytes. Decoding gives back any text that does not contain `SPACE`.
 
     Raises: UserError when the text has too few or too many different pieces for `vocab_size`; OSError.
     """
@@ -99,15 +99,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """`save_pretrained`, with an OSError for what the tokenizers library raises as plain `Exception`: a full disk."""
+    """Calls `save_pretrained`. Raises: OSError; for a full disk the tokenizers library raises a plain `Exception`."""
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:
         raise OSError(f"{folder}: {error}") from error
 
 
-def beginnings(texts: Iterable[str], num_characters: int) -> Iterator[str]:
-    """An equal share of each text, from its beginning; of texts of `num_characters` in all, enough for training."""
+def training_excerpts(texts: Iterable[str], num_characters: int) -> Iterator[str]:
+    """Yields the beginning of each text: of all texts the same share, at most `TRAINING_CHARACTERS` together.
+
+    `num_characters` is the size of all texts.
+    """
     share = min(1.0, TRAINING_CHARACTERS / num_characters)
     return (text[: max(1, round(share * len(text)))] for text in texts)
 
@@ -134,13 +137,13 @@ def _train(lines: Iterator[str], vocab_size: int) -> bytes:
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,  # Runs of spaces: indentation is a token or two.
+            allow_whitespace_only_pieces=True,  # Indentation becomes one or two tokens.
             byte_fallback=True,
             split_digits=True,
             user_defined_symbols=["\n"],
             character_coverage=CHARACTER_COVERAGE,
             max_sentence_length=4 * LINE_CHARACTERS,
-            num_threads=1,  # It is written into the model, and more are no faster.
+            num_threads=1,  # The number is written into the model, and more threads are no faster.
             minloglevel=3,
         )
     except RuntimeError as error:
@@ -157,8 +160,8 @@ def _vocabulary_error(vocab_size: int, message: str) -> UserError:
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         least = found[1]
         return UserError(
-            f"data.vocab_size = {vocab_size} is too small: the training text's characters and the fixed pieces are "
-            f"{least}. Set {least} or more."
+            f"data.vocab_size = {vocab_size} is too small: the characters of the training text and the fixed pieces "
+            f"need {least}. Set {least} or more."
         )
     return UserError(f"data.vocab_size = {vocab_size}: SentencePiece could not train on the text ({message.strip()}).")
 
@@ -174,18 +177,18 @@ def _from_sentencepiece(model: bytes) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocabulary, _merges(mergeable), unk_token=UNK, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    # Bytes first: where the training text had no space, a space is encoded as the bytes of its sign.
+    # Bytes are decoded first: if the training text had no space, a space is encoded as the bytes of its sign.
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Replace(SPACE, " ")])
     return tokenizer
 
 
 def _merges(mergeable: list[str]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, in the order in which SentencePiece joins them. `mergeable`: by ids.
+    """Returns every pair of pieces that makes a piece, in SentencePiece's order. `mergeable` are the pieces by id.
 
-    SentencePiece joins the two neighbours that make the piece of the lowest id, and of equal ones the leftmost; here
-    each pair has a rank of its own. Of the pairs that make the same piece the one with the longest left part is first:
-    the leftmost where they overlap in a run ("==" "=" "=="). No text is known where it matters: 31 MB of Python, and
-    30,000 random strings of 2-3 characters with 60 vocabularies, gave the same ids in whatever order.
+    SentencePiece joins the two neighbours that make the piece with the lowest id, the leftmost two if several do. Here
+    each pair has a rank of its own. Several pairs can make the same piece; the pair with the longest left part comes
+    first, which is the leftmost pair where pairs overlap ("==" "=" "=="). We found no text where this order changes the
+    ids: neither 31 MB of Python nor 30,000 random strings of 2-3 different characters with 60 vocabularies.
     """
     known = set(mergeable)
     return [

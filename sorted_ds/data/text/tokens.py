@@ -1,11 +1,11 @@
-"""Prepared tokens on disk.
+"""Prepared tokens on disk: opened, checked and described.
 
     FOLDER/tokenizer/       an ordinary Hugging Face tokenizer
-    FOLDER/train.bin        token ids, flat, little-endian, each document followed by the end-of-text token
+    FOLDER/train.bin        token ids, flat, little-endian; the end-of-text token follows each document
     FOLDER/validation.bin
-    FOLDER/meta.json        what the two hold
+    FOLDER/meta.json        type, vocabulary and number of the token ids
 
-In: a folder. Out: `TokenizedText`, its tokens mapped from disk and checked for their length.
+In: a folder. Out: `TokenizedText`, its tokens mapped from disk after a check of their number.
 """
 
 import json
@@ -22,31 +22,31 @@ from sorted_ds.data.text.tokenizer import Vocabulary
 META_FILE = "meta.json"
 TOKENIZER_DIR = "tokenizer"
 CHUNK_TOKENS = 2**24
-"""Tokens that are counted at a time."""
+"""Number of tokens that are counted at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedText:
-    """Prepared tokens."""
+    """Prepared tokens, and what a model has to know about them."""
 
     tokenizer_dir: Path
     vocab_size: int
     bos_id: int | None
     eos_id: int
     train: np.ndarray
-    """Ids, mapped from disk. Shape [tokens]."""
+    """Token ids, mapped from disk. Shape [tokens]."""
     validation: np.ndarray
     unigram_nats: float
-    """Nats per token of the validation tokens under the counts of the training tokens, each count plus one."""
+    """Loss per validation token of a unigram model that counts the training tokens, each count plus one."""
 
     @property
     def folder(self) -> Path:
-        """Where the tokens lie."""
+        """Returns the prepared folder."""
         return self.tokenizer_dir.parent
 
     @property
     def key(self) -> str:
-        """The content key: equal keys, equal tokens."""
+        """Returns the content key. Equal keys mean equal tokens."""
         return self.folder.name
 
 
@@ -65,21 +65,21 @@ class _Meta:
 
 
 def open_tokens(folder: Path) -> TokenizedText:
-    """A prepared folder. Raises: UserError when files are missing, damaged or cut short."""
+    """Opens a prepared folder. Raises: UserError when files are missing, damaged or too short."""
     meta = _read_meta(folder)
     return TokenizedText(
         tokenizer_dir=folder / TOKENIZER_DIR,
         vocab_size=meta.vocab_size,
         bos_id=meta.bos_id,
         eos_id=meta.eos_id,
-        train=_map(folder / TRAIN_FILE, meta.dtype, meta.train_tokens),
-        validation=_map(folder / VALIDATION_FILE, meta.dtype, meta.validation_tokens),
+        train=_map_tokens(folder / TRAIN_FILE, meta.dtype, meta.train_tokens),
+        validation=_map_tokens(folder / VALIDATION_FILE, meta.dtype, meta.validation_tokens),
         unigram_nats=meta.unigram_nats,
     )
 
 
 def write_meta(folder: Path, vocabulary: Vocabulary, dtype: str) -> None:
-    """Counts what the two token files hold, and describes it in meta.json."""
+    """Counts the tokens of both files and writes meta.json."""
     train, validation = (np.memmap(folder / name, dtype, "r") for name in (TRAIN_FILE, VALIDATION_FILE))
     meta = _Meta(
         format=FORMAT,
@@ -89,7 +89,7 @@ def write_meta(folder: Path, vocabulary: Vocabulary, dtype: str) -> None:
         eos_id=vocabulary.eos_id,
         train_tokens=len(train),
         validation_tokens=len(validation),
-        unigram_nats=unigram_nats(_count(train, vocabulary.size), _count(validation, vocabulary.size)),
+        unigram_nats=_unigram_nats(_count(train, vocabulary.size), _count(validation, vocabulary.size)),
     )
     (folder / META_FILE).write_text(json.dumps(asdict(meta), indent=1) + "\n", encoding="utf-8")
 
@@ -101,8 +101,8 @@ def _count(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     return counts
 
 
-def unigram_nats(train_counts: np.ndarray, validation_counts: np.ndarray) -> float:
-    """Nats per validation token under the training counts, each plus one. Shapes: [vocab_size] both."""
+def _unigram_nats(train_counts: np.ndarray, validation_counts: np.ndarray) -> float:
+    """Returns the nats per validation token under the training counts, each plus one. Shapes: [vocab_size] both."""
     smoothed = train_counts + 1
     return float(-(validation_counts * np.log(smoothed / smoothed.sum())).sum() / validation_counts.sum())
 
@@ -113,19 +113,19 @@ def _read_meta(folder: Path) -> _Meta:
         meta = _Meta(**json.loads(path.read_text(encoding="utf-8")))
         np.dtype(meta.dtype)
     except (OSError, ValueError, TypeError) as error:
-        raise _damaged(folder, f"{META_FILE} cannot be read ({error})") from error
+        raise _damage_error(folder, f"{META_FILE} cannot be read ({error})") from error
     if meta.format != FORMAT:
-        raise _damaged(folder, f"{META_FILE} is of format {meta.format}, not {FORMAT}")
+        raise _damage_error(folder, f"{META_FILE} has format {meta.format}, not {FORMAT}")
     return meta
 
 
-def _map(path: Path, dtype: str, num_tokens: int) -> np.ndarray:
+def _map_tokens(path: Path, dtype: str, num_tokens: int) -> np.ndarray:
     expected = num_tokens * np.dtype(dtype).itemsize
     found = path.stat().st_size if path.is_file() else 0
     if found != expected:
-        raise _damaged(path.parent, f"{path.name} has {found} bytes, expected {expected}")
+        raise _damage_error(path.parent, f"{path.name} has {found} bytes instead of {expected}")
     return np.memmap(path, dtype, "r")
 
 
-def _damaged(folder: Path, reason: str) -> UserError:
+def _damage_error(folder: Path, reason: str) -> UserError:
     return UserError(f"{folder}: {reason}. Delete the folder and run `sorted-ds prepare RUN.toml` again.")
