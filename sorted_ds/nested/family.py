@@ -88,7 +88,7 @@ class Family(Protocol):
         """
 
     def layer_fields(self, config: PreTrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
-        """The config's fields that say which layers run, for these of the full network: their number, lists by layer."""
+        """The config's fields that say which layers run: their number, and the entries of these layers in lists."""
 
     def check(self, space: SubNetSpace, config: PreTrainedConfig) -> None:
         """Raises: UserError when the config of a sub-network of the space would not be valid."""

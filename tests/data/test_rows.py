@@ -88,11 +88,11 @@ def test_rows_are_dealt_in_the_fewest_forwards_and_the_smallest_shape(arguments,
     assert dealt.padded_fraction == pytest.approx(expected[3])
 
 
-@pytest.mark.parametrize(("step_rows", "samples", "nearest"), [(250, 4, "248, 252"), (3, 4, "4"), (7, 2, "6, 8")])
-def test_a_step_whose_samples_would_have_different_numbers_of_rows_is_refused(step_rows, samples, nearest):
+@pytest.mark.parametrize(("step_rows", "num_shares", "nearest"), [(250, 4, "248, 252"), (3, 4, "4"), (7, 2, "6, 8")])
+def test_a_step_whose_shares_would_have_different_numbers_of_rows_is_refused(step_rows, num_shares, nearest):
     with pytest.raises(UserError) as raised:
-        deal(step_rows, samples, 4, 1)
-    cannot = f"batch.step_rows = {step_rows} cannot be shared out over sampling.subnets_per_step = {samples}."
+        deal(step_rows, num_shares, 4, 1)
+    cannot = f"batch.step_rows = {step_rows} cannot be divided by sampling.subnets_per_step = {num_shares}."
     assert str(raised.value) == f"{cannot} Nearest that can: {nearest}."
 
 
@@ -112,9 +112,9 @@ def test_every_rank_runs_the_same_number_of_forwards_of_the_same_shape(world_siz
     dealt = deal(12, 3, 2, world_size)
     real = 0
     for rank in range(world_size):
-        samples = loader(rank, world_size).batches(3)
-        assert [len(sample) for sample in samples] == [dealt.forwards] * 3
-        for batch in (batch for sample in samples for batch in sample):
+        shares = loader(rank, world_size).batches(3)
+        assert [len(share) for share in shares] == [dealt.forwards] * 3
+        for batch in (batch for share in shares for batch in share):
             assert (
                 batch.inputs["input_ids"].shape == batch.inputs["labels"].shape == (dealt.rows_per_forward, ROW_TOKENS)
             )
@@ -135,7 +135,7 @@ def test_an_epoch_has_each_row_once_and_each_epoch_has_another_order():
     assert list(range(NUM_ROWS)) not in epochs
 
 
-def test_the_samples_of_a_step_take_consecutive_positions():
+def test_the_shares_of_a_step_take_consecutive_positions():
     one = loader()
     assert [rows_in(sample) for sample in one.batches(5)] == [
         [one.row_at(5 * 12 + sample * 4 + k) for k in range(4)] for sample in range(3)
