@@ -22,7 +22,7 @@ from benchmarks.kept import keep, kept_rows
 from benchmarks.lives import SECONDS_TO_END, STEPS, Fault, live, live_in_slurm, settings
 from sorted_ds.run.run_dir import code_digest, versions
 from tests import launched
-from tests.cluster.machines import Cluster, forbidden, missing
+from tests.cluster.machines import Cluster, missing_programs, refusal_of_hosts
 from tests.runs import run_file
 from tests.spawn import ROOT
 
@@ -108,7 +108,7 @@ def main() -> None:
     if args.anew:
         KNOWN.unlink(missing_ok=True)
     end, lives = time.monotonic() + 60 * args.minutes, known()
-    with_cluster = not (args.no_cluster or missing() or forbidden())
+    with_cluster = not (args.no_cluster or missing_programs() or refusal_of_hosts())
     with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:
         original = run_file(Path(folder) / "original")
         launched.train_by_command(original, *settings(STEPS), "train.hang_minutes=30")  # DeepSpeed may compile

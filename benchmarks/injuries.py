@@ -153,7 +153,7 @@ def kill_slurmd(cluster: Cluster, chance: random.Random) -> str:
     host, seconds = chance.choice(sorted(cluster.hosts)), chance.choice([2, 25])
     cluster.on(host, "pkill", "-9", "-x", "slurmd")
     time.sleep(seconds)
-    cluster.said(host, "slurmd", "-f", cluster.environment["SLURM_CONF"], "-N", host)
+    cluster.output(host, "slurmd", "-f", cluster.environment["SLURM_CONF"], "-N", host)
     return f"on {host}, for {seconds} s"
 
 

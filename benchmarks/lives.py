@@ -304,7 +304,7 @@ def _ended_well(start: StartOfJob) -> bool:
 
 def set_right(cluster: Cluster, job: Job) -> None:
     """What an administrator does for nodes that Slurm drained, and for the job that it holds."""
-    print(cluster.said("h1", "sinfo", "--long", "--Node"), flush=True)
+    print(cluster.output("h1", "sinfo", "--long", "--Node"), flush=True)
     for host in cluster.hosts:
         cluster.on(host, "scontrol", "update", f"nodename={host}", "state=resume")
     cluster.on("h1", "scontrol", "release", job.number)

@@ -39,7 +39,7 @@ class Staging:
         return copies
 
 
-def wait_for_all(ranks: Ranks, task: "Task", progress: Callable[[], float], beat: Callable[[], None]) -> None:
+def wait_for_all(ranks: Ranks, task: "Task", progress: Callable[[], float], heartbeat: Callable[[], None]) -> None:
     """Until every rank's task is done. As long as one of them makes progress nothing hangs. A collective."""
     before = -1.0
     while True:
@@ -48,7 +48,7 @@ def wait_for_all(ranks: Ranks, task: "Task", progress: Callable[[], float], beat
             return
         if now > before:
             before = now
-            beat()
+            heartbeat()
 
 
 class Task(Generic[Result]):

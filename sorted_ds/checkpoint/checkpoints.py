@@ -78,11 +78,11 @@ class Checkpoints:
         ranks: Ranks,
         asynchronous: bool = True,
         strict: bool = False,
-        beat: Callable[[], None] = lambda: None,
+        heartbeat: Callable[[], None] = lambda: None,
     ):
         """`keep_last` checkpoints are kept. `strict`: a damaged one is an error, even if the one before is whole.
 
-        `beat` is called as long as something moves.
+        `heartbeat` is called as long as something moves.
         """
         self.folder = folder
         self.warnings: list[str] = []
@@ -95,7 +95,7 @@ class Checkpoints:
         self._keep_last, self._identity, self._ranks, self._strict = keep_last, identity, ranks, strict
         self._staging = Staging() if asynchronous else None
         self._pending: _Save | None = None
-        self._beat = beat
+        self._heartbeat = heartbeat
         self._failures = 0
 
     # Saving
@@ -110,7 +110,7 @@ class Checkpoints:
         hidden = self.folder / f".writing_{folder.name}_{ranks.gather(str(os.getpid()))[0]}"  # not a dead run's
         save = _Save(folder, hidden, step, began)
         try:
-            with ranks.together():
+            with ranks.fail_together():
                 if ranks.is_first:
                     hidden.mkdir(parents=True)
                 tensors = self._set_aside(tensors_of(engine))
@@ -148,9 +148,9 @@ class Checkpoints:
         """
         save, began, result = self._pending, time.perf_counter(), {}
         assert save is not None
-        wait_for_all(self._ranks, save.task, lambda: self._progress(save), self._beat)
+        wait_for_all(self._ranks, save.task, lambda: self._progress(save), self._heartbeat)
         try:
-            with self._ranks.together():
+            with self._ranks.fail_together():
                 result = save.task.result()
         except AgreedError as error:
             self._pending = None
@@ -259,19 +259,21 @@ class Checkpoints:
 
         Raises: AgreedError when there are only damaged ones, or some and `strict`, or another run's.
         """
-        with self._ranks.together():
+        with self._ranks.fail_together():
             if self._ranks.is_first:
                 for left in (*self.folder.glob(".writing_*"), *self.folder.glob(".deleting_*")):
                     shutil.rmtree(left, ignore_errors=True)
-        index, folder, self.warnings = newest_whole(self.folder, self._identity, self._ranks, self._strict, self._beat)
+        index, folder, self.warnings = newest_whole(
+            self.folder, self._identity, self._ranks, self._strict, self._heartbeat
+        )
         if index is None:
             return 0
-        self._beat()
+        self._heartbeat()
         engine.restore(index.optimizer_steps, index.state_keys)
         names, own = list(index.files), self._ranks.rank % len(index.files)
-        with self._ranks.together():
+        with self._ranks.fail_together():
             # On as many ranks as before, the first file has all.
-            fill(engine, folder, names[own:] + names[:own], self._beat)
+            fill(engine, folder, names[own:] + names[:own], self._heartbeat)
         engine.publish()
         self.last_step, self._seconds_to_save = index.step, index.seconds
         return index.step

@@ -29,17 +29,17 @@ def complete_ones(folder: Path) -> list[Path]:
 
 
 def newest_whole(
-    folder: Path, identity: Identity, ranks: Ranks, strict: bool, beat: Callable[[], None]
+    folder: Path, identity: Identity, ranks: Ranks, strict: bool, heartbeat: Callable[[], None]
 ) -> tuple[Index | None, Path, list[str]]:
     """Its index, its folder and warnings; no index when there is no checkpoint at all. A collective.
 
-    `beat` is called as long as something moves.
+    `heartbeat` is called as long as something moves.
 
     Raises: AgreedError when there are only damaged ones, or some and `strict`, or another run's.
     """
     damages: dict[Path, str] = {}
     for checkpoint in reversed(_seen_by_all(folder, ranks)):
-        index, grown, damage = _examined(checkpoint, identity, ranks, beat)
+        index, grown, damage = _examined(checkpoint, identity, ranks, heartbeat)
         if not damage:
             aside = _put_aside(damages, checkpoint, ranks)
             return index, checkpoint, aside + [grown] * bool(grown)
@@ -60,7 +60,7 @@ def _seen_by_all(folder: Path, ranks: Ranks) -> list[Path]:
     """Raises: AgreedError when ranks see different checkpoints: they would restore different steps, and hang."""
     end = time.monotonic() + waiting.SECONDS_TO_APPEAR
     while True:
-        with ranks.together():
+        with ranks.fail_together():
             complete = complete_ones(folder)
         seen = ranks.gather(" ".join(path.name for path in complete) or "none")
         odd = next((rank for rank, names in enumerate(seen) if names != seen[0]), None)
@@ -75,11 +75,11 @@ def _seen_by_all(folder: Path, ranks: Ranks) -> list[Path]:
 
 
 def _examined(
-    checkpoint: Path, identity: Identity, ranks: Ranks, beat: Callable[[], None]
+    checkpoint: Path, identity: Identity, ranks: Ranks, heartbeat: Callable[[], None]
 ) -> tuple[Index | None, str, str]:
     """Its index, how the space has grown since, and what is wrong with it: the last two the same on all ranks."""
     index, grown, damage = None, "", ""
-    with ranks.together():
+    with ranks.fail_together():
         try:
             index = Index.read(checkpoint)
             grown = identity.check(index.identity, checkpoint.parent)
@@ -88,14 +88,14 @@ def _examined(
             damage = str(error)
     damage = next(filter(None, ranks.gather(damage)), "")
     if index and not damage:
-        damage = index.changed_file(checkpoint, ranks, beat)
+        damage = index.changed_file(checkpoint, ranks, heartbeat)
     return index, grown, damage
 
 
 def _put_aside(damages: dict[Path, str], whole: Path, ranks: Ranks) -> list[str]:
     """What to tell of it, on rank 0."""
     told = []
-    with ranks.together():
+    with ranks.fail_together():
         for folder, damage in damages.items() if ranks.is_first else ():
             aside = _unused(folder.with_name(f"damaged_{folder.name}"))
             folder.rename(aside)

@@ -79,16 +79,16 @@ class Index:
             if num_bytes != expected["bytes"]:
                 raise DamagedError(f"{path} has {num_bytes} bytes, {expected['bytes']} were written")
 
-    def changed_file(self, folder: Path, ranks: Ranks, beat: Callable[[], None]) -> str:
+    def changed_file(self, folder: Path, ranks: Ranks, heartbeat: Callable[[], None]) -> str:
         """What is wrong with the first file whose checksum is another; each rank reads its part. A collective.
 
         Raises: AgreedError when one cannot be read.
         """
         own, pieces = list(self.files)[ranks.rank :: ranks.size], list[int]()
         task = Task(lambda: {name: sha256_of(folder / name, pieces.append) for name in own})
-        wait_for_all(ranks, task, lambda: len(pieces), beat)
+        wait_for_all(ranks, task, lambda: len(pieces), heartbeat)
         changed: list[str] = []
-        with ranks.together():
+        with ranks.fail_together():
             try:
                 changed = [name for name, found in task.result().items() if found != self.files[name]["sha256"]]
             except OSError as error:

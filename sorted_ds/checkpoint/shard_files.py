@@ -85,10 +85,10 @@ def sha256_of(path: Path, told: Callable[[int], None] = lambda num_bytes: None) 
     return digest.hexdigest()
 
 
-def fill(engine: Sharded, folder: Path, names: Iterable[str], beat: Callable[[], None]) -> None:
+def fill(engine: Sharded, folder: Path, names: Iterable[str], heartbeat: Callable[[], None]) -> None:
     """Copies into every shard that this rank holds the stretches that overlap it, file after file until all is there.
 
-    `beat` is called for each stretch. Raises: UserError when some are missing.
+    `heartbeat` is called for each stretch. Raises: UserError when some are missing.
     """
     targets, places = _Targets(), engine.places()
     for shard in engine.shards():
@@ -100,7 +100,7 @@ def fill(engine: Sharded, folder: Path, names: Iterable[str], beat: Callable[[],
             with safe_open(folder / name, framework="pt") as file:
                 for tensor in file.keys():  # noqa: SIM118, a safe_open is no mapping
                     targets.fill(tensor, file.get_slice(tensor))
-                    beat()
+                    heartbeat()
     if targets.num_left:
         raise UserError(f"{folder} lacks {targets.num_left} numbers of this run's: it is another model's.")
 

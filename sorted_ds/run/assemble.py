@@ -32,25 +32,25 @@ def source_of(run: Run) -> Path | None:
 
 
 def load_model(
-    run: Run, config: PreTrainedConfig, space: SubNetSpace, ranks: Ranks, beat: Callable[[], None] = lambda: None
+    run: Run, config: PreTrainedConfig, space: SubNetSpace, ranks: Ranks, heartbeat: Callable[[], None] = lambda: None
 ) -> NestedModel:
     """The nested model with its first weights, in the training precision. A collective.
 
     Under ZeRO-3 each rank keeps its part of a parameter as soon as it is filled, and never holds the model.
-    `beat` is called for each.
+    `heartbeat` is called for each.
 
     Raises: UserError, on all ranks, for weights that cannot be read or that ranks see differently.
     """
     engine, init = load_engine_config(run.engine.deepspeed), run.model.init
     zero3 = stage_of(engine) == 3
     take = partitioner(engine, run.batch.micro_batch_rows, run.optim.clip_norm, ranks) if zero3 else None
-    with ranks.together():
+    with ranks.fail_together():
         source = source_of(run)
         weights = "" if source is None else fingerprint(source)
-    ranks.agree({f"the weights of {init}": weights})
-    with ranks.together():
+    ranks.require_same_facts({f"the weights of {init}": weights})
+    with ranks.fail_together():
         dtype = torch.bfloat16 if is_bf16(engine) else torch.float32
-        model = build(config, space, source, run.seed, dtype, ranks.device, take, beat)
+        model = build(config, space, source, run.seed, dtype, ranks.device, take, heartbeat)
     if run.model.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -66,7 +66,9 @@ def training_loader(run: Run, tokens: TokenizedText, ranks: Ranks) -> Loader:
     """This rank's rows of any step."""
     rows = PackedRows(tokens.train, run.batch.row_tokens)
     batch = run.batch
-    return Loader(rows, run.seed, batch.step_rows, run.sampling.subnets_per_step, batch.micro_batch_rows, ranks.rank, ranks.size)
+    return Loader(
+        rows, run.seed, batch.step_rows, run.sampling.subnets_per_step, batch.micro_batch_rows, ranks.rank, ranks.size
+    )
 
 
 def validation_of(run: Run, tokens: TokenizedText, ranks: Ranks) -> list[MicroBatch]:

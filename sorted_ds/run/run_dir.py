@@ -50,20 +50,20 @@ class RunDir:
     config: PreTrainedConfig
     tokens: TokenizedText
     ranks: Ranks
-    beat: Callable[[], None]
+    heartbeat: Callable[[], None]
     """Called as long as something moves."""
 
     def checkpoints(self) -> Checkpoints:
         """RUN_DIR/checkpoints, of this run alone."""
         settings = self.run.checkpoint
         folder, identity = self.run.run_dir / "checkpoints", Identity.of(self.run, self.config, self.tokens.key)
-        how = (settings.asynchronous, settings.strict, self.beat)
+        how = (settings.asynchronous, settings.strict, self.heartbeat)
         return Checkpoints(folder, settings.keep_last, identity, self.ranks, *how)
 
     def open(self, engine_config: Mapping, deepspeed_config: Mapping) -> list[str]:
         """Writes run.json, and returns what the run says otherwise than at the last start. A collective."""
         path = self.run.run_dir / RUN_JSON
-        with self.ranks.together():
+        with self.ranks.fail_together():
             run = {**self.run.model_dump(mode="json"), self.run.engine.deepspeed.name: engine_config}
             changes = _changes(path, run) if self.ranks.is_first else []
             if self.ranks.is_first:
@@ -104,7 +104,7 @@ class RunDir:
     def write_model(self, engine: Engine) -> None:
         """RUN_DIR/model in the training precision, complete or not at all. A collective."""
         weights = self._moving(engine.weights())
-        with self.ranks.together():
+        with self.ranks.fail_together():
             try:
                 if self.ranks.is_first:
                     self._write_model(engine.model, weights)
@@ -148,13 +148,13 @@ class RunDir:
         """None is further than rank 0, which writes them: those that have nothing to gather would seem to hang."""
         for weight in weights:
             self.ranks.sum([0.0])
-            self.beat()
+            self.heartbeat()
             yield weight
 
     def add_to_table(self, measured: Sequence[Measured]) -> tuple[Measured, ...]:
         """The measured table and its figure. Returns the whole table, on rank 0. A collective."""
         table: tuple[Measured, ...] = ()
-        with self.ranks.together():
+        with self.ranks.fail_together():
             if self.ranks.is_first:
                 where = ModelDir.find(self.run.run_dir)
                 if rows := measured or where.read().subnets:  # an earlier start may have ended before the figure

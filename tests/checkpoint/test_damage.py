@@ -56,7 +56,7 @@ def damaged(ranks, saved: str, folder: str, damages: dict, **settings) -> dict[s
     found = {}
     for name, damage in damages.items():
         run = Path(folder) / name
-        with ranks.together():
+        with ranks.fail_together():
             if ranks.is_first:
                 shutil.copytree(saved, run)
                 damage(run)
@@ -166,7 +166,7 @@ def test_what_is_refused_when_a_run_starts(saved, tmp_path):
 
 def fall_back_and_keep_one(ranks, folder: str) -> list[str]:
     """Of two checkpoints the newer is damaged; then three saves, of which one shall be kept."""
-    with ranks.together():
+    with ranks.fail_together():
         if ranks.is_first:
             truncate(Path(folder))
     trainer = Trainer(ranks, Leg(), folder, keep_last=1)
