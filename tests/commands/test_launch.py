@@ -54,7 +54,7 @@ def test_more_tasks_than_gpus_on_a_node_are_an_error_before_anything_starts():
     command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "my.toml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **sizes})
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "error: 8 tasks for 4 GPUs of a node. Give sbatch the same number as" in done.stderr
+    assert "error: a node has 8 tasks but 4 GPUs. Give sbatch the same number as" in done.stderr
 
 
 def test_a_job_is_submitted_and_its_number_is_printed(run, sbatch, capsys):
