@@ -33,7 +33,7 @@ FORWARDED_SIGNALS = {
 }
 """The signals that `launch` forwards, and the signal that ranks get for each (stop.py).
 
-SIGHUP becomes SIGINT, because a terminal that is closed sends it twice, and the second SIGINT kills.
+A terminal that is closed sends SIGHUP twice, so a second SIGHUP, unlike a second SIGINT, does not kill.
 """
 SECONDS_OF_ONE_INTERRUPT = 1.0
 """A terminal and a program in between may both forward one Ctrl-C."""
