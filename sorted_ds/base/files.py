@@ -1,7 +1,7 @@
 """Writes files so that none is half written, and gives one run a directory for itself.
 
-In: paths. On disk: files and folders that appear complete under their name or not at all, readable by whoever may read
-their folder; and `.lock` in the directory that a run has claimed.
+In: paths. On disk: files and folders that appear complete under their name or not at all, and that everyone can read
+who can read their folder; and `.lock` in a directory that a run has claimed.
 """
 
 import errno
@@ -93,7 +93,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with its contents, as far as the file system allows. Raises nothing."""
+    """Removes a file, or a folder with its contents, if it exists. What cannot be removed stays, without an error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -111,7 +111,7 @@ def sync(path: Path) -> None:
 
 
 def share(path: Path) -> None:
-    """Lets whoever may read a folder read its files. `path`: one file, or the folder of several.
+    """Gives files the read and write permissions of their folder. `path`: one file, or the folder of several.
 
     safetensors 0.8.0 makes files that only their owner may read, whatever the umask says; the folder follows the umask.
     """

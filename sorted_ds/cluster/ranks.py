@@ -151,7 +151,7 @@ def _join(info: RankInfo, device: torch.device) -> dist.Store:
     if info.size > 1:
         os.environ.update(MASTER_ADDR=info.address, MASTER_PORT=str(info.port))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # Slurm signals only tasks: a preemption while the batch script still prepared has reached nobody.
+    # Slurm signals only tasks, so no signal has come for a preemption while the batch script still prepared the data.
     if info.rank == 0 and is_preempted(os.environ):
         _requeue_and_exit()
     try:
