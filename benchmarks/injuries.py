@@ -1,7 +1,7 @@
-"""What the fault benchmark does to a run: kills, stops, full disks, damaged files, a dead slurmd, a cut network.
+"""Injects faults into a run: kills, stops, full disks, damaged files, a killed slurmd, a cut network.
 
-In: the processes of a run, its checkpoints, or its cluster. Each fault is a function of a random source, and returns
-what exactly it did.
+In: the processes of a run, its checkpoints, or its cluster, and a random source. Out: a text that says what exactly was
+done; "" if there was nothing to injure.
 """
 
 import os
@@ -27,7 +27,7 @@ LAUNCHERS = {
 
 
 def processes(run: Path) -> list[psutil.Process]:
-    """Every living process that belongs to the run, by its command line."""
+    """Returns every living process that has the run file in its command line."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         command = process.info["cmdline"] or []
@@ -37,6 +37,7 @@ def processes(run: Path) -> list[psutil.Process]:
 
 
 def ranks(run: Path) -> dict[int, psutil.Process]:
+    """Returns the processes of the run's ranks, by the rank's number."""
     found = {}
     for process in processes(run):
         if "sorted_ds.commands.rank" in process.cmdline() and "deepspeed.launcher" not in " ".join(process.cmdline()):
@@ -44,16 +45,16 @@ def ranks(run: Path) -> dict[int, psutil.Process]:
     return found
 
 
-def _hit(victims: Collection[psutil.Process], how: Callable[[psutil.Process], object], told: str) -> str:
-    """Whom it hit, and nothing where nobody was left."""
+def _hit(victims: Collection[psutil.Process], injure: Callable[[psutil.Process], object], victim_names: str) -> str:
+    """Injures the processes and returns their names; "" if no process was left."""
     for victim in victims:
-        how(victim)
-    return told if victims else ""
+        injure(victim)
+    return victim_names if victims else ""
 
 
-def _hit_a_rank(run: Path, chance: random.Random, how: Callable[[psutil.Process], object]) -> str:
+def _hit_a_rank(run: Path, chance: random.Random, injure: Callable[[psutil.Process], object]) -> str:
     rank, victim = chance.choice(sorted(ranks(run).items()) or [(-1, None)])
-    return _hit([victim] if victim else [], how, f"rank {rank}")
+    return _hit([victim] if victim else [], injure, f"rank {rank}")
 
 
 def kill_a_rank(run: Path, chance: random.Random) -> str:
@@ -69,12 +70,12 @@ def kill_all_ranks(run: Path, chance: random.Random) -> str:
 
 
 def kill_everything(run: Path, chance: random.Random) -> str:
-    """As when the power fails, but for what the kernel has not written yet."""
+    """Kills every process, as a power failure would, except that the kernel still writes what it has cached."""
     return _hit(processes(run), psutil.Process.kill, "all processes")
 
 
 def kill_a_launcher(run: Path, chance: random.Random) -> str:
-    """`sorted-ds train` itself, deepspeed's launcher, or the process that it starts on each host."""
+    """Kills `sorted-ds train` itself, deepspeed's launcher, or the process that the launcher starts on each host."""
     name = chance.choice(list(LAUNCHERS))
     for process in processes(run):
         if any(LAUNCHERS[name] in part for part in process.cmdline()):
@@ -84,19 +85,19 @@ def kill_a_launcher(run: Path, chance: random.Random) -> str:
 
 
 def fill_the_disk(run: Path, chance: random.Random) -> str:
-    """For one rank; in half of the cases for some seconds."""
-    for_good, seconds = chance.random() < 0.5, chance.uniform(0.5, 3)
+    """Limits the size of files that one rank may write: for some seconds, or in half of the cases until its end."""
+    is_permanent, seconds = chance.random() < 0.5, chance.uniform(0.5, 3)
 
     def limit(victim: psutil.Process) -> None:
         resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        if for_good:
+        if is_permanent:
             return
         time.sleep(seconds)
         if victim.is_running():
             resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     hit = _hit_a_rank(run, chance, limit)
-    return hit and f"{hit}, for {'good' if for_good else 'a while'}"
+    return hit and f"{hit}, {'until its end' if is_permanent else 'for a while'}"
 
 
 KILLS: dict[str, Callable[[Path, random.Random], str]] = {
@@ -107,7 +108,7 @@ KILLS: dict[str, Callable[[Path, random.Random], str]] = {
     "SIGSTOP of a rank": stop_a_rank,
     "a full disk (RLIMIT_FSIZE)": fill_the_disk,
 }
-"""While it runs."""
+"""Faults of a run that is training."""
 
 
 def _a_shard(checkpoint: Path, chance: random.Random) -> Path:
@@ -145,26 +146,26 @@ DAMAGES: dict[str, Callable[[Path, random.Random], str]] = {
     "a flipped bit": flip_a_bit,
     "a missing file": lose_a_file,
 }
-"""To the newest checkpoint, between two starts."""
+"""Faults of the newest checkpoint, between two starts."""
 
 
 def kill_slurmd(cluster: Cluster, chance: random.Random) -> str:
-    """And start it again: at once, or when Slurm has given the node up."""
+    """Kills a slurmd and starts it again, soon or after Slurm has given the node up."""
     host, seconds = chance.choice(sorted(cluster.hosts)), chance.choice([2, 25])
     cluster.on(host, "pkill", "-9", "-x", "slurmd")
     time.sleep(seconds)
-    cluster.said(host, "slurmd", "-f", cluster.environment["SLURM_CONF"], "-N", host)
+    cluster.output(host, "slurmd", "-f", cluster.environment["SLURM_CONF"], "-N", host)
     return f"on {host}, for {seconds} s"
 
 
 def cut_the_network(cluster: Cluster, chance: random.Random) -> str:
-    """Of one host, from everybody."""
+    """Disconnects one host from all others for some seconds."""
     host, seconds = chance.choice(sorted(cluster.hosts)), chance.choice([3, 40])
     for state in ("down", "up"):
         subprocess.run(["ip", "link", "set", f"sdsv-{host}", state], check=True)
         if state == "down":
             time.sleep(seconds)
-    return f"of {host}, for {seconds} s"
+    return f"{host}, for {seconds} s"
 
 
 def kill_ranks_of_a_host(cluster: Cluster, chance: random.Random) -> str:
@@ -173,8 +174,8 @@ def kill_ranks_of_a_host(cluster: Cluster, chance: random.Random) -> str:
     return f"on {host}" if killed else ""
 
 
-def take_the_nodes(cluster: Cluster, chance: random.Random) -> str:
-    """By a job of a partition with a higher priority: the run's is preempted, with a grace time of 30 s."""
+def preempt_the_job(cluster: Cluster, chance: random.Random) -> str:
+    """Submits a job with a higher priority, for which Slurm preempts the run's job with a GraceTime of 30 s."""
     preempt(cluster)
     return "by a job of 2 s"
 
@@ -183,12 +184,12 @@ CLUSTER: dict[str, Callable[[Cluster, random.Random], str]] = {
     "kill -9 of slurmd": kill_slurmd,
     "a cut network": cut_the_network,
     "kill -9 of a host's ranks, in Slurm": kill_ranks_of_a_host,
-    "preemption": take_the_nodes,
+    "preemption": preempt_the_job,
 }
 
 
 def fresh(original: Path, folder: Path) -> Path:
-    """A copy of a run with its prepared data, and nothing trained."""
+    """Copies a run with its prepared data but nothing trained, and returns the copy's run file."""
     shutil.copytree(original.parent, folder, dirs_exist_ok=True)
     shutil.rmtree(folder / "runs", ignore_errors=True)
     return folder / original.name

@@ -1,7 +1,8 @@
-"""Each launcher on two hosts of a real cluster on this machine, and a job that Slurm preempts.
+"""Trains the same run with each launcher on two hosts, and as a job that Slurm preempts, and compares the weights.
 
-`python -m benchmarks.launchers` writes docs/launchers.md: as root, with the programs of tests/cluster/install.sh; about
-5 minutes. One rank a host. Fails where a launcher gives other weights than the same run on one host.
+The hosts are a real cluster on this machine, with one rank a host. `python -m benchmarks.launchers` writes
+docs/launchers.md in about 5 minutes; it needs root and the programs of tests/cluster/install.sh. It fails if a launcher
+gives other weights than the same run on one host.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ SUMMARY = ROOT / "docs" / "launchers.md"
 
 
 def checksum(run: Path, step: int = launched.STEPS) -> str:
-    """Of all weights in fp32, by name."""
+    """Returns a checksum over the names and values of all weights in fp32."""
     digest = hashlib.sha256()
     for name, weight in sorted(masters(run, step).items()):
         digest.update(name.encode() + weight.numpy().tobytes())
@@ -29,6 +30,7 @@ def checksum(run: Path, step: int = launched.STEPS) -> str:
 
 
 def launchers(cluster: Cluster, folder: Path) -> list[str]:
+    """Returns a table row for each launcher. Raises: AssertionError when a launcher gives other weights."""
     whole = run_file(folder / "whole")
     launched.train_by_command(whole)
     expected = checksum(whole)
@@ -45,7 +47,7 @@ def launchers(cluster: Cluster, folder: Path) -> list[str]:
 
 
 def preempted(cluster: Cluster, folder: Path) -> tuple[str, str, str]:
-    """The checksums of an uninterrupted run and of one whose job was preempted, and that job's log."""
+    """Returns the checksums of an uninterrupted run and of one whose job was preempted, and that job's log."""
     whole = run_file(folder / "longer")
     launched.train(whole, *LONGER)
     run = run_file(folder / "preempted")
@@ -61,17 +63,18 @@ def preempted(cluster: Cluster, folder: Path) -> tuple[str, str, str]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as place, Cluster(Path(place) / "cluster") as cluster:
-        table = "\n".join(launchers(cluster, Path(place)))
-        before, after, log = preempted(cluster, Path(place))
+    with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder, Cluster(Path(folder) / "cluster") as cluster:
+        table = "\n".join(launchers(cluster, Path(folder)))
+        before, after, log = preempted(cluster, Path(folder))
     assert after == before
     SUMMARY.write_text(
-        f"# Launchers\n\nMade by `python -m benchmarks.launchers`: the same run of {launched.STEPS} steps, one rank on "
-        "each of two hosts (namespaces of one machine, each with its own address and sshd), or two ranks on one. The "
-        f"checksum is that of all weights in fp32. {circumstances(2, 'cpu')}.\n\n"
+        f"# Launchers\n\n`python -m benchmarks.launchers` trained the same run of {launched.STEPS} steps with one rank "
+        "on each of two hosts (namespaces of one machine, each with its own address and sshd), or with two ranks on "
+        f"one host. The checksum is over all weights in fp32. {circumstances(2, 'cpu')}.\n\n"
         f"| launcher | hosts | checksum of the weights | seconds |\n|---|---|---|---|\n{table}\n\n"
-        "## A job that Slurm preempts\n\nTwo nodes; the partition has a GraceTime of 30 s. Uninterrupted the run ends "
-        f"with weights of checksum `{before}`, preempted with `{after}`. The job's log, whole:\n\n```\n{log}```\n"
+        "## A job that Slurm preempts\n\nThe job has two nodes, and its partition a GraceTime of 30 s. The checksum of "
+        f"the weights is `{before}` without an interruption and `{after}` after the preemption. The whole log of the "
+        f"job:\n\n```\n{log}```\n"
     )
     print(f"wrote {SUMMARY.relative_to(ROOT)}")
 

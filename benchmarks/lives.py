@@ -1,6 +1,6 @@
-"""Lives of runs: each meets several faults until it is through, on this machine or as jobs of a cluster.
+"""Runs a training that meets several faults until it is finished, on this machine or as jobs of a cluster.
 
-In: an uninterrupted run, a copy of it with nothing trained, kinds of faults. Out: the faults, and what came of each.
+In: an uninterrupted run, a copy of it with nothing trained, and kinds of faults. Out: each `Fault` and its cost.
 """
 
 import random
@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import injuries
 from benchmarks.injuries import CLUSTER, DAMAGES, KILLS, processes
+from sorted_ds.base.files import UNFINISHED
 from sorted_ds.checkpoint.folders import checkpoint_name, published_checkpoints
 from tests import launched
 from tests.cluster.machines import Cluster
@@ -26,42 +27,44 @@ from tests.spawn import ROOT
 
 STEPS, EVAL_STEPS = 400, 15
 SECONDS_TO_END = 120
-"""After which what is left of a run counts as a hang, or as orphans."""
+"""Processes of a run that are left after this time count as a hang, or as orphans."""
 SECONDS_OF_SLURM = 2 * SECONDS_TO_END
-"""Slurm gives a lost node up after a while, and waits before it starts a job again."""
+"""Slurm takes a while to give a lost node up, and waits before it starts a job again."""
 MOMENTS = ("start", "step", "step", "saving", "saving", "saving", "evaluation", "end")
 SPARE_STARTS = 4
 
 
 @dataclass
 class Fault:
-    """One, and what came of it."""
+    """One fault and what it cost."""
 
     kind: str
     moment: str
-    what: str
+    detail: str
+    """What exactly was done."""
     seconds_to_end: float = 0.0
-    """Until every process of the run was gone; in Slurm, until the job was queued again or over."""
+    """The time until every process of the run had ended; in Slurm, until the job was queued again or over."""
     seconds_to_resume: float = 0.0
-    """From the next start to its first step; in Slurm from the fault, so with what it waits."""
+    """The time from the next start to its first step; in Slurm from the fault, so with the time in the queue."""
     half_saved: bool = False
-    """Whether a checkpoint was left unfinished."""
+    """Whether a checkpoint was left half written."""
     left_over: bool = False
-    """Whether processes were still there after `SECONDS_TO_END`, or trained on to the end; or Slurm held the job."""
+    """Whether processes still ran after `SECONDS_TO_END`, or trained on to the end, or Slurm held the job."""
     submitted_again: bool = False
-    """In Slurm: whether a user had to, because the job had failed."""
-    equal: bool = False
-    steps_otherwise: int = 0
-    """Reported twice, or with another loss or gradient norm than in the uninterrupted run."""
-    steps_unreported: int = 0
-    """A full disk costs the curves."""
+    """Whether a user had to submit the job again, because it had failed. In Slurm only."""
+    is_bit_equal: bool = False
+    """Whether the run ended with the weights of the uninterrupted run."""
+    different_steps: int = 0
+    """Steps that were reported twice, or with another loss or gradient norm than in the uninterrupted run."""
+    unreported_steps: int = 0
+    """Steps without a report, because a full disk loses some."""
     failed_starts: int = 0
-    """Of its life: those that ended with an error, or without a model, and no fault had struck them."""
+    """Starts in the same life that ended with an error or without a model, although no fault had struck them."""
 
     @property
     def cost_nothing(self) -> bool:
-        return self.equal and not (
-            self.left_over or self.steps_otherwise or self.steps_unreported or self.failed_starts
+        return self.is_bit_equal and not (
+            self.left_over or self.different_steps or self.unreported_steps or self.failed_starts
         )
 
 
@@ -71,47 +74,48 @@ def settings(steps: int) -> list[str]:
 
 
 class Start(ABC):
-    """One start of a run, followed line by line."""
+    """One start of a run, whose output is read while it runs."""
 
     def __init__(self, run: Path, steps: int):
         self.run, self.steps, self.began = run, steps, time.monotonic()
 
     @abstractmethod
-    def said(self) -> str:
-        """What it has printed so far."""
+    def output(self) -> str:
+        """Returns what the start has printed so far."""
 
     @abstractmethod
     def has_ranks(self) -> bool:
-        """Whether its ranks were started."""
+        """Whether the ranks were started."""
 
     @abstractmethod
     def is_over(self) -> bool:
-        """Whether it has ended."""
+        """Whether the start has ended."""
 
     @property
     def step(self) -> int:
-        """The last one reported; 0 before the first."""
-        steps = re.findall(r"^step (\d+)/.*\n", self.said(), re.MULTILINE)
+        """The last reported step; 0 before the first."""
+        steps = re.findall(r"^step (\d+)/.*\n", self.output(), re.MULTILINE)
         return int(steps[-1]) if steps else 0
 
-    def wait(self, is_so: Callable[[], bool], seconds: float = 100) -> bool:
-        """False when the start ends first, or it takes too long."""
+    def wait(self, condition: Callable[[], bool], seconds: float = 100) -> bool:
+        """Waits until the condition is true. Returns False when the start ends first, or after so many seconds."""
         end = time.monotonic() + seconds
-        while not is_so():
+        while not condition():
             if self.is_over() or time.monotonic() > end:
                 return False
             time.sleep(0.001)
         return True
 
     def is_saving(self) -> bool:
-        """Now, or when it was killed: a start removes what earlier ones left."""
-        return any((run_dir(self.run) / "checkpoints").glob(".writing_*"))
+        """Whether a save is on its way, or was when the start was killed. The next start removes the leftovers."""
+        return any((run_dir(self.run) / "checkpoints").glob(f"{UNFINISHED}*"))
 
-    def is_through(self) -> bool:
+    def is_finished(self) -> bool:
+        """Whether the checkpoint of the last step exists."""
         return (run_dir(self.run) / "checkpoints" / checkpoint_name(self.steps)).exists()
 
     def reach(self, moment: str, chance: random.Random) -> bool:
-        """Whether the moment came: a run can be over before it."""
+        """Waits for the moment. Returns whether it came, because a run can be over before."""
         if moment == "start":
             if not self.wait(self.has_ranks):
                 return False
@@ -132,7 +136,7 @@ class Start(ABC):
 
 
 class Command(Start):
-    """`sorted-ds train`."""
+    """A start by `sorted-ds train`."""
 
     def __init__(self, run: Path, steps: int):
         super().__init__(run, steps)
@@ -149,7 +153,7 @@ class Command(Start):
             if not self.first_step and self.step:
                 self.first_step = time.monotonic()
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.lines
 
     def has_ranks(self) -> bool:
@@ -158,8 +162,8 @@ class Command(Start):
     def is_over(self) -> bool:
         return self.process.poll() is not None
 
-    def gone(self) -> tuple[float, bool]:
-        """Seconds until all of its processes were gone, and whether some had to be killed."""
+    def wait_until_gone(self) -> tuple[float, bool]:
+        """Returns the seconds until all processes of the start had ended, and whether some had to be killed."""
         began = time.monotonic()
         while left := processes(self.run):
             if time.monotonic() - began > SECONDS_TO_END:
@@ -171,7 +175,7 @@ class Command(Start):
         return time.monotonic() - began, False
 
     def ended_well(self) -> bool:
-        """Waits for the end; whether the run is through."""
+        """Waits for the end, and returns whether the run is finished."""
         return self.process.wait(timeout=300) == 0 and (run_dir(self.run) / "model").is_dir()
 
 
@@ -183,7 +187,7 @@ def live(
     steps: int = STEPS,
     moments: Sequence[str] = MOMENTS,
 ) -> list[Fault]:
-    """A life on this machine."""
+    """Runs the copy on this machine through these faults to its end. Returns the faults that happened, judged."""
     faults, starts = [], [Command(run, steps)]
     for kind in kinds:
         is_damage = kind in DAMAGES
@@ -194,59 +198,62 @@ def live(
         if is_damage:
             starts[-1].process.terminate()
         else:
-            was_through, what = starts[-1].is_through(), KILLS[kind](run, chance)
-        seconds, left_over = starts[-1].gone()
-        if "kill" in kind:  # whoever is left must not train on to the end
-            left_over |= starts[-1].is_through() and not was_through
+            was_finished, detail = starts[-1].is_finished(), KILLS[kind](run, chance)
+        seconds, left_over = starts[-1].wait_until_gone()
+        if "kill" in kind:  # the ranks that are left must not train on to the end
+            left_over |= starts[-1].is_finished() and not was_finished
         if is_damage:
             moment, checkpoints = "between starts", published_checkpoints(run_dir(run) / "checkpoints")
-            what = DAMAGES[kind](checkpoints[-1], chance) if len(checkpoints) > 1 else ""
-        faults.append(Fault(kind, moment, what, seconds, half_saved=starts[-1].is_saving(), left_over=left_over))
+            detail = DAMAGES[kind](checkpoints[-1], chance) if len(checkpoints) > 1 else ""
+        faults.append(Fault(kind, moment, detail, seconds, half_saved=starts[-1].is_saving(), left_over=left_over))
         starts.append(Command(run, steps))
     failed = 0
     while not starts[-1].ended_well() and (failed := failed + 1) < SPARE_STARTS:
         starts.append(Command(run, steps))
     for fault, start in zip(faults, starts[1:], strict=False):
         fault.seconds_to_resume = start.first_step - start.began if start.first_step else 0.0
-    faults = [fault for fault in faults if fault.what]
+    faults = [fault for fault in faults if fault.detail]
     judge(original, run, faults, steps, failed)
     return faults
 
 
 class StartOfJob(Start):
-    """From where a job is submitted, or queued again, to where it is queued again or over."""
+    """The part of a job from its submission, or from a requeue, to the next requeue or the end of the job."""
 
     def __init__(self, job: Job, steps: int):
         super().__init__(job.run, steps)
-        self.job, self.said_before, self.restarts = job, len(job.log), job.state("Restarts")
-        self.asked, self.over, self.struck = 0.0, False, 0.0
+        self.job, self.log_start, self.restarts = job, len(job.log), job.state("Restarts")
+        self.last_query_time, self.has_ended, self.fault_time = 0.0, False, 0.0
 
-    def said(self) -> str:
-        return self.job.log[self.said_before :]
+    def output(self) -> str:
+        return self.job.log[self.log_start :]
 
     def has_ranks(self) -> bool:
         return self.job.state() == "RUNNING"
 
     def is_over(self) -> bool:
-        """Slurm is asked twice a second."""
-        if not self.over and time.monotonic() > self.asked + 0.5:
-            self.over = self.job.has_ended() or self.job.state("Restarts") != self.restarts
-            self.asked = time.monotonic()
-        return self.over
+        """Asks Slurm twice a second at most."""
+        if not self.has_ended and time.monotonic() > self.last_query_time + 0.5:
+            self.has_ended = self.job.has_ended() or self.job.state("Restarts") != self.restarts
+            self.last_query_time = time.monotonic()
+        return self.has_ended
 
     def is_held(self) -> bool:
         return "held" in self.job.state("Reason").lower()
 
-    def ended(self) -> bool:
-        """Waits for it; False where it takes too long."""
+    def wait_for_end(self) -> bool:
+        """Returns whether the start ended within `SECONDS_OF_SLURM`."""
         self.wait(lambda: False, SECONDS_OF_SLURM)
-        return self.over
+        return self.has_ended
 
 
 def live_in_slurm(
     original: Path, run: Path, kinds: Iterable[str], chance: random.Random, cluster: Cluster
 ) -> list[Fault]:
-    """A life as jobs of a cluster. One that Slurm does not start again by itself is submitted anew."""
+    """Runs the copy as jobs of a cluster through these faults to its end. Returns the faults that happened, judged.
+
+    A job that Slurm does not requeue by itself is submitted again.
+    """
     faults: list[Fault] = []
     start = _next_start(cluster, run)
     for kind in kinds:
@@ -256,18 +263,18 @@ def live_in_slurm(
         if not start.reach(moment, chance):
             break
         began, half_saved = time.monotonic(), start.is_saving()
-        if not (what := CLUSTER[kind](cluster, chance)):
+        if not (detail := CLUSTER[kind](cluster, chance)):
             continue
-        left_over = not start.ended()
+        left_over = not start.wait_for_end()
         seconds, state = time.monotonic() - began, start.job.state()
-        what = f"{what}; then the job was {state}"
-        faults.append(Fault(kind, moment, what, seconds, half_saved=half_saved, left_over=left_over))
-        if state == "COMPLETED":  # it did not notice
-            start.struck = 0.0
+        detail = f"{detail}; then the job was {state}"
+        faults.append(Fault(kind, moment, detail, seconds, half_saved=half_saved, left_over=left_over))
+        if state == "COMPLETED":  # the job did not notice the fault
+            start.fault_time = 0.0
             break
         faults[-1].submitted_again = start.job.has_ended()
         start = _next_start(cluster, run, start.job)
-        start.struck = began
+        start.fault_time = began
     start, failed = _first_step(cluster, faults, start), 0
     while not _ended_well(start) and (failed := failed + 1) < SPARE_STARTS:
         start = _next_start(cluster, run, start.job)
@@ -282,43 +289,46 @@ def _next_start(cluster: Cluster, run: Path, job: Job | None = None) -> StartOfJ
 
 
 def _first_step(cluster: Cluster, faults: list[Fault], start: StartOfJob) -> StartOfJob:
-    """Waits for it, so that it is known what the last fault cost. Another start, where Slurm held the job before."""
+    """Waits for the first step, which tells how long the last fault delayed the run, and returns the start.
+
+    If Slurm holds the job, the job is released, and the result is another start.
+    """
     start.wait(lambda: start.step > 0 or start.is_held())
     if faults and start.is_held():
-        faults[-1].left_over, faults[-1].what = True, f"{faults[-1].what} because of {start.job.state('Reason')}"
-        struck = start.struck
-        set_right(cluster, start.job)
+        faults[-1].left_over, faults[-1].detail = True, f"{faults[-1].detail} because of {start.job.state('Reason')}"
+        fault_time = start.fault_time
+        release(cluster, start.job)
         start = StartOfJob(start.job, STEPS)
-        start.struck = struck
+        start.fault_time = fault_time
         start.wait(lambda: start.step > 0)
-    if faults and start.struck and start.step:
-        faults[-1].seconds_to_resume = time.monotonic() - start.struck
+    if faults and start.fault_time and start.step:
+        faults[-1].seconds_to_resume = time.monotonic() - start.fault_time
     return start
 
 
 def _ended_well(start: StartOfJob) -> bool:
-    """Waits for the end; whether the run is through."""
-    return start.ended() and start.job.state() == "COMPLETED" and (run_dir(start.run) / "model").is_dir()
+    """Waits for the end, and returns whether the run is finished."""
+    return start.wait_for_end() and start.job.state() == "COMPLETED" and (run_dir(start.run) / "model").is_dir()
 
 
-def set_right(cluster: Cluster, job: Job) -> None:
-    """What an administrator does for nodes that Slurm drained, and for the job that it holds."""
-    print(cluster.said("h1", "sinfo", "--long", "--Node"), flush=True)
+def release(cluster: Cluster, job: Job) -> None:
+    """Resumes nodes that Slurm has drained and releases the job that it holds, as an administrator would."""
+    print(cluster.output("h1", "sinfo", "--long", "--Node"), flush=True)
     for host in cluster.hosts:
         cluster.on(host, "scontrol", "update", f"nodename={host}", "state=resume")
     cluster.on("h1", "scontrol", "release", job.number)
 
 
 def judge(original: Path, run: Path, faults: list[Fault], steps: int, failed_starts: int) -> None:
-    """Against the uninterrupted run."""
+    """Compares the run with the uninterrupted one, and writes the result into each fault."""
     before = masters(original, steps)
     after = masters(run, steps) if (run_dir(run) / "checkpoints" / checkpoint_name(steps)).is_dir() else {}
     equal = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     expected, found = ([row for row in metrics(r) if "loss/training" in row] for r in (original, run))
     keys = ("step", "loss/training", "optimizer/gradient_norm")
     trained = [tuple(row[key] for key in keys) for row in found]
-    wanted = [tuple(row[key] for key in keys) for row in expected]
+    uninterrupted = [tuple(row[key] for key in keys) for row in expected]
     for fault in faults:
-        fault.equal, fault.failed_starts = equal, failed_starts
-        fault.steps_otherwise = len(trained) - len(set(trained) & set(wanted))
-        fault.steps_unreported = len(set(wanted) - set(trained))
+        fault.is_bit_equal, fault.failed_starts = equal, failed_starts
+        fault.different_steps = len(trained) - len(set(trained) & set(uninterrupted))
+        fault.unreported_steps = len(set(uninterrupted) - set(trained))

@@ -1,9 +1,9 @@
 #!/bin/bash
-# A run on the GPUs of this machine.
+# Trains a run on the GPUs of this machine.
 #
 #   launch/local.sh my.toml [section.key=value ...]
 #
-# The first Ctrl-C ends the step and saves; start it again to go on.
+# After the first Ctrl-C the run finishes its step and saves. Start it again to resume.
 set -euo pipefail
 if [ $# = 0 ]; then echo "usage: launch/local.sh RUN.toml [section.key=value ...]" >&2; exit 2; fi
 exec sorted-ds train "$@"

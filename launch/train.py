@@ -1,4 +1,4 @@
-"""One rank of a run, for any launcher: `deepspeed [flags] launch/train.py RUN.toml [section.key=value ...]`."""
+"""Runs one rank under any launcher: `deepspeed [flags] launch/train.py RUN.toml [section.key=value ...]`."""
 
 from sorted_ds.commands.cli import train_main
 

@@ -101,6 +101,6 @@ def _rank(place: dict[str, str], work: Callable[[], int]) -> None:
     from sorted_ds.run import train
 
     os.environ.update(place)
-    stop.STARTED, train.PARENT = time.monotonic(), os.getppid()  # as if imported now
+    stop.START_TIME, train.PARENT_PID = time.monotonic(), os.getppid()  # as if imported now
     stop.listen()
     leave(work)

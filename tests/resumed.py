@@ -145,7 +145,7 @@ def continue_each(ranks, sources: dict[str, str], legs: list[Leg], folder: str) 
     for source, checkpoints in sources.items():
         for leg in legs:
             copy = Path(folder) / source / leg.name
-            with ranks.together():
+            with ranks.fail_together():
                 if ranks.is_first:
                     shutil.copytree(checkpoints, copy)
             results[source, leg.name] = train(ranks, leg, str(copy), HALF, STEPS)

@@ -1,1 +1,1 @@
-"""What every other folder stands on: errors, files, keyed shuffles. Imports nothing of this package."""
+"""What every other folder builds on: errors, files and keyed shuffles. Imports nothing else of this package."""

@@ -1,14 +1,14 @@
-"""Exceptions for what a user can mend.
+"""Exceptions for errors that the user can correct.
 
-The command line prints their message on one line and leaves with exit code 2, without a traceback. The message says
-where, what with the values, and what to change. Everything else that is raised is a defect of the program and keeps
-its traceback.
+The command line prints the message on one line, without a traceback, and exits with code 2. The message says where the
+error is, which value is wrong, and what to change. Every other exception is a defect of the program and keeps its
+traceback.
 """
 
 
 class UserError(Exception):
-    """Input, a file or a setting that the user has to change."""
+    """The user has to change an input, a file or a setting."""
 
 
 class AgreedError(UserError):
-    """The same error on every rank: one of them prints it."""
+    """Every rank raises this error with the same message, so rank 0 alone prints it."""

@@ -1,8 +1,8 @@
-"""Keyed randomness without state: numbers and permutations that are pure functions of their key.
+"""Computes random-looking numbers and permutations as pure functions of a key, without state.
 
-The rows and the sampled sub-networks of a step come from here, so they follow from (seed, step) alone: any rank
-computes them, on any machine and after any interruption, and nothing about them is saved. They are built on BLAKE2b,
-whose output no library version changes.
+In: a key of numbers and strings, such as (seed, "draw", step). Out: numbers and permutations. The rows and the
+sampled sub-networks of a step come from here, so every rank computes them from (seed, step) alone, on any machine and
+after any interruption, and nothing about them is saved. The source is BLAKE2b, whose output no library version changes.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ NUM_ROUNDS = 6
 
 
 def keyed_number(bound: int, *key: int | str) -> int:
-    """A number in [0, bound). 64 random bits: the bias is below bound / 2**64."""
+    """Returns a number in [0, bound). It comes from 64 random bits, so its bias is below bound / 2**64."""
     digest = blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % bound
 
@@ -22,14 +22,15 @@ def keyed_number(bound: int, *key: int | str) -> int:
 class Shuffle:
     """A permutation of range(size) in constant memory: `shuffle(i)` is where position i goes.
 
-    A Feistel network over the smallest even number of bits that holds `size`; what falls outside is walked on until it
-    falls inside, which takes under four rounds of the network on average.
+    It is a Feistel network over the smallest even number of bits that holds `size`. A value that falls outside of
+    range(size) goes through the network again until it falls inside: under four times on average.
     """
 
     size: int
     key: tuple[int | str, ...]
 
     def __call__(self, position: int) -> int:
+        """Returns the new position. Raises: IndexError when `position` is not in range(size)."""
         if not 0 <= position < self.size:
             raise IndexError(f"position {position} of a permutation of {self.size}")
         half_bits = max(1, ((self.size - 1).bit_length() + 1) // 2)

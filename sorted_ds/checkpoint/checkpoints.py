@@ -129,7 +129,7 @@ class Checkpoints:
         hidden = writing_folder(folder, ranks.gather(str(os.getpid()))[0])
         save = _PendingSave(folder, hidden, step, began)
         try:
-            with ranks.together():
+            with ranks.fail_together():
                 if ranks.is_first:
                     hidden.mkdir(parents=True)
                 tensors, buffers = self._copy_to_host(tensors_to_save(engine)), engine.buffers()
@@ -173,7 +173,7 @@ class Checkpoints:
         assert save is not None
         wait_for_ranks(self._ranks, save.task, lambda: self._progress(save), self._heartbeat)
         try:
-            with self._ranks.together():
+            with self._ranks.fail_together():
                 result = save.task.result()
         except AgreedError as error:
             self._pending = None
@@ -290,7 +290,7 @@ class Checkpoints:
         Raises: AgreedError when every checkpoint is damaged, when one is and `strict` is set, or when they belong to
         another run.
         """
-        with self._ranks.together():
+        with self._ranks.fail_together():
             if self._ranks.is_first:
                 delete_leftovers(self.folder)
         index, folder, self.warnings = find_newest_intact(
@@ -302,7 +302,7 @@ class Checkpoints:
         engine.restore(index.optimizer_steps, index.state_keys)
         rank_files, buffers = [name for name in index.files if name != BUFFERS_FILE], {}
         own = self._ranks.rank % len(rank_files)
-        with self._ranks.together():
+        with self._ranks.fail_together():
             buffers = read_buffers(folder, index.files, engine.buffers())
             # With an unchanged number of ranks, a rank finds all of its shards in its own file, which it reads first.
             load_shards(engine, folder, rank_files[own:] + rank_files[:own], self._heartbeat)

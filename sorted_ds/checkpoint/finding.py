@@ -51,7 +51,7 @@ def _checkpoints_all_ranks_see(folder: Path, ranks: Ranks) -> list[Path]:
     """
     deadline = appear_deadline()
     while True:
-        with ranks.together():
+        with ranks.fail_together():
             published = published_checkpoints(folder)
         seen = ranks.gather(" ".join(path.name for path in published) or "none")
         odd = next((rank for rank, names in enumerate(seen) if names != seen[0]), None)
@@ -73,7 +73,7 @@ def _examine(
     The two texts are the same on all ranks, and empty if nothing has grown or is damaged.
     """
     index, growth, damage = None, "", ""
-    with ranks.together():
+    with ranks.fail_together():
         try:
             index = Index.read(checkpoint)
             growth = identity.check(index.identity, checkpoint.parent)
@@ -89,7 +89,7 @@ def _examine(
 def _rename_damaged(damages: dict[Path, str], intact: Path, ranks: Ranks) -> list[str]:
     """Renames the damaged checkpoints on rank 0, and returns one warning for each there."""
     warnings = []
-    with ranks.together():
+    with ranks.fail_together():
         for checkpoint, damage in damages.items() if ranks.is_first else ():
             renamed = rename_damaged(checkpoint)
             warnings.append(f"{damage}. Resuming from {intact.name}; the damaged checkpoint is now {renamed.name}")

@@ -102,7 +102,7 @@ class Index:
         task = Task(lambda: {name: sha256_of(folder / name, chunks.append) for name in own})
         wait_for_ranks(ranks, task, lambda: len(chunks), heartbeat)
         changed: list[str] = []
-        with ranks.together():
+        with ranks.fail_together():
             try:
                 changed = [name for name, found in task.result().items() if found != self.files[name]["sha256"]]
             except OSError as error:

@@ -1,1 +1,1 @@
-"""Ranks, and what they run under: launchers, Slurm, signals, hosts that die. Knows no model."""
+"""Ranks and what surrounds them: launchers, Slurm, signals, hosts that fail. Knows nothing of models."""

@@ -1,8 +1,8 @@
-"""Locks on compiled operations that a killed process has left: whoever comes next would wait for them for ever.
+"""Removes the locks that killed processes left on DeepSpeed's compiled operations.
 
-In: the folder where torch compiles DeepSpeed's operations. Out: the same folder, without locks that nobody holds. torch
-takes a lock by making a file, which it keeps open, and waits for it without a word or an end. Source: torch 2.13.0,
-utils/file_baton.py and `_get_build_directory` of utils/cpp_extension.py.
+In: the folder where torch compiles DeepSpeed's operations. Out: the same folder without locks that nobody holds. torch
+takes a lock by making a file, which it keeps open, and waits for an existing lock silently and without end.
+Source: torch 2.13.0, utils/file_baton.py and `_get_build_directory` of utils/cpp_extension.py.
 """
 
 import os
@@ -14,32 +14,35 @@ import psutil
 from torch.utils.cpp_extension import get_default_build_root
 
 SECONDS_TO_COMPILE = 300.0
-"""An operation takes one minute. A lock that is older, and not open in any process here, is of one that was killed."""
+"""An operation takes one minute. An older lock that no process here has open belongs to a killed process."""
 
 
-def release_dead_locks(tells: bool) -> None:
-    """Waits for locks that another host may hold. `tells`: whether to say so."""
-    told = False
-    while locks := [lock for lock in _root().glob("**/lock") if not _is_held(lock)]:
+def remove_stale_locks(prints: bool) -> None:
+    """Returns when no lock is left that is not held on this host. Waits for locks that another host may hold.
+
+    `prints`: whether this rank tells the user that it waits.
+    """
+    has_printed = False
+    while locks := [lock for lock in _build_root().glob("**/lock") if not _is_held_here(lock)]:
         for lock in locks:
-            if _age(lock) > SECONDS_TO_COMPILE:
+            if _age_seconds(lock) > SECONDS_TO_COMPILE:
                 lock.unlink(missing_ok=True)
-            elif tells and not told:
-                told = True
+            elif prints and not has_printed:
+                has_printed = True
                 print(
-                    f"waiting for {lock}, at most {SECONDS_TO_COMPILE:.0f} s: the process that compiles there was "
-                    "killed, or is on another host",
+                    f"waiting at most {SECONDS_TO_COMPILE:.0f} s for the lock {lock}: the process that made it was "
+                    "killed or is on another host",
                     file=sys.stderr,
                 )
         time.sleep(0.5)
 
 
-def _root() -> Path:
+def _build_root() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).resolve()
 
 
-def _is_held(lock: Path) -> bool:
-    """By a process of this host that may be looked at."""
+def _is_held_here(lock: Path) -> bool:
+    """Whether a process of this host has the lock open, among those that this user may look at."""
     for process in psutil.process_iter():
         try:
             if any(Path(file.path) == lock for file in process.open_files()):
@@ -49,7 +52,7 @@ def _is_held(lock: Path) -> bool:
     return False
 
 
-def _age(lock: Path) -> float:
+def _age_seconds(lock: Path) -> float:
     try:
         return time.time() - lock.stat().st_mtime
     except OSError:

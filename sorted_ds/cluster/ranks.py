@@ -1,7 +1,8 @@
-"""What ranks say to each other outside of DeepSpeed.
+"""Lets the ranks of a run exchange a few facts without DeepSpeed: sums, texts, errors.
 
-May be imported by every stage. Ranks agree on few things: sums, a stop, and whether one of them failed or is gone.
-Everything else (rows, samples, learning rate) is a pure function of (seed, step) and needs no word.
+In: the environment that a launcher sets, and what each rank passes in. Out: `Ranks`, whose methods give every rank the
+same result, inside of the process group that `joined_ranks` opens. Ranks exchange little: sums, a stop request, and
+whether a rank has failed or is gone. Everything else (rows, samples, learning rate) is a pure function of (seed, step).
 """
 
 import json
@@ -21,28 +22,31 @@ import torch.distributed as dist
 
 from sorted_ds.base.errors import AgreedError, UserError
 from sorted_ds.base.shuffle import keyed_number
-from sorted_ds.cluster.neighbours import EXIT_CODE, Neighbours, card, names
-from sorted_ds.cluster.rendezvous import Place, find_place
-from sorted_ds.cluster.slurm import is_preempted, job_of, requeue
-from sorted_ds.cluster.stop import LATER, SIGNALLED, nothing_to_save
+from sorted_ds.cluster.neighbours import LOST_RANK_EXIT_CODE, Neighbours, describe_lost, describe_process
+from sorted_ds.cluster.rendezvous import RankInfo, find_rank_info
+from sorted_ds.cluster.slurm import is_preempted, requeuable_job, requeue
+from sorted_ds.cluster.stop import REQUEUE_SIGNALS, SIGNAL_EXIT_CODE, leaving_on_signals
 
-LARGEST_FACT = 2**32
-"""Sums of a million ranks' numbers below this are exact in double precision."""
-TO_MEET = timedelta(minutes=10)
-TO_ANSWER = timedelta(hours=1)
-"""How long a collective may wait. Longer than `train.hang_minutes`, whose end tells more."""
-
-SECONDS_TO_ASK = 60.0
-"""How long a rank that is to end waits for rank 0, which asks Slurm."""
+FACT_BOUND = 2**32
+"""Facts are compared as numbers below this: in double precision the sum over a million ranks is exact."""
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""This is longer than `train.hang_minutes`, because the watchdog's message tells more than the timeout's."""
+SECONDS_TO_REQUEUE = 60.0
+"""How long a rank that must exit waits for rank 0 to ask Slurm for a requeue."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `size`, computing on `device`."""
+    """This process among all ranks: it is rank `rank` of `size`, and computes on `device`.
+
+    Every rank must call a method that exchanges something, in the same order: they are collectives.
+    """
 
     rank: int
     size: int
     local_rank: int
+    """The rank's number on its host."""
     device: torch.device
 
     @property
@@ -50,19 +54,19 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The sums over all ranks, in double precision. A collective: every rank calls it with as many values."""
+        """Returns the sum of each value over all ranks, in double precision. Every rank passes as many values."""
         if self.size == 1:
             return [float(value) for value in values]
         total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
-    def sum_agreed(self, values: Sequence[float], fact: str) -> list[float]:
-        """`sum`, and in the same collective whether all ranks have the same `fact`, which must be so.
+    def sum_with_same_fact(self, values: Sequence[float], fact: str) -> list[float]:
+        """Returns `sum(values)`, and checks in the same collective that every rank passes the same `fact`.
 
-        Raises: AgreedError, on all ranks, when they have not.
+        Raises: AgreedError, on all ranks, when the facts differ.
         """
-        number = keyed_number(LARGEST_FACT, fact)
+        number = keyed_number(FACT_BOUND, fact)
         *sums, total = self.sum([*values, number])
         if total != number * self.size:
             facts = dict.fromkeys(self.gather(fact))
@@ -70,11 +74,11 @@ class Ranks:
         return sums
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Raises on every rank what one rank raised, so that none waits for another.
+    def fail_together(self) -> Iterator[None]:
+        """Raises on every rank what one rank raised inside of the block, so that no rank waits for a failed one.
 
-        Raises: AgreedError, with the rank's number where not all failed alike. A rank whose error is neither a
-        UserError nor an OSError raises its own, with its traceback: that is a defect.
+        Raises: AgreedError, with the rank's number unless all ranks failed alike. A rank whose error is neither a
+        UserError nor an OSError raises that error itself, with its traceback, because it is a defect.
         """
         message, defect = "", None
         try:
@@ -83,26 +87,26 @@ class Ranks:
             message = str(error) or repr(error)
         except Exception as error:
             message, defect = f"unexpected {error!r}; its traceback is above", error
-        told = self.gather(message)
+        messages = self.gather(message)
         if defect is not None:
             raise defect
-        for rank, failed in enumerate(told):
-            if failed:
-                raise AgreedError(failed if set(told) == {failed} else f"rank {rank}: {failed}")
+        for rank, failure in enumerate(messages):
+            if failure:
+                raise AgreedError(failure if set(messages) == {failure} else f"rank {rank}: {failure}")
 
-    def agree(self, facts: Mapping[str, str]) -> None:
-        """Raises: AgreedError, on all ranks, when one rank's facts differ from rank 0's. A collective."""
-        told = [json.loads(text) for text in self.gather(json.dumps(dict(facts)))]
-        for rank, others in enumerate(told):
-            for key in dict.fromkeys([*told[0], *others]):
-                if told[0].get(key) != others.get(key):
+    def require_same_facts(self, facts: Mapping[str, str]) -> None:
+        """Raises: AgreedError, on all ranks, when the facts of a rank differ from rank 0's."""
+        gathered = [json.loads(text) for text in self.gather(json.dumps(dict(facts)))]
+        for rank, others in enumerate(gathered):
+            for key in dict.fromkeys([*gathered[0], *others]):
+                if gathered[0].get(key) != others.get(key):
                     raise AgreedError(
-                        f"rank {rank} has {key} = {others.get(key)}, rank 0 has {told[0].get(key)}. Start all ranks "
-                        "with the same run file, weights, DeepSpeed JSON, packages and code."
+                        f"rank {rank} has {key} = {others.get(key)}, rank 0 has {gathered[0].get(key)}. Start all "
+                        "ranks with the same run file, weights, DeepSpeed JSON, packages and code."
                     )
 
     def gather(self, text: str) -> list[str]:
-        """Every rank's text, in the order of ranks. A collective."""
+        """Returns the text of every rank, in the order of ranks."""
         texts = [text] * self.size
         if self.size > 1:
             dist.all_gather_object(texts, text)
@@ -111,17 +115,17 @@ class Ranks:
 
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """The process group for as long as it is needed. Ranks that all succeeded leave together.
+    """Opens the process group and yields this process's `Ranks`. Ranks that succeeded leave the group together.
 
-    Raises: SystemExit when others ended.
+    Raises: UserError when the ranks do not find each other; SystemExit when another rank has died.
     """
-    place = find_place(os.environ)
-    device = _device(place)
-    store = _join(place, device)
-    ranks = Ranks(place.rank, place.size, place.local_rank, device)
-    with Neighbours(ranks.rank, ranks.size, store, _is_rank_0s_store()) as neighbours:
+    info = find_rank_info(os.environ)
+    device = _choose_device(info)
+    store = _join(info, device)
+    ranks = Ranks(info.rank, info.size, info.local_rank, device)
+    with Neighbours(ranks.rank, ranks.size, store, _rank_0_keeps_store()) as neighbours:
         try:
-            neighbours.watch(ranks.gather(card()))
+            neighbours.watch(ranks.gather(describe_process()))
             yield ranks
             if ranks.size > 1:
                 dist.barrier()
@@ -130,93 +134,99 @@ def joined_ranks() -> Iterator[Ranks]:
             raise
         except RuntimeError as error:
             if ranks.size == 1 or not _is_connection_lost(error):
-                raise  # with NCCL, to leave the group would wait for the other ranks: the traceback comes first
-            dist.destroy_process_group()  # now those that wait for this rank hear of it
-            leave(neighbours, ranks, error)
+                raise  # at once, with its traceback: with NCCL, leaving the group would first wait for the others
+            dist.destroy_process_group()  # only now do the ranks that wait for this one notice
+            _exit_after_lost_connection(neighbours, ranks, error)
     dist.destroy_process_group()
 
 
-def _join(place: Place, device: torch.device) -> dist.Store:
-    """Joins the process group. DeepSpeed reads the same numbers from the environment."""
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(device.index or 0))
+def _join(info: RankInfo, device: torch.device) -> dist.Store:
+    """Joins the process group and returns the ranks' store. DeepSpeed reads the variables that this sets."""
+    os.environ.update(RANK=str(info.rank), WORLD_SIZE=str(info.size), LOCAL_RANK=str(device.index or 0))
     if device.type == "cpu":
-        os.environ["LOCAL_RANK"] = str(place.local_rank)
-    # By this variable DeepSpeed 0.19.8 makes 62 MB of shared memory on CPU ranks, which only its inference uses, and
-    # never frees it (ops/csrc/cpu/comm/shm_interface.cpp).
+        os.environ["LOCAL_RANK"] = str(info.local_rank)
+    # With this variable, DeepSpeed 0.19.8 allocates 62 MB of shared memory on CPU ranks, which only its inference uses,
+    # and never frees it (ops/csrc/cpu/comm/shm_interface.cpp).
     os.environ.pop("LOCAL_SIZE", None)
-    if place.size > 1:
-        os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
+    if info.size > 1:
+        os.environ.update(MASTER_ADDR=info.address, MASTER_PORT=str(info.port))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if place.rank == 0 and is_preempted(os.environ):  # while the script made ready, and there was no task to signal
-        _start_again()
+    # Slurm signals only tasks, so no signal has come for a preemption while the batch script still prepared the data.
+    if info.rank == 0 and is_preempted(os.environ):
+        _requeue_and_exit()
     try:
-        with nothing_to_save(partial(_leave_start, place.rank == 0)):
-            store = next(dist.rendezvous("env://", timeout=TO_MEET))[0] if place.size > 1 else dist.HashStore()
+        with leaving_on_signals(partial(_exit_before_first_step, info.rank == 0)):
+            store = (
+                next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))[0] if info.size > 1 else dist.HashStore()
+            )
             own = dist.PrefixStore("sorted_ds", store)
-            dist.init_process_group(backend, rank=place.rank, world_size=place.size, store=own, timeout=TO_ANSWER)
+            dist.init_process_group(
+                backend, rank=info.rank, world_size=info.size, store=own, timeout=COLLECTIVE_TIMEOUT
+            )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"rank {place.rank} of {place.size} did not find the others by {place.address}:{place.port}: "
-            f"{str(error).splitlines()[0]}. See that all ranks were started, and that MASTER_ADDR and MASTER_PORT name "
-            "rank 0's host and a free port of it."
+            f"rank {info.rank} of {info.size} did not find the other ranks at {info.address}:{info.port}: "
+            f"{str(error).splitlines()[0]}. Check that all ranks were started, and that MASTER_ADDR and MASTER_PORT "
+            "name rank 0's host and a free port of it."
         ) from None
     return store
 
 
-def _leave_start(is_first: bool, number: int) -> NoReturn:
-    """Ends this rank by a signal. A Slurm job that is preempted is started again: rank 0 asks for it, and the others
-    wait, because the first one that leaves ends the job, which Slurm takes for a failed one. One that a launcher ends
-    because another rank failed is not: it would fail again.
+def _exit_before_first_step(is_first: bool, number: int) -> NoReturn:
+    """Ends this rank after signal `number`. If its Slurm job is being preempted, the job is requeued.
+
+    Rank 0 asks Slurm, and the others wait for it, because the first rank that exits ends the job, which Slurm then
+    counts as failed. A job that a launcher ends because another rank failed is not requeued: it would fail again.
     """
-    if number in LATER and not is_first and job_of(os.environ):
-        time.sleep(SECONDS_TO_ASK)
-    elif number in LATER and is_first and is_preempted(os.environ):
-        _start_again()
-    os._exit(SIGNALLED + number)
+    if number in REQUEUE_SIGNALS and not is_first and requeuable_job(os.environ):
+        time.sleep(SECONDS_TO_REQUEUE)
+    elif number in REQUEUE_SIGNALS and is_first and is_preempted(os.environ):
+        _requeue_and_exit()
+    os._exit(SIGNAL_EXIT_CODE + number)
 
 
-def _start_again() -> NoReturn:
-    """Rank 0 of a preempted job that has done no step."""
+def _requeue_and_exit() -> NoReturn:
+    """Requeues a preempted job that has done no step. For rank 0."""
     try:
-        then = requeue(os.environ)
+        result = requeue(os.environ)
     except UserError as refused:
-        then = str(refused)
+        result = str(refused)
     with suppress(OSError):
-        print(f"preempted before the first step; {then}", file=sys.stderr, flush=True)
-    os._exit(SIGNALLED + signal.SIGTERM)
+        print(f"preempted before the first step; {result}", file=sys.stderr, flush=True)
+    os._exit(SIGNAL_EXIT_CODE + signal.SIGTERM)
 
 
-def _is_rank_0s_store() -> bool:
-    """Rank 0 keeps it, or torchrun does (torch/distributed/rendezvous.py)."""
+def _rank_0_keeps_store() -> bool:
+    """Whether the store is in rank 0's process. Otherwise it is in torchrun's (torch/distributed/rendezvous.py)."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
-def _device(place: Place) -> torch.device:
-    """The GPU of this rank. Where a launcher shows each rank one GPU alone, that one.
+def _choose_device(info: RankInfo) -> torch.device:
+    """Returns the GPU of this rank, or the CPU. If a launcher shows each rank one GPU alone, it is that one.
 
     Raises: UserError when a host has more ranks than GPUs.
     """
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
-    if num_gpus > 1 and place.local_rank >= num_gpus:
+    if num_gpus > 1 and info.local_rank >= num_gpus:
         raise UserError(
-            f"rank {place.rank} is number {place.local_rank} on its host, which shows {num_gpus} GPUs. Start one rank "
-            "for each GPU."
+            f"rank {info.rank} is number {info.local_rank} (from 0) on its host, which shows {num_gpus} GPUs. Start "
+            "one rank for each GPU."
         )
-    device = torch.device("cuda", place.local_rank % num_gpus)
+    device = torch.device("cuda", info.local_rank % num_gpus)
     torch.cuda.set_device(device)
     return device
 
 
 def _is_connection_lost(error: RuntimeError) -> bool:
-    """What gloo raises when a peer is gone. With NCCL a rank may be ended by torch instead, after `TO_ANSWER`."""
+    """Whether gloo raised this because another rank is gone. NCCL may end the process after `COLLECTIVE_TIMEOUT`."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "gloo::" in str(error)
 
 
-def leave(neighbours: Neighbours, ranks: Ranks, error: RuntimeError) -> NoReturn:
-    """When a collective broke. Raises: SystemExit, after one of those that are left has named the others."""
+def _exit_after_lost_connection(neighbours: Neighbours, ranks: Ranks, error: RuntimeError) -> NoReturn:
+    """Raises: SystemExit, after one of the living ranks has named the dead ones on stderr."""
     lost = neighbours.missing()
-    broke = f"the connection between ranks broke: {str(error).splitlines()[0]}"
-    neighbours.tell(names(lost, ranks.size) if lost else broke)
-    raise SystemExit(EXIT_CODE)
+    unexplained = f"the connection between ranks broke: {str(error).splitlines()[0]}"
+    neighbours.report(describe_lost(lost, ranks.size) if lost else unexplained)
+    raise SystemExit(LOST_RANK_EXIT_CODE)

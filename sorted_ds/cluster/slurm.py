@@ -1,11 +1,11 @@
-"""What a run asks of Slurm: to start its job again.
+"""Asks Slurm to requeue the job of this run, that is, to start it again.
 
-In: the environment of a job. Out: a sentence for the user. Asked by rank 0 after the last save. An exit code that the
-batch script turns into a requeue is racy, because the first rank's exit kills the others; and a job that exits 0 while
-it is being preempted is completed, not requeued. A job that Slurm is ending already is let go.
+In: the environment of a job. Out: a sentence for the user about what Slurm will do. Rank 0 asks after the last save.
+An exit code that the batch script turns into a requeue would not do: the exit of the first rank kills the others, and
+Slurm does not requeue a preempted job that exits with 0. A job that Slurm is already ending is left alone.
 
-Only a job that says so is started again (`SORTED_DS_REQUEUE=1`, as the job scripts do): others are people's
-sessions, or hold more than this run.
+Only a job with SORTED_DS_REQUEUE=1 is requeued, which the job scripts set: other jobs are interactive sessions, or
+hold more than this run.
 """
 
 import re
@@ -15,58 +15,62 @@ from collections.abc import Mapping
 
 from sorted_ds.base.errors import UserError
 
-SECONDS = 30
-TRIES, SECONDS_BETWEEN = 6, 15.0
-"""The controller may be busy, or another one taking over."""
-REFUSALS = ("batch jobs", "disabled")
-"""Told for ever: by salloc's jobs, and by those that were submitted with --no-requeue."""
-ASKED_FOR = "SORTED_DS_REQUEUE"
-GOES_ON = ("RUNNING", "PREEMPTED", "SUSPENDED")
-"""States of a job that may be started again; one that the user cancelled is in another."""
+SECONDS_TO_ANSWER = 30
+NUM_TRIES, SECONDS_BETWEEN_TRIES = 6, 15.0
+"""Slurm's controller may be busy, or another one may be taking over."""
+FINAL_REFUSALS = ("batch jobs", "disabled")
+"""Slurm always answers so for jobs of salloc, and for jobs that were submitted with --no-requeue."""
+REQUEUE_VARIABLE = "SORTED_DS_REQUEUE"
+REQUEUABLE_STATES = ("RUNNING", "PREEMPTED", "SUSPENDED")
+"""A job that the user cancelled is in another state."""
 
 
 def requeue(environment: Mapping[str, str]) -> str:
-    """Asks for the job to be started again. Returns what came of it; empty where there is none that may be.
+    """Asks Slurm to requeue the job, and returns a sentence about the result; "" if there is no job to requeue.
 
     Raises: UserError when Slurm cannot be asked, or refuses.
     """
-    job = job_of(environment)
+    job = requeuable_job(environment)
     if not job:
         return ""
-    for number in range(1, TRIES + 1):
-        works, state = _run("squeue", "--noheader", "--jobs", job, "--format", "%T")
-        if works and state not in GOES_ON:
-            return f"Slurm is ending job {job} ({state or 'gone'}), and knows whether it starts it again"
-        works, told = _run("scontrol", "requeue", job)
-        if works:
+    for number in range(1, NUM_TRIES + 1):
+        is_known, state = _run("squeue", "--noheader", "--jobs", job, "--format", "%T")
+        if is_known and state not in REQUEUABLE_STATES:
+            return f"Slurm is already ending job {job} ({state or 'gone'}) and decides whether to start it again"
+        is_requeued, answer = _run("scontrol", "requeue", job)
+        if is_requeued:
             return f"Slurm starts job {job} again"
-        if number == TRIES or any(refusal in told for refusal in REFUSALS):
+        if number == NUM_TRIES or any(refusal in answer for refusal in FINAL_REFUSALS):
             break
-        time.sleep(SECONDS_BETWEEN)
-    raise UserError(f"job {job} could not be started again: {told}. Submit it again to go on from the last checkpoint.")
+        time.sleep(SECONDS_BETWEEN_TRIES)
+    raise UserError(f"Slurm did not requeue job {job}: {answer}. Submit it again to resume from the last checkpoint.")
 
 
 def is_preempted(environment: Mapping[str, str]) -> bool:
-    """Whether the job may be started again and is in its grace time. Launchers signal ranks for other reasons too."""
-    job = job_of(environment)
-    works, told = _run("scontrol", "show", "job", job) if job else (False, "")
-    return works and bool(re.search(r"\bPreemptTime=\d", told))
+    """Returns whether the job can be requeued and is being preempted.
 
-
-def job_of(environment: Mapping[str, str]) -> str:
-    """The number of the job that may be started again; empty where there is none. Of an array, this task: one of its
-    tasks has the number of the whole.
+    A signal alone does not tell: launchers send the same signal to ranks for other reasons.
     """
-    if environment.get(ASKED_FOR) != "1":
+    job = requeuable_job(environment)
+    works, answer = _run("scontrol", "show", "job", job) if job else (False, "")
+    return works and bool(re.search(r"\bPreemptTime=\d", answer))
+
+
+def requeuable_job(environment: Mapping[str, str]) -> str:
+    """Returns the number of the job that may be requeued; "" if there is none.
+
+    For a job array this is ARRAY_TASK, because SLURM_JOB_ID of one of its tasks is the number of the whole array.
+    """
+    if environment.get(REQUEUE_VARIABLE) != "1":
         return ""
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID", "")
 
 
 def _run(*command: str) -> tuple[bool, str]:
-    """Whether it worked, and what it said: its output, or what went wrong."""
+    """Returns whether the command worked, and its output or the error."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS_TO_ANSWER)
     except (OSError, subprocess.TimeoutExpired) as error:
         return False, str(error)
     return done.returncode == 0, (done.stderr if done.returncode else done.stdout).strip()

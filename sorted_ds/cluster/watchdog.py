@@ -1,9 +1,12 @@
-"""A rank that hears nothing of its run for too long says where it stands, and leaves.
+"""Ends a rank that has made no progress for too long, after it has written the stacks of its threads.
 
-In: a beat whenever something was finished. Out, after a silence: RUN_DIR/stacks/rank_0003.txt with the stack of every
-thread (stderr, where that cannot be), one line on stderr, and the end of the process, which the launcher makes the end
-of all. When one rank hangs, all wait for it, so all write: the stacks that differ from the others name the one. A rank
-in a call that lets no thread of Python run, as one that waits for a file system can, writes none: it is that one.
+In: a heartbeat whenever the rank has finished some work. On disk, after too long a silence:
+RUN_DIR/stacks/rank_0003.txt with the stack of every thread (on stderr if the file cannot be written). Out: one line on
+stderr and the end of the process; then the launcher ends all ranks.
+
+When one rank hangs, all ranks wait for it, so all of them write their stacks: the rank whose stack differs from the
+others is the one that hangs. A rank writes none while a call, for example to a file system that does not answer, keeps
+Python's threads from running: then that rank is the one.
 """
 
 import faulthandler
@@ -14,71 +17,76 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-EXIT_CODE = 3
+HANG_EXIT_CODE = 3
 SECONDS_BETWEEN_LOOKS = 1.0
-SECONDS_ASLEEP = 10.0
+SECONDS_SUSPENDED = 10.0
+"""A longer pause between two looks means that the whole process was suspended, as Slurm may do."""
 SECONDS_TO_WRITE = 5.0
 SECONDS_FOR_OTHERS = 10.0
-"""Ranks bark one after the other: each from its own last beat."""
+"""Each rank counts from its own last heartbeat, so the others report a little later."""
 
 
 class Watchdog:
-    """A thread, from `with` to its end."""
+    """A thread that runs inside of the `with` block and watches for heartbeats."""
 
     def __init__(self, minutes: float, run_dir: Path, rank: int):
-        """Never barks where `minutes` is 0."""
-        self._seconds, self._rank = 60 * minutes, rank
+        """`minutes`: the longest silence; with 0 the watchdog does nothing."""
+        self._max_silent_seconds, self._rank = 60 * minutes, rank
         self._path = run_dir / "stacks" / f"rank_{rank:04d}.txt"
-        self._over = threading.Event()
-        self.beat()
+        self._is_over = threading.Event()
+        self.heartbeat()
 
-    def beat(self) -> None:
-        """Something was finished."""
-        self._last = time.monotonic()
+    def heartbeat(self) -> None:
+        """Tells the watchdog that some work was finished."""
+        self._last_heartbeat = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
-        self.beat()
-        if self._seconds:
+        self.heartbeat()
+        if self._max_silent_seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._over.set()
+        self._is_over.set()
 
     def _watch(self) -> None:
-        looked = time.monotonic()
-        while not self._over.wait(min(SECONDS_BETWEEN_LOOKS, self._seconds / 4)):
+        last_look = time.monotonic()
+        while not self._is_over.wait(min(SECONDS_BETWEEN_LOOKS, self._max_silent_seconds / 4)):
             now = time.monotonic()
-            if now - looked > SECONDS_ASLEEP:  # the whole process was suspended, as Slurm can
-                self.beat()
-            looked = now
-            if now - self._last > self._seconds:
-                self._bark()
+            if now - last_look > SECONDS_SUSPENDED:
+                self.heartbeat()
+            last_look = now
+            if now - self._last_heartbeat > self._max_silent_seconds:
+                self._report_and_exit()
 
-    def _bark(self) -> None:
-        where = [f"nowhere: {self._path.parent} does not answer"]
-        writing = threading.Thread(target=self._write_stacks, args=(where,), daemon=True)
+    def _report_and_exit(self) -> None:
+        failures = [f"{self._path.parent} does not answer"]
+        # In a thread of its own, because a file system that hangs may be what is wrong.
+        writing = threading.Thread(target=self._write_stacks, args=(failures,), daemon=True)
         writing.start()
         writing.join(SECONDS_TO_WRITE)
+        failure = "".join(failures)  # read once: the writing thread may still be at work
+        stacks = f"The stacks of all threads are in {self._path}."
+        if failure:
+            stacks = f"The stacks of all threads follow, because they could not be written to a file ({failure})."
         with suppress(OSError):
             print(
-                f"error (rank {self._rank}): nothing was finished for {self._seconds / 60:g} minutes "
-                f"(train.hang_minutes). Stacks are in {where[0]}. Start the run again to go on from its last "
-                "checkpoint.",
+                f"error (rank {self._rank}): no progress for {self._max_silent_seconds / 60:g} minutes "
+                f"(train.hang_minutes). {stacks} Start the run again to resume from its last checkpoint.",
                 file=sys.stderr,
                 flush=True,
             )
-            if where[0] != str(self._path):
+            if failure:
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        time.sleep(SECONDS_FOR_OTHERS)  # the first to leave has the launcher end the others
-        os._exit(EXIT_CODE)
+        time.sleep(SECONDS_FOR_OTHERS)  # when the first rank exits, the launcher ends the others
+        os._exit(HANG_EXIT_CODE)
 
-    def _write_stacks(self, where: list[str]) -> None:
-        """In a thread of its own: a file system that hangs may be what is wrong."""
+    def _write_stacks(self, failures: list[str]) -> None:
+        """Empties `failures`, or puts the error into it."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            where[0] = str(self._path)
+            failures.clear()
         except OSError as error:
-            where[0] = f"nowhere ({error})"
+            failures[:] = [str(error)]

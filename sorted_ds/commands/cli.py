@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(_parser(), argv)
     try:
         if args.command not in LIGHT:
-            importlib.import_module("sorted_ds.cluster.launcher").settle_deepspeed()
+            importlib.import_module("sorted_ds.cluster.launcher").configure_environment()
         return importlib.import_module(f"sorted_ds.commands.{args.command}").run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

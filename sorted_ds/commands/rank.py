@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m sorted_ds.commands.rank RUN.toml [section.key=value ...]`, as launch/train.py."""
+"""Runs one rank: `python -m sorted_ds.commands.rank RUN.toml [section.key=value ...]`. The job scripts call it."""
 
 from sorted_ds.commands.cli import train_main
 

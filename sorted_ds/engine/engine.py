@@ -89,7 +89,7 @@ class Engine:
         loss = SummedLoss(model, task, model.family)
         self.deepspeed_config = complete(config, micro_batch_rows, ranks.size, optim.clip_norm)
         implementation = implementation_of(optim, is_offloaded(config), ranks.device.type == "cuda")
-        with ranks.together():
+        with ranks.fail_together():
             compile_ahead(implementation)
         with redirect_stdout(StringIO()):  # on the CPU it tells that it built its ops
             self.deepspeed, *_ = deepspeed.initialize(

@@ -66,14 +66,14 @@ def build(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     take: Take | None = None,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> NestedModel:
     """A nested model from scratch (`source` None), or with the weights of a Hugging Face directory.
 
     From scratch, the full network's weights depend on the seed, the tensor's name and its shape alone: not on the
     space's width steps, the dtype (they are rounded from fp32) or the device. With `take` weights are in bundles, and
     parameters get memory and are handed over in the order of `named_parameters`: those of a layer half, or one.
-    `beat` is called after each block.
+    `heartbeat` is called after each block.
 
     Raises: UserError for a space that does not fit, or weights that are missing or misshapen, before
     the first parameter is filled.
@@ -88,10 +88,10 @@ def build(
     weights = _Scratch(model, modules, seed) if source is None else _Checkpoint(source, _hf_shapes(model, modules))
     if take is None:
         materialize(model, torch.device(device))
-        _fill(model, weights, beat)
+        _fill(model, weights, heartbeat)
     else:
         _materialize_buffers(model, torch.device(device))
-        _fill_one_by_one(model, weights, torch.device(device), take, beat)
+        _fill_one_by_one(model, weights, torch.device(device), take, heartbeat)
     _fill_buffers(model, weights)
     if source is not None and (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
@@ -131,12 +131,12 @@ def _materialize_blocks(layer: NestedModule, device: torch.device) -> None:
                 setattr(block, kind, nn.Parameter(whole[start:stop]))
 
 
-def _fill(model: NestedModel, weights: WeightSource, beat: Callable[[], None]) -> None:
+def _fill(model: NestedModel, weights: WeightSource, heartbeat: Callable[[], None]) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, part in slices_of(model).items():
             parameters[name].copy_(weights.read(part))
-            beat()
+            heartbeat()
 
 
 def _fill_buffers(model: NestedModel, weights: WeightSource) -> None:
@@ -148,17 +148,17 @@ def _fill_buffers(model: NestedModel, weights: WeightSource) -> None:
 
 
 def _fill_one_by_one(
-    model: NestedModel, weights: WeightSource, device: torch.device, take: Take, beat: Callable[[], None]
+    model: NestedModel, weights: WeightSource, device: torch.device, take: Take, heartbeat: Callable[[], None]
 ) -> None:
     slices, parts = slices_of(model), parts_of(model)
     for _, own in groupby(parts, key=lambda name: name.partition(".bundles.")[0]):
         names = list(own)  # a parameter, or all bundles of a half
         if parts[names[0]].bundle is None:
             values = [weights.read(slices[names[0]])]
-            beat()
+            heartbeat()
         else:
             values = [torch.empty_like(model.get_parameter(name), device=device).detach() for name in names]
-            _fill_half(values, [parts[name] for name in names], slices, weights, beat)
+            _fill_half(values, [parts[name] for name in names], slices, weights, heartbeat)
         for name in names:
             path, _, kind = name.rpartition(".")
             _hand_over(model.get_submodule(path), kind, values.pop(0), device, take)
@@ -170,7 +170,7 @@ def _fill_half(
     parts: list[Parts],
     slices: Mapping[str, Slice],
     weights: WeightSource,
-    beat: Callable[[], None],
+    heartbeat: Callable[[], None],
 ) -> None:
     """All bundles together, one linear layer after the other, so that each of these is made once."""
     blocks = [value.view(-1).split(own.sizes) for value, own in zip(values, parts, strict=True)]
@@ -178,7 +178,7 @@ def _fill_half(
         for of_bundle, own in zip(blocks, parts, strict=True):
             read = weights.read(slices[own.names[number]])
             of_bundle[number].view(read.shape).copy_(read)
-            beat()
+            heartbeat()
 
 
 def _hand_over(module: nn.Module, kind: str, values: Tensor, device: torch.device, take: Take) -> None:

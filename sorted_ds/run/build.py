@@ -142,11 +142,11 @@ def load_model(
     engine, init = load_engine_config(run.engine.deepspeed), run.model.init
     zero3 = stage_of(engine) == 3
     take = partitioner(engine, run.batch.micro_batch_rows, run.optim.clip_norm, ranks) if zero3 else None
-    with ranks.together():
+    with ranks.fail_together():
         source = source_of(run)
         weights = "" if source is None else fingerprint(source)
-    ranks.agree({f"the weights of {init}": weights})
-    with ranks.together():
+    ranks.require_same_facts({f"the weights of {init}": weights})
+    with ranks.fail_together():
         dtype = torch.bfloat16 if is_bf16(engine) else torch.float32
         family = family_of(config.model_type)
         model = build(family, config, space, source, run.seed, dtype, ranks.device, take, heartbeat)

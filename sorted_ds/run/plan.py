@@ -120,7 +120,7 @@ class Plan:
 
 
 def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
-    """The plan of a checked run; `space` and `config` as `resolve` gives them."""
+    """The plan of a checked run; `space` and `config` as `build.check_run` gives them."""
     family = family_of(config.model_type)
     costs = costs_of(space, family, config, run.batch.row_tokens)
     sampler = sampler_of(run, costs)

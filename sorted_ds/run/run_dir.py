@@ -55,7 +55,7 @@ class RunDir:
     task: Task
     data: Prepared
     ranks: Ranks
-    beat: Callable[[], None]
+    heartbeat: Callable[[], None]
     """Called as long as something moves."""
 
     @property
@@ -68,13 +68,13 @@ class RunDir:
         """RUN_DIR/checkpoints, of this run alone."""
         settings = self.run.checkpoint
         folder, identity = self.run.run_dir / "checkpoints", identity_of(self.run, self.config, self.data.key)
-        how = (settings.asynchronous, settings.strict, self.beat)
+        how = (settings.asynchronous, settings.strict, self.heartbeat)
         return Checkpoints(folder, settings.keep_last, identity, self.ranks, *how)
 
     def open(self, engine_config: Mapping, deepspeed_config: Mapping) -> list[str]:
         """Writes run.json, and returns what the run says otherwise than at the last start. A collective."""
         path = self.run.run_dir / RUN_JSON
-        with self.ranks.together():
+        with self.ranks.fail_together():
             run = {**self.run.model_dump(mode="json"), self.run.engine.deepspeed.name: engine_config}
             changes = _changes(path, run) if self.ranks.is_first else []
             if self.ranks.is_first:
@@ -116,7 +116,7 @@ class RunDir:
     def write_model(self, engine: Engine) -> None:
         """RUN_DIR/model in the training precision, complete or not at all. A collective."""
         weights = self._moving(engine.weights())
-        with self.ranks.together():
+        with self.ranks.fail_together():
             try:
                 if self.ranks.is_first:
                     self._write_model(engine.model, weights)
@@ -162,13 +162,13 @@ class RunDir:
         """None is further than rank 0, which writes them: those that have nothing to gather would seem to hang."""
         for weight in weights:
             self.ranks.sum([0.0])
-            self.beat()
+            self.heartbeat()
             yield weight
 
     def add_to_table(self, measured: Sequence[Measured]) -> tuple[Measured, ...]:
         """The measured table and its figure. Returns the whole table, on rank 0. A collective."""
         table: tuple[Measured, ...] = ()
-        with self.ranks.together():
+        with self.ranks.fail_together():
             if self.ranks.is_first:
                 where = ModelDir.find(self.run.run_dir)
                 if rows := measured or where.read().subnets:  # an earlier start may have ended before the figure

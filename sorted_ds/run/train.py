@@ -20,11 +20,11 @@ from sorted_ds.base.errors import AgreedError, UserError
 from sorted_ds.base.files import claim
 from sorted_ds.checkpoint import Checkpoints
 from sorted_ds.cluster.ancestors import Ancestors
-from sorted_ds.cluster.extensions import release_dead_locks
-from sorted_ds.cluster.launcher import settle_deepspeed
+from sorted_ds.cluster.extensions import remove_stale_locks
+from sorted_ds.cluster.launcher import configure_environment
 from sorted_ds.cluster.ranks import Ranks, joined_ranks
 from sorted_ds.cluster.slurm import requeue
-from sorted_ds.cluster.stop import PARENT, Stop, Wanted
+from sorted_ds.cluster.stop import PARENT_PID, StopCauses, StopRequest
 from sorted_ds.cluster.watchdog import Watchdog
 from sorted_ds.data.loader import Loader, MicroBatch
 from sorted_ds.deploy.evaluate import measure
@@ -59,25 +59,25 @@ def train(run: Run, task: Task, data: Prepared, ranks: Ranks, watchdog: Watchdog
 
     Raises: UserError, on all ranks, for what the user can mend.
     """
-    with ranks.together():
-        launchers = Ancestors(os.environ, PARENT, is_launched=ranks.size > 1)
-        stop = Stop(run.run_dir, run.train.time_limit, ranks.is_first, launchers.one_is_gone)
+    with ranks.fail_together():
+        launchers = Ancestors(os.environ, PARENT_PID, is_launched=ranks.size > 1)
+        stop = StopCauses(run.run_dir, run.train.time_limit, ranks.is_first, launchers.has_one_ended)
         config, space = check_run(run)
         costs = costs_of(space, family_of(config.model_type), config, run.batch.row_tokens)
         sampler = sampler_of(run, costs)
         loader = training_loader(run, task, data, sampler.num_shares, ranks)
         validation = validation_of(run, task, data, ranks)
-    engine = warm_engine(run, task, load_model(run, config, space, ranks, watchdog.beat), loader, ranks, watchdog)
-    folder = RunDir(run, config, task, data, ranks, watchdog.beat)
+    engine = warm_engine(run, task, load_model(run, config, space, ranks, watchdog.heartbeat), loader, ranks, watchdog)
+    folder = RunDir(run, config, task, data, ranks, watchdog.heartbeat)
     checkpoints = folder.checkpoints()
     step = restore(checkpoints, engine, run.train.steps)
     sums = LossSums(space, 1 / (loader.dealt.forwards * ranks.size), ranks.device)
     changes = folder.open(load_engine_config(run.engine.deepspeed), engine.deepspeed_config)
-    with ranks.together():
+    with ranks.fail_together():
         monitor = Monitor(run, space, step, ranks)
 
     ask = partial(ask_all, ranks, stop, checkpoints, monitor)
-    wanted, learning_rate, norm = Wanted(), 0.0, 0.0
+    wanted, learning_rate, norm = StopRequest(), 0.0, 0.0
     with monitor, checkpoints.finish_on_error():
         monitor.started(step, make_plan(run, space, config, ranks.size), changes, checkpoints.warnings)
         # A start that ended in the middle of an evaluation, or was killed there, has left it to this one.
@@ -86,15 +86,15 @@ def train(run: Run, task: Task, data: Prepared, ranks: Ranks, watchdog: Watchdog
             if is_due(step, run.eval.every_steps) and step > evaluated:
                 chosen = eval_subnets(run, space)
                 measured, seconds, wanted = evaluate(
-                    engine, chosen, validation, task.metrics, costs, ask, watchdog.beat
+                    engine, chosen, validation, task.metrics, costs, ask, watchdog.heartbeat
                 )
-                if wanted.ends:
+                if wanted.stops:
                     break
                 monitor.evaluated(step, measured, seconds)
                 evaluated = step
             plan, batches = sampler.plan(step), loader.batches(step)
             wanted, num_targets = ask(describe_step(step, plan), count_targets(plan, batches))
-            if wanted.ends:
+            if wanted.stops:
                 break
             learning_rate = lr_at(step, run.train.steps, run.optim)
             losses = accumulate(engine, plan, batches, num_targets)
@@ -102,49 +102,49 @@ def train(run: Run, task: Task, data: Prepared, ranks: Ranks, watchdog: Watchdog
             check_finite(step, losses, norm, checkpoints, ranks)
             sums.add(losses)
             step += 1
-            watchdog.beat()
+            watchdog.heartbeat()
             if is_due(step, run.log.every_steps):
                 monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.total_pause_seconds)
             if is_due(step, run.checkpoint.every_steps):  # before the evaluation, which takes long
                 monitor.saved(checkpoints.start_save(engine, step))
-                watchdog.beat()
+                watchdog.heartbeat()
 
         if step > monitor.reported_step:
             monitor.trained(step, sums.take(ranks), learning_rate, norm, checkpoints.total_pause_seconds)
-        save_last(checkpoints, engine, step, wanted.goes_on, stop, monitor)
+        save_last(checkpoints, engine, step, wanted.requeues, stop, monitor)
         if step == run.train.steps:
             wanted = leave_model(folder, engine, validation, costs, stop, monitor)
-        stop.heeded(is_through=not wanted.ends)  # before Slurm is asked, which then ends this job at once
-        monitor.ended(step, left_early(stop, wanted.goes_on, ranks) if wanted.ends else "")
+        stop.acknowledge(is_finished=not wanted.stops)  # before Slurm is asked, which then ends this job at once
+        monitor.ended(step, left_early(stop, wanted.requeues, ranks) if wanted.stops else "")
 
 
 def ask_all(
-    ranks: Ranks, stop: Stop, checkpoints: Checkpoints, monitor: Monitor, fact: str = "", num_targets: float = 0
-) -> tuple[Wanted, float]:
+    ranks: Ranks, stop: StopCauses, checkpoints: Checkpoints, monitor: Monitor, fact: str = "", num_targets: float = 0
+) -> tuple[StopRequest, float]:
     """What the ranks want, who must have the same `fact`, and the sum of their targets. A collective.
 
     A checkpoint that was written meanwhile appears. Raises: AgreedError where a fact is another one.
     """
-    own = [num_targets, *stop.wanted(checkpoints.expected_save_seconds), checkpoints.is_ready()]
-    num_targets, *ends, ready = ranks.sum_agreed(own, fact)
-    wanted = Wanted(*ends)
-    if ready == ranks.size and not wanted.ends:
+    own = [num_targets, *stop.request(checkpoints.expected_save_seconds), checkpoints.is_ready()]
+    num_targets, *ends, ready = ranks.sum_with_same_fact(own, fact)
+    wanted = StopRequest(*ends)
+    if ready == ranks.size and not wanted.stops:
         monitor.saved(checkpoints.advance())
     return wanted, num_targets
 
 
 def warm_engine(run: Run, task: Task, model: NestedModel, loader: Loader, ranks: Ranks, watchdog: Watchdog) -> Engine:
     """The engine around the model, with everything compiled that will be. A collective."""
-    watchdog.beat()
+    watchdog.heartbeat()
     engine = engine_of(run, task, model, ranks)
-    watchdog.beat()
+    watchdog.heartbeat()
     engine.warm_up(loader.batches(step=0)[0][0])
-    watchdog.beat()
+    watchdog.heartbeat()
     return engine
 
 
 def save_last(
-    checkpoints: Checkpoints, engine: Engine, step: int, goes_on_later: bool, stop: Stop, monitor: Monitor
+    checkpoints: Checkpoints, engine: Engine, step: int, goes_on_later: bool, stop: StopCauses, monitor: Monitor
 ) -> None:
     """Ends the save that is on its way, and saves what came after it. A collective.
 
@@ -156,7 +156,7 @@ def save_last(
             monitor.saved(checkpoints.save(engine, step))
     except AgreedError as error:
         is_asked = goes_on_later and engine.ranks.is_first and checkpoints.last_step
-        stop.heeded()
+        stop.acknowledge()
         then = ""
         try:
             then = requeue(os.environ) if is_asked else ""
@@ -166,13 +166,13 @@ def save_last(
         raise AgreedError(f"{error} {then}".strip()) from None
 
 
-def left_early(stop: Stop, goes_on_later: bool, ranks: Ranks) -> str:
+def left_early(stop: StopCauses, goes_on_later: bool, ranks: Ranks) -> str:
     """Why, and what comes of it, on rank 0: a Slurm job that is to go on later is started again. A collective.
 
     Raises: AgreedError when Slurm does not: whoever waits for the end of the job must not take it for a success.
     """
     why, then = ", ".join(dict.fromkeys(filter(None, ranks.gather(stop.reason)))), ""
-    with ranks.together():
+    with ranks.fail_together():
         try:
             then = requeue(os.environ) if goes_on_later and ranks.is_first else ""
         except UserError as refused:
@@ -185,26 +185,26 @@ def leave_model(
     engine: Engine,
     validation: Sequence[MicroBatch],
     costs: Mapping[SubNet, Cost],
-    stop: Stop,
+    stop: StopCauses,
     monitor: Monitor,
-) -> Wanted:
+) -> StopRequest:
     """Writes the model and measures it, where an earlier start has not, and until the run is to end. A collective."""
     num_targets = round(folder.ranks.sum([sum(batch.num_targets for batch in validation)])[0])
     known = folder.measured(engine, num_targets)
     if known is None:
         folder.write_model(engine)
-    stop.pass_over()
+    stop.skip_interval()
     measured, seconds, wanted = evaluate(
         engine,
         [subnet for subnet in engine.model.space if subnet.name not in (known or ())],
         validation,
         folder.task.metrics,
         costs,
-        lambda: (Wanted(*folder.ranks.sum(stop.wanted(seconds_to_save=0.0))), 0.0),
-        folder.beat,
+        lambda: (StopRequest(*folder.ranks.sum(stop.request(seconds_to_save=0.0))), 0.0),
+        folder.heartbeat,
     )
     table = folder.add_to_table(measured)
-    if wanted.ends:
+    if wanted.stops:
         return wanted
     if measured or not monitor.has_evaluated(folder.run.train.steps):
         monitor.evaluated(folder.run.train.steps, table, seconds)
@@ -284,9 +284,9 @@ def evaluate(
     batches: Sequence[MicroBatch],
     metrics: Sequence[Metric],
     costs: Mapping[SubNet, Cost],
-    ask: Callable[[], tuple[Wanted, float]],
-    beat: Callable[[], None],
-) -> tuple[list[Measured], float, Wanted]:
+    ask: Callable[[], tuple[StopRequest, float]],
+    heartbeat: Callable[[], None],
+) -> tuple[list[Measured], float, StopRequest]:
     """Validation of sub-networks, one after the other until `ask` wants the run to end. A collective.
 
     Returns what was measured, the seconds it took, and what was wanted last.
@@ -294,14 +294,14 @@ def evaluate(
     start = time.perf_counter()
 
     def forward(batch: MicroBatch, subnet: SubNet) -> Sums:
-        beat()
+        heartbeat()
         return engine.evaluate(batch.inputs, subnet)
 
     measured: list[Measured] = []
-    wanted = Wanted()
+    wanted = StopRequest()
     for subnet in subnets:
         wanted, _ = ask()
-        if wanted.ends:
+        if wanted.stops:
             break
         measured += measure(forward, [subnet], batches, metrics, engine.ranks.sum, costs)
     return measured, time.perf_counter() - start, wanted
@@ -312,27 +312,27 @@ def shared_data(run: Run, task: Task, ranks: Ranks) -> Prepared:
 
     Raises: UserError, on all ranks, when it is not prepared.
     """
-    with ranks.together():
+    with ranks.fail_together():
         found = task.find_prepared(run) if ranks.is_first else None
     folder = ranks.gather(str(found.folder) if found else "")[0]
-    with ranks.together():
+    with ranks.fail_together():
         return task.open_prepared(Path(folder))
 
 
 def main(arguments: Sequence[str]) -> int:
     """One rank: RUN.toml and overrides. Returns the exit code; 2 for what the user can mend."""
-    settle_deepspeed()
+    configure_environment()
     disable_progress_bar()
     try:
         with joined_ranks() as ranks:
-            with ranks.together():
+            with ranks.fail_together():
                 run = load_run(Path(arguments[0]), arguments[1:])
                 task, known = task_of(run.task), facts(run)
-            ranks.agree(known)
-            with ranks.together():
+            ranks.require_same_facts(known)
+            with ranks.fail_together():
                 source_of(run)  # a download may take longer than the watchdog waits
                 claimed = claim(run.run_dir) if ranks.is_first else nullcontext()
-                release_dead_locks(tells=ranks.local_rank == 0)
+                remove_stale_locks(prints=ranks.local_rank == 0)
             with claimed, Watchdog(run.train.hang_minutes, run.run_dir, ranks.rank) as watchdog:
                 train(run, task, shared_data(run, task, ranks), ranks, watchdog)
     except AgreedError as error:

@@ -1,4 +1,4 @@
-"""Names and secrets of a user stay what they are: no shell reads them, no file keeps them, the umask holds."""
+"""A user's paths reach no shell, a user's secrets reach no file, and written files follow the umask."""
 
 import os
 import shutil
@@ -13,19 +13,19 @@ SECRET = "hf_ThisMustNotBeSeen"
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
-def test_an_oddly_named_folder_is_a_folder_and_secrets_are_nowhere(tmp_path):
+def test_a_run_works_in_an_oddly_named_folder_and_writes_no_secret(tmp_path):
     run = run_file(tmp_path / ODD)
-    said = train_by_command(run, "train.steps=2", env={**os.environ, **dict.fromkeys(TOKENS, SECRET)})
+    output = train_by_command(run, "train.steps=2", env={**os.environ, **dict.fromkeys(TOKENS, SECRET)})
     assert (run_dir(run) / "model" / "config.json").is_file()
     assert not list(Path.cwd().glob("pwned")) + list(tmp_path.rglob("pwned"))
-    assert SECRET not in said
+    assert SECRET not in output
     files = [path for path in run_dir(run).rglob("*") if path.is_file()]
     assert len(files) > 10
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 def test_files_follow_the_umask(whole, tmp_path):
-    """All of a run, and what is exported: safetensors alone would make them private."""
+    """safetensors by itself would write private files. Checked for a run and for an exported model."""
     run = Path(shutil.copytree(run_dir(whole), tmp_path / "run"))
     before = os.umask(0o027)
     try:

@@ -56,7 +56,7 @@ def restore_damaged(ranks, saved: str, folder: str, damages: dict, **settings) -
     found = {}
     for name, damage in damages.items():
         run = Path(folder) / name
-        with ranks.together():
+        with ranks.fail_together():
             if ranks.is_first:
                 shutil.copytree(saved, run)
                 damage(run)
@@ -166,7 +166,7 @@ def test_a_start_refuses_foreign_checkpoints_and_damage_that_it_cannot_avoid(sav
 
 def fall_back_and_keep_one(ranks, folder: str) -> list[str]:
     """Damages the newer of two checkpoints, restores the older one, and saves two more, of which one is kept."""
-    with ranks.together():
+    with ranks.fail_together():
         if ranks.is_first:
             truncate(Path(folder))
     trainer = Trainer(ranks, Leg(), folder, keep_last=1)

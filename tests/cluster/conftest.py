@@ -1,4 +1,4 @@
-"""One cluster for all of these tests. Where its programs are missing they are skipped; in CI they fail then."""
+"""One cluster for all tests of this folder. Without its programs these tests are skipped; in CI they fail."""
 
 import os
 import shutil
@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.machines import Cluster, forbidden, missing
+from tests.cluster.machines import Cluster, missing_programs, refusal_of_hosts
 from tests.launched import ROOT
 
 REQUIRED = "SORTED_DS_REQUIRE_CLUSTER"
-"""Set by .ci/run."""
+""".ci/run sets this variable."""
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    if absent := missing():
-        told = f"needs {', '.join(absent)}: run tests/cluster/install.sh as root"
+    """Yields a running cluster of two hosts with Slurm."""
+    if programs := missing_programs():
+        message = f"needs {', '.join(programs)}: run tests/cluster/install.sh as root"
         if os.environ.get(REQUIRED):
-            pytest.fail(told)
-        pytest.skip(told)
-    if told := forbidden():
-        pytest.skip(f"this machine cannot hold hosts of its own: {told}")
+            pytest.fail(message)
+        pytest.skip(message)
+    skip_without_hosts()
     folder = ROOT / ".cache" / "cluster"
     with Cluster(folder) as running:
         yield running
@@ -31,10 +31,15 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def place(request) -> Iterator[Path]:
-    """A folder that all hosts see: each has its own /tmp."""
-    if told := forbidden():
-        pytest.skip(f"this machine cannot hold hosts of its own: {told}")
-    folder = Path(tempfile.mkdtemp(prefix="place-", dir=ROOT / ".cache"))
+def shared_folder() -> Iterator[Path]:
+    """Yields a folder that all hosts see, which is not in /tmp, because each host has its own."""
+    skip_without_hosts()
+    folder = Path(tempfile.mkdtemp(prefix="shared-", dir=ROOT / ".cache"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def skip_without_hosts() -> None:
+    """Skips the test on a machine that lets nobody create hosts."""
+    if refusal := refusal_of_hosts():
+        pytest.skip(f"this machine cannot create hosts: {refusal}")

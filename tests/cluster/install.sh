@@ -1,5 +1,5 @@
 #!/bin/bash
-# What the tests of real launchers need, installed on Debian or Ubuntu as root. Starts no service.
+# Installs what the tests of real launchers need, on Debian or Ubuntu, as root. Starts no service.
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive
 if [ ! -e /usr/sbin/policy-rc.d ]; then

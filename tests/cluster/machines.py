@@ -1,8 +1,8 @@
-"""A cluster on one machine: hosts with their own network, processes, /tmp and sshd, and a Slurm whose nodes they are.
+"""Creates a cluster on one machine: hosts with their own network, processes, /tmp and sshd, as the nodes of a Slurm.
 
-A host is a set of namespaces on a bridge; the rest of the disk is shared, as a home directory on NFS is, and /tmp too
-where this project lies in it. Slurm's controller runs outside, one slurmd inside each host. Needs root and the packages
-that tests/cluster/install.sh names.
+A host is a set of namespaces on a bridge. All hosts share the rest of the disk, as they would share a home directory on
+NFS; they share /tmp too if this project lies in it. Slurm's controller runs outside, and one slurmd inside each host.
+Needs root and the packages that tests/cluster/install.sh installs.
 `python -m tests.cluster.machines FOLDER COMMAND ...` runs a command on the first host of a cluster of two.
 """
 
@@ -34,19 +34,19 @@ VENV = Path(sys.executable).parent
 SECONDS_TO_START = 20
 
 
-def missing() -> list[str]:
-    """What is not installed here."""
+def missing_programs() -> list[str]:
+    """Returns what a cluster needs and this machine lacks: names of programs, and "root"."""
     search = os.pathsep.join((os.environ["PATH"], *PATH))
     return [name for name in PROGRAMS if not shutil.which(name, path=search)] + ["root"] * (os.geteuid() != 0)
 
 
-def forbidden() -> str:
-    """What this machine lets nobody do, installed or not; empty where hosts can be made."""
+def refusal_of_hosts() -> str:
+    """Returns the error by which this machine refuses to create hosts, as some containers do; "" if it does not."""
     unshare = ["unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork", "--mount-proc", "true"]
     bridge = ["ip", "link", "add", f"{BRIDGE}-try", "type", "bridge"]
-    told = [subprocess.run(command, capture_output=True, text=True, check=False) for command in (unshare, bridge)]
+    tried = [subprocess.run(command, capture_output=True, text=True, check=False) for command in (unshare, bridge)]
     subprocess.run(["ip", "link", "del", f"{BRIDGE}-try"], capture_output=True, check=False)
-    return " ".join(done.stderr.strip() for done in told if done.returncode)
+    return " ".join(done.stderr.strip() for done in tried if done.returncode)
 
 
 SSHD = """\
@@ -63,7 +63,7 @@ SetEnv PATH={path}
 START = """\
 set -e
 hostname {host}
-for place in {own}; do mount -t tmpfs tmpfs $place; chmod 1777 $place; done
+for path in {own_folders}; do mount -t tmpfs tmpfs $path; chmod 1777 $path; done
 {cgroups}
 mkdir -p /run/sshd /root/.ssh
 mount --bind {folder}/hosts /etc/hosts
@@ -78,7 +78,7 @@ mount -t cgroup -o freezer none {FREEZER}
 mkdir -p {FREEZER}/{{host}}
 mount --bind {FREEZER}/{{host}} {FREEZER}
 """
-"""By which Slurm knows the processes of a task, as on most clusters: it signals the first alone. One for each host."""
+"""With a freezer for each host, Slurm tracks tasks as on most clusters: it signals their first process alone."""
 SSH = """\
 Host *
   StrictHostKeyChecking no
@@ -125,10 +125,10 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 Preempt
 
 
 class Cluster:
-    """Hosts h1, h2, ...; from `with` to its end."""
+    """Hosts h1, h2, ... and a Slurm on them, which run inside of the `with` block."""
 
     def __init__(self, folder: Path, num_hosts: int = 2):
-        """`folder`: where everything of the cluster is kept."""
+        """`folder`: holds the files of the cluster; its contents are deleted at the start."""
         self.folder = folder
         self.has_cgroups = "\nfreezer" in Path("/proc/cgroups").read_text()
         self.hosts = {f"h{number + 1}": f"{NETWORK}.{number + 1}" for number in range(num_hosts)}
@@ -154,18 +154,18 @@ class Cluster:
         self.close()
 
     def command(self, host: str, *command: str, **environment: str) -> list[str]:
-        """What runs `command` on a host, as a fresh login would."""
-        names = {**self.environment, **environment}
+        """Returns the command line that runs `command` on a host, with the environment of a fresh login."""
+        variables = {**self.environment, **environment}
         enter = ["nsenter", "--target", (self.folder / host / "pid").read_text(), "-n", "-u", "-m", "-p", "-i"]
-        return [*enter, "env", "-i", *(f"{name}={value}" for name, value in names.items()), *command]
+        return [*enter, "env", "-i", *(f"{name}={value}" for name, value in variables.items()), *command]
 
     def on(self, host: str, *command: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
-        """Its result, with both streams as text."""
+        """Runs a command on a host and returns its result, with both streams as text."""
         full = self.command(host, *command, **environment)
         return subprocess.run(full, capture_output=True, text=True, check=False, timeout=timeout)
 
-    def said(self, host: str, *command: str) -> str:
-        """The output of a command that must work."""
+    def output(self, host: str, *command: str) -> str:
+        """Returns the output of a command that must succeed."""
         done = self.on(host, *command)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
@@ -175,7 +175,7 @@ class Cluster:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         values = {"folder": self.folder, "network": NETWORK, "path": self.environment["PATH"]}
         shared = self.folder.is_relative_to("/tmp") or VENV.is_relative_to("/tmp")
-        values["own"] = " ".join(("/dev/shm", "/run", *([] if shared else ["/tmp"])))
+        values["own_folders"] = " ".join(("/dev/shm", "/run", *([] if shared else ["/tmp"])))
         values["controller"] = socket.gethostname().split(".")[0]
         values["tracking"] = "cgroup" if self.has_cgroups else "linuxproc"
         lines = [f"{address} {host}" for host, address in self.hosts.items()]
@@ -211,10 +211,10 @@ class Cluster:
             with (self.folder / host / "sshd.log").open("w") as log:
                 streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
                 process = subprocess.Popen(start, **streams, start_new_session=True)
-            until(lambda process=process: _child(process.pid), f"{host} did not start")
+            wait_until(lambda process=process: _child(process.pid), f"{host} did not start")
             (self.folder / host / "pid").write_text(str(_child(process.pid)))
         for host in self.hosts:
-            until(lambda host=host: self.on(host, "ssh", host, "true").returncode == 0, f"no ssh to {host}")
+            wait_until(lambda host=host: self.on(host, "ssh", host, "true").returncode == 0, f"no ssh to {host}")
 
     def _start_slurm(self) -> None:
         munge = self.folder / "munge"
@@ -223,13 +223,13 @@ class Cluster:
         environment = {**os.environ, "SLURM_CONF": self.environment["SLURM_CONF"]}
         _run("slurmctld", "-f", self.environment["SLURM_CONF"], env=environment)
         for host in self.hosts:
-            self.said(host, "slurmd", "-f", self.environment["SLURM_CONF"], "-N", host)
+            self.output(host, "slurmd", "-f", self.environment["SLURM_CONF"], "-N", host)
         idle = ("sinfo", "--noheader", "--partition", "main", "--states", "idle", "--format", "%D")
         first = next(iter(self.hosts))
-        until(lambda: self.on(first, *idle).stdout.strip() == str(len(self.hosts)), "Slurm did not start")
+        wait_until(lambda: self.on(first, *idle).stdout.strip() == str(len(self.hosts)), "Slurm did not start")
 
     def close(self) -> None:
-        """Ends everything, also what an earlier test run left."""
+        """Ends all hosts and daemons, and those that an earlier test run left."""
         for pid in (*(self.folder / host / "pid" for host in self.hosts), *self.folder.glob("*.pid")):
             if pid.is_file():
                 _kill(int(pid.read_text()))
@@ -254,7 +254,7 @@ def _key(path: Path) -> None:
 
 
 def _child(pid: int) -> int:
-    """The first process of a host: the child of unshare, which ip has become."""
+    """Returns the first process of a host, which is the child of unshare; 0 before it exists."""
     found = Path(f"/proc/{pid}/task/{pid}/children")
     text = found.read_text().split() if found.exists() else []
     return int(text[0]) if text else 0
@@ -267,10 +267,11 @@ def _kill(pid: int) -> None:
         return
 
 
-def until(is_so: Callable[[], bool], complaint: str, seconds: float = SECONDS_TO_START) -> None:
+def wait_until(condition: Callable[[], bool], failure: str, seconds: float = SECONDS_TO_START) -> None:
+    """Returns when the condition is true. Raises: AssertionError with the text `failure` after so many seconds."""
     end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, complaint
+    while not condition():
+        assert time.monotonic() < end, failure
         time.sleep(0.1)
 
 

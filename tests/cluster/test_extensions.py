@@ -1,4 +1,4 @@
-"""A lock that a killed process left on a compiled operation is removed; one that is held, or may be, is not."""
+"""A lock that a killed process left on a compiled operation is removed; a lock that may be held is kept."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 from sorted_ds.cluster import extensions
-from sorted_ds.cluster.extensions import release_dead_locks
+from sorted_ds.cluster.extensions import remove_stale_locks
 
 HOLDER = """
 import sys, time
@@ -38,18 +38,18 @@ def holder(lock):
     process.wait()
 
 
-def test_a_lock_that_a_process_holds_stays_however_old_it_is(lock, holder):
+def test_a_lock_that_a_process_holds_is_kept_at_any_age(lock, holder):
     os.utime(lock, (0, 0))
-    release_dead_locks(tells=False)
+    remove_stale_locks(prints=False)
     assert lock.exists()
 
 
-def test_a_killed_process_s_lock_goes_when_nobody_can_be_compiling(lock, holder, capsys):
+def test_a_lock_of_a_killed_process_is_removed_when_nobody_can_be_compiling(lock, holder, capsys):
     holder.kill()
     holder.wait()
     with mock.patch.object(extensions, "SECONDS_TO_COMPILE", 1.5):
         began = time.monotonic()
-        release_dead_locks(tells=True)
+        remove_stale_locks(prints=True)
     assert time.monotonic() - began > 1
-    assert f"waiting for {lock}, at most" in capsys.readouterr().err
+    assert f"waiting at most 2 s for the lock {lock}: " in capsys.readouterr().err
     assert FileBaton(str(lock)).try_acquire()

@@ -1,4 +1,4 @@
-"""Each launcher, for real, on two hosts: all give the weights of the run on one machine, bit for bit."""
+"""Each real launcher on two hosts gives the weights of the same run on one machine, bit for bit."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sorted_ds.checkpoint.folders import published_checkpoints
-from tests.cluster.machines import Cluster, until
+from tests.cluster.machines import Cluster, wait_until
 from tests.launched import ROOT, SETTINGS, copied, masters, one_error, run_dir
 
 PYTHON = sys.executable
@@ -40,12 +40,13 @@ NODE_BY_NODE = {
 
 
 @pytest.fixture
-def run(whole, place) -> Path:
-    """The shared run's file on a disk that the hosts share, its data prepared, nothing trained."""
-    return copied(whole, place, keep_steps=0)
+def run(whole, shared_folder) -> Path:
+    """Returns a run file on the disk that the hosts share. Its data is prepared, and nothing is trained."""
+    return copied(whole, shared_folder, keep_steps=0)
 
 
 def filled(command: list[str], cluster: Cluster, run: Path, node: int = 0) -> list[str]:
+    """Returns the command with its placeholders replaced and the run's arguments appended."""
     hostfile = cluster.folder / "hostfile"
     hostfile.write_text(HOSTFILE)
     port = 29500 + int(time.monotonic()) % 400
@@ -58,14 +59,14 @@ def assert_same_weights(whole: Path, run: Path) -> None:
 
 
 def with_deepspeed_env(cluster: Cluster, run: Path) -> dict[str, str]:
-    """deepspeed passes on what `.deepspeed_env` in the working directory or the home says."""
+    """Writes the variables that deepspeed passes on to ranks, and returns the variable that names the file."""
     lines = [f"{name}={cluster.environment[name]}" for name in EXPORTED]
     (run.parent / ".deepspeed_env").write_text("\n".join(lines))
     return {"DS_ENV_FILE": str(run.parent / ".deepspeed_env")}
 
 
 def start(cluster: Cluster, run: Path, name: str) -> None:
-    """The run by one launcher, to its end, which must be good."""
+    """Runs the whole run with one launcher. Raises: AssertionError when it fails."""
     if name in NODE_BY_NODE:
         starts = {host: filled(NODE_BY_NODE[name], cluster, run, node) for node, host in enumerate(cluster.hosts)}
     else:
@@ -84,17 +85,17 @@ def test_a_launcher_gives_the_same_weights(cluster, whole, run, name):
     assert_same_weights(whole, run)
 
 
-def test_ranks_save_and_end_when_pdshs_connections_are_gone(cluster, run):
-    """As when the host that it ran on is lost. Killed alone, pdsh leaves its ssh behind, and the run goes on."""
+def test_ranks_save_and_exit_when_the_connections_of_pdsh_are_lost(cluster, run):
+    """This happens when pdsh's host is lost. If pdsh alone is killed, its ssh stays, and the run continues."""
     command = filled(FROM_ONE_HOST["deepspeed over pdsh"], cluster, run)
     command += ["train.steps=2000", "checkpoint.every_steps=2000", "eval.every_steps=0"]
     environment, curves = with_deepspeed_env(cluster, run), run_dir(run) / "metrics.jsonl"
     curves.unlink()
     with ThreadPoolExecutor() as pool:
         ending = pool.submit(cluster.on, "h1", *command, **environment)
-        until(lambda: curves.exists() and '"step": 5,' in curves.read_text(), "step 5", 120)
+        wait_until(lambda: curves.exists() and '"step": 5,' in curves.read_text(), "step 5", 120)
         cluster.on("h1", "pkill", "-9", "-f", "^ssh -oConnectTimeout")
-        until(lambda: not ranks_on(cluster), "the end", 40)
+        wait_until(lambda: not ranks_on(cluster), "the end", 40)
         ending.result()
     (saved,) = published_checkpoints(run_dir(run) / "checkpoints")
     assert int(saved.name.removeprefix("step_")) >= 5
@@ -107,9 +108,9 @@ def ranks_on(cluster: Cluster) -> str:
 FAILING = """
 import sys, time, types
 from sorted_ds.commands import cli
-from sorted_ds.cluster.rendezvous import _world
+from sorted_ds.cluster.rendezvous import _mpi_world
 def main(arguments):
-    if _world().rank == 1:
+    if _mpi_world().rank == 1:
         raise ValueError("rank 1 cannot go on")
     time.sleep(100)
 sys.modules["sorted_ds.run.train"] = types.SimpleNamespace(main=main)
@@ -118,7 +119,7 @@ cli.train_main()
 
 
 def test_a_rank_that_fails_under_mpirun_ends_the_others(cluster, run):
-    """The usual exit would wait for them, in MPI_Finalize."""
+    """Python's usual exit would wait for the other ranks in MPI_Finalize."""
     (run.parent / "failing.py").write_text(FAILING)
     command = ["mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
     start = time.monotonic()
@@ -129,7 +130,10 @@ def test_a_rank_that_fails_under_mpirun_ends_the_others(cluster, run):
 
 
 def mpich_first(cluster: Cluster) -> Path:
-    """Where Debian has both, `mpirun` is Open MPI's. MPICH's looks at its own name, so no link does."""
+    """Returns a folder in which `mpirun` is MPICH's, because Debian's `mpirun` is Open MPI's if both are installed.
+
+    A link would not do: MPICH's program looks at its own name.
+    """
     program = cluster.folder / "mpich" / "mpirun"
     program.parent.mkdir(exist_ok=True)
     program.write_text('#!/bin/sh\nexec mpirun.mpich "$@"\n')
@@ -137,7 +141,7 @@ def mpich_first(cluster: Cluster) -> Path:
     return program.parent
 
 
-def test_a_hosts_own_run_file_is_one_error_from_srun(cluster, run):
+def test_a_wrong_setting_is_one_error_under_srun(cluster, run):
     done = cluster.on("h1", *SRUN, PYTHON, SCRIPT, str(run), "data.vocab_size=0")
     assert done.returncode != 0
     assert "vocab_size" in one_error(done.stderr)

@@ -1,4 +1,4 @@
-"""A job of a real Slurm on two nodes that is signalled, preempted, stopped or cancelled: nothing is lost."""
+"""A job of a real Slurm on two nodes loses nothing when it is signalled, preempted, stopped or cancelled."""
 
 import re
 import time
@@ -21,19 +21,19 @@ SECONDS = 120
 
 @pytest.fixture(scope="module")
 def longer(tmp_path_factory) -> Path:
-    """The run file of an uninterrupted run on this machine, long enough to be caught in the middle."""
+    """Returns the run file of an uninterrupted run on this machine, which is long enough to be interrupted."""
     run = run_file(tmp_path_factory.mktemp("longer"))
     train(run, *LONGER)
     return run
 
 
 @pytest.fixture
-def run(longer, place) -> Path:
-    return copied(longer, place / 'it\'s "$(touch pwned)"', keep_steps=0)
+def run(longer, shared_folder) -> Path:
+    return copied(longer, shared_folder / 'it\'s "$(touch pwned)"', keep_steps=0)
 
 
 class Job:
-    """A submitted run."""
+    """A run that was submitted as a job."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Job:
         partition: str = "main",
         options: Sequence[str] = (),
     ):
-        """By `sorted-ds launch`, or with a script of launch/."""
+        """Submits with `sorted-ds launch`, or if `script` is given, with that script of launch/."""
         self.cluster, self.run = cluster, run
         if script:
             log = f"--output={run_dir(run)}/slurm-%j.log"
@@ -59,7 +59,7 @@ class Job:
                 str(run),
                 *settings,
             ]
-            self.number = cluster.said("h1", *command)
+            self.number = cluster.output("h1", *command)
             return
         command = [
             "sorted-ds",
@@ -74,7 +74,7 @@ class Job:
             "--no-gpus",
             f"--sbatch=partition={partition}",
         ]
-        self.number = cluster.said("h1", *command, "--time", "10:00").splitlines()[-1]
+        self.number = cluster.output("h1", *command, "--time", "10:00").splitlines()[-1]
 
     @property
     def log(self) -> str:
@@ -82,13 +82,13 @@ class Job:
         return path.read_text() if path.exists() else ""
 
     def state(self, field: str = "JobState") -> str:
-        told = self.cluster.said("h1", "scontrol", "show", "job", self.number)
-        found = re.search(rf"{field}=(\S+)", told)
+        shown = self.cluster.output("h1", "scontrol", "show", "job", self.number)
+        found = re.search(rf"{field}=(\S+)", shown)
         return found[1] if found else ""
 
-    def wait(self, is_so: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
         end = time.monotonic() + seconds
-        while not is_so():
+        while not condition():
             assert time.monotonic() < end, f"{what} did not come: {self.state()}\n{self.log}"
             time.sleep(0.1)
 
@@ -104,17 +104,17 @@ class Job:
 
 
 def assert_same(longer: Path, run: Path) -> None:
-    """The weights, and every step reported once."""
+    """Compares the weights bit for bit, and checks that each step was reported once."""
     before, after = masters(longer, STEPS), masters(run, STEPS)
     assert all(torch.equal(before[name], after[name]) for name in before)
     steps = [row["step"] for row in metrics(run) if "loss/training" in row]
     assert steps == list(range(1, STEPS + 1))
 
 
-def test_a_signalled_job_saves_is_started_again_and_ends_bit_equal(cluster, longer, run):
+def test_a_signalled_job_saves_and_is_requeued_and_ends_bit_equal(cluster, longer, run):
     job = Job(cluster, run)
     job.reach_step(5)
-    cluster.said("h1", "scancel", "--signal=USR1", job.number)
+    cluster.output("h1", "scancel", "--signal=USR1", job.number)
     assert job.end() == "COMPLETED", job.log
     assert job.state("Restarts") == "1"
     assert f"SIGUSR1; Slurm starts job {job.number} again" in job.log
@@ -122,17 +122,17 @@ def test_a_signalled_job_saves_is_started_again_and_ends_bit_equal(cluster, long
     assert_same(longer, run)
 
 
-def test_a_signalled_job_of_the_deepspeed_launcher_goes_on_too(cluster, longer, run):
+def test_a_signalled_job_of_the_deepspeed_launcher_resumes_too(cluster, longer, run):
     job = Job(cluster, run, "slurm_deepspeed.sbatch")
     job.reach_step(5)
-    cluster.said("h1", "scancel", "--signal=USR1", job.number)
+    cluster.output("h1", "scancel", "--signal=USR1", job.number)
     assert job.end() == "COMPLETED", job.log
     assert job.state("Restarts") == "1"
     assert_same(longer, run)
 
 
 @pytest.mark.parametrize("script", ["", "slurm_deepspeed.sbatch"])
-def test_a_preempted_job_saves_is_started_again_and_ends_bit_equal(cluster, longer, run, script):
+def test_a_preempted_job_saves_and_is_requeued_and_ends_bit_equal(cluster, longer, run, script):
     job = Job(cluster, run, script)
     job.reach_step(5)
     preempt(cluster)
@@ -142,11 +142,11 @@ def test_a_preempted_job_saves_is_started_again_and_ends_bit_equal(cluster, long
     assert_same(longer, run)
 
 
-def test_a_job_that_is_preempted_while_it_starts_is_started_again(cluster, longer, run):
+def test_a_job_that_is_preempted_while_it_starts_is_requeued(cluster, longer, run):
     job = Job(cluster, run)
     ranks = ("pgrep", "-f", "sorted_ds.commands.rank")
     job.wait(lambda: all(cluster.on(host, *ranks).stdout for host in cluster.hosts), "the ranks")
-    time.sleep(1)  # Python runs, and imports
+    time.sleep(1)  # by now Python runs and imports
     preempt(cluster)
     assert job.end() == "COMPLETED", job.log
     assert job.state("Restarts") == "1"
@@ -155,7 +155,7 @@ def test_a_job_that_is_preempted_while_it_starts_is_started_again(cluster, longe
 
 
 def changed_script(run: Path, old: str, new: str) -> str:
-    """`launch/slurm.sbatch` with its one `old` replaced, beside the run file."""
+    """Writes `launch/slurm.sbatch` with one text replaced, and returns its path."""
     script = (ROOT / "launch" / "slurm.sbatch").read_text()
     assert script.count(old) == 1
     path = run.parent / "changed.sbatch"
@@ -163,8 +163,8 @@ def changed_script(run: Path, old: str, new: str) -> str:
     return str(path)
 
 
-def test_a_job_that_is_preempted_before_it_has_ranks_is_started_again(cluster, longer, run):
-    """While its script makes ready: Slurm signals tasks, and there are none."""
+def test_a_job_that_is_preempted_before_it_has_ranks_is_requeued(cluster, longer, run):
+    """Slurm signals only tasks, and while the batch script prepares there are none."""
     preempted = "scontrol show job $SLURM_JOB_ID | grep -q 'PreemptTime=2'"
     waiting = f'until [ "${{SLURM_RESTART_COUNT:-0}}" != 0 ] || {preempted}; do sleep 0.2; done'
     script = changed_script(run, "\nsrun ", f"\n{waiting}\nsrun ")
@@ -177,8 +177,8 @@ def test_a_job_that_is_preempted_before_it_has_ranks_is_started_again(cluster, l
     assert_same(longer, run)
 
 
-def test_a_rank_that_fails_at_once_ends_the_job_which_is_not_started_again(cluster, run):
-    """Slurm signals rank 0, which waits for it: as in a preemption, and for ever where it were taken for one."""
+def test_a_job_whose_rank_fails_at_once_is_not_requeued(cluster, run):
+    """Slurm then signals rank 0, as in a preemption. If it were taken for one, the job would be requeued for ever."""
     failing = (
         "bash -c '[ $SLURM_PROCID = 0 ] || { sleep 10; exit 7; }; exec python -m sorted_ds.commands.rank \"$@\"' rank"
     )
@@ -190,7 +190,7 @@ def test_a_rank_that_fails_at_once_ends_the_job_which_is_not_started_again(clust
     assert job.state() == "FAILED", job.log
 
 
-def test_an_array_is_a_run_for_each_seed_and_another_job_comes_after_it(cluster, run):
+def test_an_array_trains_a_run_for_each_seed_and_a_dependent_job_follows(cluster, run):
     one_node = ["--nodes=1", "--ntasks-per-node=1"]
     array = Job(cluster, run, "slurm.sbatch", SHORT, options=[*one_node, "--array=0-1"])
     after = Job(cluster, run, "slurm.sbatch", SHORT, options=[*one_node, f"--dependency=afterany:{array.number}"])
@@ -201,34 +201,37 @@ def test_an_array_is_a_run_for_each_seed_and_another_job_comes_after_it(cluster,
 
 
 def preempt(cluster: Cluster) -> None:
+    """Submits a job with a higher priority, for which Slurm preempts the jobs on both nodes."""
     command = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2"]
-    cluster.said("h1", *command)
+    cluster.output("h1", *command)
 
 
 @pytest.mark.parametrize("script", ["", "slurm_deepspeed.sbatch"])
-def test_a_job_that_slurm_ends_at_once_saves_meanwhile_and_slurm_starts_it_again(cluster, longer, run, script):
-    """As at most sites: no grace, so Slurm ends and requeues the job by itself, and waits for KillWait."""
+def test_a_job_that_is_preempted_without_grace_time_saves_and_is_requeued(cluster, longer, run, script):
+    """Most sites have no GraceTime: Slurm ends and requeues the job by itself, and waits for KillWait in between."""
     job = Job(cluster, run, script, partition="at_once")
     job.reach_step(5)
     preempt(cluster)
     assert job.end() == "COMPLETED", job.log
     assert job.state("Restarts") == "1"
     if cluster.has_cgroups:
-        assert re.search(r"SIGTERM; Slurm is ending job \d+ \(COMPLETING\), and knows whether", job.log), job.log
+        assert re.search(r"SIGTERM; Slurm is already ending job \d+ \(COMPLETING\) and decides whether", job.log), (
+            job.log
+        )
         assert "going on from the checkpoint of step" in job.log
     assert_same(longer, run)
 
 
-def test_a_cancelled_job_is_not_started_again(cluster, run):
+def test_a_cancelled_job_is_not_requeued(cluster, run):
     job = Job(cluster, run)
     job.reach_step(5)
-    cluster.said("h1", "scancel", job.number)
+    cluster.output("h1", "scancel", job.number)
     assert job.end() == "CANCELLED", job.log
     time.sleep(8)  # a requeued job would start by now
     assert job.state() == "CANCELLED"
 
 
-def test_a_touched_file_ends_the_job_for_good_and_the_next_one_goes_on(cluster, longer, run):
+def test_a_touched_stop_file_ends_the_job_and_the_next_job_resumes(cluster, longer, run):
     job = Job(cluster, run)
     job.reach_step(5)
     (run_dir(run) / "stop").touch()
@@ -239,7 +242,7 @@ def test_a_touched_file_ends_the_job_for_good_and_the_next_one_goes_on(cluster, 
     assert_same(longer, run)
 
 
-def test_a_rank_that_is_killed_ends_the_job_within_seconds_and_is_named(cluster, run):
+def test_a_killed_rank_is_named_and_ends_the_job_within_seconds(cluster, run):
     job = Job(cluster, run)
     job.reach_step(5)
     start = time.monotonic()

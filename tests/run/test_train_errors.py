@@ -15,7 +15,7 @@ import torch
 
 from sorted_ds.base.errors import AgreedError
 from sorted_ds.cluster.ranks import Ranks
-from sorted_ds.cluster.stop import Stop
+from sorted_ds.cluster.stop import StopCauses
 from sorted_ds.run.train import save_last
 from tests.forked import by_ranks
 from tests.launched import (
@@ -58,8 +58,8 @@ def test_a_file_that_ended_a_run_has_had_its_effect_though_the_last_save_failed(
     (tmp_path / "stop").touch()
     checkpoints, engine = mock.Mock(last_step=0), mock.Mock(ranks=Ranks(0, 1, 0, torch.device("cpu")))
     checkpoints.finish.side_effect = AgreedError("the disk is full")
-    stop = Stop(tmp_path, "", is_first=True)
-    assert stop.wanted(None).ends
+    stop = StopCauses(tmp_path, "", is_first=True)
+    assert stop.request(None).stops
     with pytest.raises(AgreedError, match="the disk is full"):
         save_last(checkpoints, engine, 3, False, stop, mock.Mock())
     assert not (tmp_path / "stop").exists()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sorted_ds.cluster.launcher import ranks_of
+from sorted_ds.cluster.launcher import rank_processes
 from sorted_ds.commands.cli import main
 from sorted_ds.run.monitor import FULL_LOSS
 from tests.forked import by_ranks
@@ -190,7 +190,7 @@ def test_a_rank_that_is_killed_takes_the_others_down_and_is_named(whole, tmp_pat
     process = subprocess.Popen(command(run, "train.steps=4000"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     next(line for line in process.stderr if line.startswith("step 2/"))
     launcher = psutil.Process(process.pid).children()[0]
-    ranks = {rank.environ()["RANK"]: rank for rank in ranks_of(launcher.pid)}
+    ranks = {rank.environ()["RANK"]: rank for rank in rank_processes(launcher.pid)}
     assert sorted(ranks) == ["0", "1"]
     start = time.monotonic()
     ranks[str(victim)].kill()
@@ -209,7 +209,7 @@ def test_a_rank_that_hangs_ends_the_run_and_all_say_where_they_stand(whole, tmp_
     done = by_launcher("torchrun", str(tmp_path / "staying.py"), *arguments)
     assert done.returncode != 0
     assert time.monotonic() - start < 150
-    assert "nothing was finished for 0.2 minutes (train.hang_minutes). Stacks are in " in done.stderr
+    assert "no progress for 0.2 minutes (train.hang_minutes). The stacks of all threads are in " in done.stderr
     stacks = [(run_dir(run) / "stacks" / f"rank_{rank:04d}.txt").read_text() for rank in (0, 1)]
     assert "in stay_here" in stacks[1]
     assert "in stay_here" not in stacks[0]
