@@ -1,10 +1,13 @@
 """Three models that run one sub-network, and how far they are apart. `python -m benchmarks.parity` prints the table.
 
 Nested: the nested model. Extracted: the plain model cut out of it. Reference: the plain full model, which knows nothing
-of `sorted_ds.nested`: run to the active depth, the inactive heads and channels zeroed before the output projections.
+of `sorted_ds.nested`: it runs the active layers, with the inactive heads and channels zeroed before the output
+projections.
 """
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +21,11 @@ from sorted_ds.nested.bundles import bundle, parts_of
 from sorted_ds.nested.layers import run_by_blocks
 from sorted_ds.nested.layout import lay_out
 from sorted_ds.nested.weights import hf_tensors
-from sorted_ds.space import SubNet
+from sorted_ds.space import SubNet, SubNetSpace
 from tests.families import SPACE, SUBNETS, VARIANTS, tiny_model, tokens
 
 WAYS = ("joined", "blocks", "bundles")
-"""Of a layer with its weights: as one matrix each (stages 0 to 2), each block by itself, and as under ZeRO-3."""
+"""How a layer uses its weights: each as one matrix (stages 0 to 2), block by block, or in bundles as under ZeRO-3."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def in_way(model: NestedModel, way: str) -> NestedModel:
     lay_out(model)
     if way == "bundles":
         bundle(model)
-    for layer in model.model.layers if way == "blocks" else ():
+    for layer in model.all_layers if way == "blocks" else ():
         layer.run = run_by_blocks
     return model
 
@@ -69,13 +72,32 @@ def run_plain(model: PreTrainedModel, input_ids: Tensor) -> Outcome:
     return Outcome(logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
-def run_reference(full: PreTrainedModel, subnet: SubNet, input_ids: Tensor) -> Outcome:
-    """The masked full model."""
+@contextmanager
+def running(full: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
+    """The full model runs these of its layers and no others. Its parameters are then named as in a model of these."""
+    config, all_layers = full.config, full.model.layers
+    changed: dict[str, object] = {"num_hidden_layers": len(layers)}
+    if getattr(config, "layer_types", None):
+        changed["layer_types"] = [config.layer_types[number] for number in layers]
+    before = {key: getattr(config, key) for key in changed}
+    full.model.layers = nn.ModuleList(all_layers[number] for number in layers)
+    for key, value in changed.items():
+        setattr(config, key, value)
+    try:
+        yield
+    finally:
+        full.model.layers = all_layers
+        for key, value in before.items():
+            setattr(config, key, value)
+
+
+def run_reference(full: PreTrainedModel, subnet: SubNet, input_ids: Tensor, order: Sequence[int] = ()) -> Outcome:
+    """The masked full model on the first layers of `order`, in its own sequence; without an order on its first ones."""
     config = full.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key_rows = subnet["g"] * head
     query_rows = key_rows * (config.num_attention_heads // config.num_key_value_heads)
-    depth, config.num_hidden_layers = config.num_hidden_layers, subnet.depth
+    layers = sorted(order[: subnet.depth]) if order else range(subnet.depth)
     hooks = []
     for layer in full.model.layers:
         hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(zero_beyond(query_rows)))
@@ -83,10 +105,10 @@ def run_reference(full: PreTrainedModel, subnet: SubNet, input_ids: Tensor) -> O
         if config.model_type == "olmo2":
             hooks.append(layer.self_attn.q_norm.register_forward_hook(norm_over(query_rows)))
             hooks.append(layer.self_attn.k_norm.register_forward_hook(norm_over(key_rows)))
-    outcome = run_plain(full, input_ids)
+    with running(full, layers):
+        outcome = run_plain(full, input_ids)
     for hook in hooks:
         hook.remove()
-    config.num_hidden_layers = depth
     return outcome
 
 
@@ -134,16 +156,19 @@ def grads_difference(active: Outcome, reference: Outcome) -> tuple[float, float]
     return max(by_tensor), largest / max(all_grads)
 
 
-def four_outcomes(variant: str, attention: str, names: list[str], length: int = 12):
-    """For each sub-network: the reference, and by label the nested model in each way and the extracted one."""
+def four_outcomes(variant: str, attention: str, names: list[str], length: int = 12, order: Sequence[int] = ()):
+    """For each sub-network: the reference, and by label the nested model in each way and the extracted one.
+
+    `order`: the layers in the order in which depth takes them; without it a depth is a prefix.
+    """
     full = tiny_model(variant, attention)
-    model = nest(copy.deepcopy(full), SPACE)
+    model = nest(copy.deepcopy(full), SubNetSpace(SPACE, layer_order=order) if order else SPACE)
     models = {way: in_way(model, way) for way in WAYS}
     input_ids = tokens(length=length)
     for subnet in map(SubNet.parse, names):
         yield (
             subnet,
-            run_reference(full, subnet, input_ids),
+            run_reference(full, subnet, input_ids, order),
             {
                 **{way: run_nested(own, subnet, input_ids) for way, own in models.items()},
                 "extracted": run_plain(extract(model, subnet), input_ids),

@@ -18,6 +18,7 @@ from sorted_ds.engine.modes import check_modes
 from sorted_ds.families import nest
 from sorted_ds.nested import NestedModel, compiled
 from sorted_ds.nested.blocks import NestedModule
+from sorted_ds.nested.layers import joined
 from sorted_ds.run.run_file import load_run
 from sorted_ds.space import SubNetSpace
 from tests import exactness, families
@@ -29,7 +30,7 @@ from tests.spawn import on_ranks
 
 NUM_STEPS = len(exactness.SCHEDULE)
 GRAPHS = 4
-"""Of one kind of layer: one head or several x training and evaluation."""
+"""How many graphs one kind of layer needs: one head or several x training and evaluation."""
 
 FP32 = [
     *(Case(stage, compile=True) for stage in (0, 1, 2)),
@@ -47,16 +48,16 @@ BF16 = [
 STATIC = [replace(case, static=True, compile=False) for case in BF16]
 EAGER = [replace(case, compile=False) for case in FP32]
 
-# As in test_engine_exact.py: AdamW divides by the root of a second moment that can be near zero, so rounding to 1e-7
+# As in tests/engine/test_exact.py: AdamW divides by the root of a second moment that can be near zero, so rounding to 1e-7
 # becomes up to 1e-5; a layer that took another one's weights, or lost a gradient, is over 1e-3 away.
 TOLERANCE = 5e-5
 
 
 def schedule_of(case: Case) -> tuple:
-    """bf16 trains what has two heads or more: one graph less, for inductor takes 5 s and more for each."""
+    """The sampled sub-networks of each step. In bf16 all have two heads or more: one graph less, 5 s and more each."""
     fewest = 2 if case.precision == "bf16" else 1
     wider = {s: s.replace(g=max(s["g"], fewest)) for s in SPACE}
-    return tuple(tuple(wider[subnet] for subnet in samples) for samples in exactness.SCHEDULE)
+    return tuple(tuple(wider[subnet] for subnet in sampled) for sampled in exactness.SCHEDULE)
 
 
 class Counting:
@@ -90,8 +91,8 @@ def graphs_of_the_warm_up(ranks, case: Case) -> tuple[int, int]:
     backend, at_start = Counting("eager"), []
     compile_layers = partial(compiled.compile_layers, backend=backend)
 
-    def warm_up(engine, *shape, original=Engine.warm_up):
-        original(engine, *shape)
+    def warm_up(engine, micro_batch, original=Engine.warm_up):
+        original(engine, micro_batch)
         at_start.append(backend.num_graphs)
 
     with mock.patch.object(compiled, "compile_layers", compile_layers), mock.patch.object(Engine, "warm_up", warm_up):
@@ -125,7 +126,7 @@ def test_weights_and_norms_equal_the_reference(trained, case):
 
 
 @pytest.mark.parametrize(("case", "eager"), list(zip(FP32, EAGER, strict=True)), ids=names)
-def test_weights_equal_the_eager_engine_s(trained, case, eager):
+def test_weights_equal_the_eager_engines(trained, case, eager):
     weights = [trained[one.name]["weights"] for one in (case, eager)]
     assert 0 < exactness.largest_difference(*weights) <= TOLERANCE  # not 0, or nothing was compiled
 
@@ -136,7 +137,7 @@ def test_bf16_is_as_close_as_a_static_network_that_is_not_compiled(trained, case
 
 
 def test_stages_offload_and_checkpointing_share_the_graphs(trained):
-    """Of one head and of several in fp32, of several in bf16."""
+    """Graphs of one head and of several in fp32, of several alone in bf16."""
     assert [trained[case.name]["graphs"] for case in FP32 + BF16] == [2] * len(FP32) + [3] * len(BF16)
 
 
@@ -196,10 +197,10 @@ def test_compiled_layers_use_the_blocks_own_memory_at_any_offset():
     layers = [module for module in model.modules() if isinstance(module, NestedModule)]
     for layer in (layers[0], layers[-1]):
         layer.width.select(layer.width.sizes[1])
-        for name, joined in layers.joined([layer], compiled._standing_alone)[0].items():
-            assert joined.data_ptr() == layer.values(name)[0].data_ptr()
-            assert torch.equal(joined, torch.cat(layer.values(name)))
-            assert (joined.storage_offset(), joined._is_view()) == (0, False)
+        for name, whole in joined([layer], compiled._standing_alone)[0].items():
+            assert whole.data_ptr() == layer.values(name)[0].data_ptr()
+            assert torch.equal(whole, torch.cat(layer.values(name)))
+            assert (whole.storage_offset(), whole._is_view()) == (0, False)
 
 
 def test_a_deep_copy_whose_blocks_are_no_neighbours_is_right():

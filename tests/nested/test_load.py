@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.families import nest
-from sorted_ds.nested import extract
+from sorted_ds.families import family_of, nest
+from sorted_ds.nested import Family, extract
 from sorted_ds.nested.layout import is_laid_out
 from sorted_ds.nested.load import build, resolve_source
 from sorted_ds.space import SubNetSpace
@@ -21,6 +21,10 @@ FULL_ONLY = SubNetSpace.of(["d4-g4-f112"])
 SHARD_SIZES = {"one file": "1GB", "shards": "100KB"}
 
 
+def family(variant: str) -> Family:
+    return family_of(tiny_config(variant).model_type)
+
+
 def saved(tmp_path, variant="llama", shards="one file"):
     tiny_model(variant).save_pretrained(tmp_path, max_shard_size=SHARD_SIZES[shards])
     assert (tmp_path / "model.safetensors").exists() == (shards == "one file")
@@ -28,7 +32,8 @@ def saved(tmp_path, variant="llama", shards="one file"):
 
 
 def loaded(source, dtype=torch.float32, space=SPACE):
-    return build(LLAMA, AutoConfig.from_pretrained(source), space, source, seed=0, dtype=dtype)
+    config = AutoConfig.from_pretrained(source)
+    return build(family_of(config.model_type), config, space, source, seed=0, dtype=dtype)
 
 
 @pytest.mark.parametrize("shards", SHARD_SIZES)
@@ -66,7 +71,9 @@ def test_sub_networks_of_a_loaded_checkpoint_equal_those_of_the_nested_plain_mod
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scratch_weights_depend_on_the_seed_alone(variant):
     def weights(space, seed, dtype=torch.float32):
-        return extract(build(LLAMA, tiny_config(variant), space, None, seed, dtype), "d4-g4-f112").state_dict()
+        return extract(
+            build(family(variant), tiny_config(variant), space, None, seed, dtype), "d4-g4-f112"
+        ).state_dict()
 
     ours = weights(SPACE, seed=3)
     torch.rand(7)
@@ -91,7 +98,7 @@ def test_building_leaves_the_global_random_state_and_the_config_alone():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scratch_weights_are_distributed_as_hugging_faces_own(variant):
     config = tiny_config(variant, initializer_range=0.05)
-    ours = extract(build(LLAMA, config, SPACE, None, 0, torch.float32), SPACE.full).state_dict()
+    ours = extract(build(family(variant), config, SPACE, None, 0, torch.float32), SPACE.full).state_dict()
     theirs = AutoModelForCausalLM.from_config(tiny_config(variant, initializer_range=0.05)).state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -105,7 +112,7 @@ def test_scratch_weights_are_distributed_as_hugging_faces_own(variant):
 
 def test_the_buffers_of_a_scratch_model_are_those_of_a_plain_one():
     for variant in VARIANTS:
-        ours = build(LLAMA, tiny_config(variant), SPACE, None, 0, torch.bfloat16)
+        ours = build(family(variant), tiny_config(variant), SPACE, None, 0, torch.bfloat16)
         theirs = AutoModelForCausalLM.from_config(tiny_config(variant), dtype=torch.bfloat16)
         pairs = zip(ours.named_buffers(), theirs.named_buffers(), strict=True)
         for (name, buffer), (their_name, their_buffer) in pairs:

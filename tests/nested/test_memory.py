@@ -15,7 +15,7 @@ from sorted_ds.nested.blocks import NestedModule, OutputNestedLinear, Width, are
 from sorted_ds.nested.bundles import parts_of
 from sorted_ds.nested.layers import joined
 from sorted_ds.nested.layout import is_laid_out, lay_out
-from sorted_ds.nested.weights import is_active, slices_of
+from sorted_ds.nested.weights import slices_of, subnet_slices
 from sorted_ds.space import SubNet, SubNetSpace
 from tests.families import SPACE, SUBNETS, VARIANTS, tiny_config, tiny_model, tokens
 from tests.parity import WAYS, in_way, logits_and_backward, logits_difference, run_nested, run_plain
@@ -92,11 +92,11 @@ def test_inactive_blocks_get_no_gradient_and_no_gradient_holds_more_than_the_act
     for name in SUBNETS:
         subnet = SPACE[name]
         run_nested(model, subnet, tokens())
-        slices, parts = slices_of(model), parts_of(model)
+        active, parts = subnet_slices(model, subnet), parts_of(model)
+        assert slices_of(model).keys() == {name for own in parts.values() for name in own.names} >= active.keys()
         active_rows = {path: sum(layer.active_rows()) for path, layer in named_nested(model)}
         for key, parameter in model.named_parameters():
-            name = parts[key].names[0]
-            if not is_active(name, slices[name], subnet, model):
+            if parts[key].names[0] not in active:
                 assert parameter.grad is None, key
                 continue
             assert parameter.grad.shape == parameter.shape
@@ -155,11 +155,11 @@ def test_a_deep_copy_falls_back_to_blocks_and_stays_right_and_independent(varian
     model.set_subnet("d2-g3-f112")
     twin = copy.deepcopy(model)
     assert not is_laid_out(twin)
-    assert twin.group_width is not model.group_width
+    assert twin.widths["g"] is not model.widths["g"]
     equal_to_extracted(twin, 1e-5)
     assert twin.subnet.name == SUBNETS[-1]
     assert model.subnet.name == "d2-g3-f112"
-    assert model.config.num_hidden_layers == model.group_width.num_steps == 2
+    assert model.config.num_hidden_layers == model.widths["g"].num_steps == 2
     with torch.no_grad():
         twin.model.layers[0].mlp.gate_proj.blocks[0].weight.zero_()
     assert model.model.layers[0].mlp.gate_proj.blocks[0].weight.any()
@@ -207,7 +207,7 @@ def test_blocks_with_a_gap_or_in_another_order_are_no_neighbours():
 
 
 def test_a_reordered_buffer_is_not_joined():
-    width = Width([2, 4])
+    width = Width("f", [2, 4])
     layer = OutputNestedLinear(torch.randn(4, 3), None, width, 1)
     x = torch.randn(5, 3)
     before = layer(x)
@@ -219,7 +219,9 @@ def test_a_reordered_buffer_is_not_joined():
 
 
 def test_an_unknown_family_is_refused_and_told_how_to_add_it():
-    with pytest.raises(UserError, match=r"'gpt2' is not known\. Known: llama, .*'A model family' in CONTRIBUTING\.md"):
+    with pytest.raises(
+        UserError, match=r"'gpt2' is not known\. Known: llama, .*docs/add-a-family\.md says how to add one"
+    ):
         nest(GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)), SPACE)
 
 
@@ -231,7 +233,7 @@ def test_a_nested_model_is_not_nested_again():
 def test_a_space_that_does_not_fit_the_model_is_refused_with_the_models_size():
     small = SubNetSpace.grid(depths=[1, 2], groups=[1, 4], ffn=[112])
     with pytest.raises(
-        UserError, match=r"largest sub-network is d2-g4-f112, but the model has 4 layers.*Make d4-g4-f112"
+        UserError, match=r"largest sub-network is d2-g4-f112, but the model is d4-g4-f112\. Make d4-g4-f112 the largest"
     ):
         nest(tiny_model("llama"), small)
 

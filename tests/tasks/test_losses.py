@@ -10,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.families import nest
+from sorted_ds.data.loader import NO_TARGET
+from sorted_ds.families import family_of, nest
 from sorted_ds.nested import extract
-from sorted_ds.tasks.losses import CHUNK_ELEMENTS, IGNORED_LABEL, LossHead, SummedLoss, attach_loss_head
-from tests.batches import summed
+from sorted_ds.tasks import SummedLoss
+from sorted_ds.tasks.losses import CHUNK_ELEMENTS, LossHead, attach_loss_head
+from tests.batches import LLAMA, batch, summed
 from tests.families import SPACE, SUBNETS, VARIANTS, VOCAB, tiny_model, tokens
 
 # fp32: sums over 131 logits and 33 positions in another order, measured at up to 3e-6.
@@ -22,8 +24,8 @@ TOLERANCE = 1e-5
 
 def shifted(input_ids: Tensor) -> Tensor:
     """The labels that Hugging Face derives from `labels=input_ids`, with some positions left out."""
-    labels = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], IGNORED_LABEL)], dim=1)
-    labels[1, 2:6] = IGNORED_LABEL
+    labels = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], NO_TARGET)], dim=1)
+    labels[1, 2:6] = NO_TARGET
     return labels
 
 
@@ -36,8 +38,8 @@ def chunked(model: PreTrainedModel, positions: int) -> SummedLoss:
 
 def hf_summed_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
     """Hugging Face's own forward with its own labels, which it shifts itself, times its number of targets."""
-    unshifted = torch.cat([torch.full_like(labels[:, :1], IGNORED_LABEL), labels[:, :-1]], dim=1)
-    return model(input_ids=input_ids, labels=unshifted, use_cache=False).loss * (labels != IGNORED_LABEL).sum()
+    unshifted = torch.cat([torch.full_like(labels[:, :1], NO_TARGET), labels[:, :-1]], dim=1)
+    return model(input_ids=input_ids, labels=unshifted, use_cache=False).loss * (labels != NO_TARGET).sum()
 
 
 def assert_equal_gradients(ours: torch.nn.Module, theirs: torch.nn.Module, tolerance: float = TOLERANCE) -> None:
@@ -62,7 +64,7 @@ def test_loss_and_gradients_equal_hugging_faces(variant):
         for positions in (1, 7, 33, 1000):
             ours = chunked(copy.deepcopy(small).requires_grad_(True), positions)
             ours.zero_grad()
-            nll_sum = ours(input_ids, labels)
+            nll_sum = ours(**batch(input_ids, labels))
             (nll_sum * 0.125).backward()
             assert nll_sum.dtype == torch.float32
             assert nll_sum.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -71,35 +73,35 @@ def test_loss_and_gradients_equal_hugging_faces(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_loss_of_a_nested_model_is_that_of_the_extracted_one(variant):
-    summed = chunked(nest(tiny_model(variant), SPACE), positions=5)
+    loss = chunked(nest(tiny_model(variant), SPACE), positions=5)
     input_ids = tokens()
     for name in SUBNETS:
-        summed.model.set_subnet(name)
-        expected = hf_summed_loss(extract(summed.model, name), input_ids, shifted(input_ids))
-        assert summed(input_ids, shifted(input_ids)).item() == pytest.approx(expected.item(), rel=1e-5)
+        loss.model.set_subnet(name)
+        expected = hf_summed_loss(extract(loss.model, name), input_ids, shifted(input_ids))
+        assert loss(**batch(input_ids, shifted(input_ids))).item() == pytest.approx(expected.item(), rel=1e-5)
         with torch.no_grad():
-            assert summed(input_ids, shifted(input_ids)).item() == pytest.approx(expected.item(), rel=1e-5)
+            assert loss(**batch(input_ids, shifted(input_ids))).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_it_ends_in_the_caps_and_divisors_of_the_family():
     """Without them the comparisons above must fail: the tiny models' caps and divisors matter."""
     input_ids = tokens()
     for variant, field in (("gemma2", "softcap"), ("granite", "divisor")):
-        summed = chunked(tiny_model(variant), positions=5)
-        right = summed(input_ids, shifted(input_ids)).item()
-        rule = summed.model.lm_head.rule
+        loss = chunked(tiny_model(variant), positions=5)
+        right = loss(**batch(input_ids, shifted(input_ids))).item()
+        rule = loss.model.lm_head.rule
         assert getattr(rule, field) != getattr(type(rule)(), field)
-        summed.model.lm_head.rule = type(rule)()
-        assert abs(summed(input_ids, shifted(input_ids)).item() / right - 1) > 0.01
+        loss.model.lm_head.rule = type(rule)()
+        assert abs(loss(**batch(input_ids, shifted(input_ids))).item() / right - 1) > 0.01
 
 
 @pytest.mark.parametrize("variant", ["llama", "gemma2", "granite"])
 def test_gradients_equal_finite_differences(variant):
-    model = attach_loss_head(tiny_model(variant).double())
+    model = attach_loss_head(tiny_model(variant).double(), family_of(variant))
     head = model.lm_head
     head.chunk_elements = {"cpu": 2 * VOCAB}
     hidden = torch.randn(5, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([3, IGNORED_LABEL, 130, 0, 7])
+    labels = torch.tensor([3, NO_TARGET, 130, 0, 7])
     direction = torch.randn(5, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     hidden.requires_grad_()
     head(hidden, labels).backward()
@@ -112,11 +114,11 @@ def test_gradients_equal_finite_differences(variant):
 
 
 def test_without_targets_the_loss_and_the_gradients_are_zero():
-    summed = chunked(tiny_model("llama"), positions=5)
-    nll_sum = summed(tokens(), torch.full((2, 12), IGNORED_LABEL))
+    loss = chunked(tiny_model("llama"), positions=5)
+    nll_sum = loss(**batch(tokens(), torch.full((2, 12), NO_TARGET)))
     nll_sum.backward()
     assert nll_sum.item() == 0
-    assert not any(parameter.grad.any() for parameter in summed.parameters())
+    assert not any(parameter.grad.any() for parameter in loss.parameters())
 
 
 def test_correct_predictions_are_counted_over_targets():
@@ -126,9 +128,12 @@ def test_correct_predictions_are_counted_over_targets():
         logits = plain(input_ids).logits
         labels = shifted(input_ids)
         hits = torch.arange(36).reshape(3, 12) % 3 == 0
-        labels = torch.where((labels != IGNORED_LABEL) & hits, logits.argmax(-1), labels)
+        labels = torch.where((labels != NO_TARGET) & hits, logits.argmax(-1), labels)
         expected = (logits.argmax(-1) == labels).sum()
-        nll_sum, num_correct = chunked(copy.deepcopy(plain), positions=5)(input_ids, labels, count_correct=True)
+        sums = chunked(copy.deepcopy(plain), positions=5)(**batch(input_ids, labels), with_metrics=True)
+        assert list(sums) == ["loss", "accuracy"]
+        (nll_sum, num_targets), (num_correct, out_of) = sums.values()
+        assert num_targets == out_of == (labels != NO_TARGET).sum()
         assert num_correct == expected
         assert num_correct >= 10
         assert not nll_sum.requires_grad
@@ -144,7 +149,7 @@ def test_bf16_is_as_close_to_fp32_as_hugging_faces_own_bf16():
     theirs = copy.deepcopy(exact).bfloat16()
     ours = chunked(copy.deepcopy(theirs), positions=5)
     hf_summed_loss(theirs, input_ids, labels).backward()
-    nll_sum = ours(input_ids, labels)
+    nll_sum = ours(**batch(input_ids, labels))
     nll_sum.backward()
     assert nll_sum.dtype == torch.float32
     assert ours.model.lm_head.weight.grad.dtype == torch.bfloat16
@@ -157,20 +162,20 @@ def test_bf16_is_as_close_to_fp32_as_hugging_faces_own_bf16():
 
 
 def test_a_second_backward_through_the_same_loss_is_an_error():
-    nll_sum = chunked(tiny_model("llama"), positions=5)(tokens(), shifted(tokens()))
+    nll_sum = chunked(tiny_model("llama"), positions=5)(**batch(tokens(), shifted(tokens())))
     nll_sum.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         nll_sum.backward()
 
 
 def test_frozen_heads_get_no_gradient():
-    summed = chunked(tiny_model("llama"), positions=5)
-    reference = copy.deepcopy(summed)
-    summed.model.lm_head.weight.requires_grad_(False)
-    for model in (summed, reference):
-        model(tokens(), shifted(tokens())).backward()
-    assert summed.model.lm_head.weight.grad is None
-    norm, expected = (model.model.model.norm.weight.grad for model in (summed, reference))
+    loss = chunked(tiny_model("llama"), positions=5)
+    reference = copy.deepcopy(loss)
+    loss.model.lm_head.weight.requires_grad_(False)
+    for model in (loss, reference):
+        model(**batch(tokens(), shifted(tokens()))).backward()
+    assert loss.model.lm_head.weight.grad is None
+    norm, expected = (model.model.model.norm.weight.grad for model in (loss, reference))
     assert torch.equal(norm, expected)
 
 
@@ -191,13 +196,13 @@ class LogitsMade(TorchDispatchMode):
 @pytest.mark.parametrize("variant", ["llama", "gemma2"])
 def test_the_whole_logits_never_exist_and_none_are_kept(variant):
     input_ids = tokens(rows=4, length=16)
-    summed = chunked(tiny_model(variant), positions=5)
+    loss = chunked(tiny_model(variant), positions=5)
     saved: list[Tensor] = []
     with (
         LogitsMade() as watched,
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
     ):
-        summed(input_ids, shifted(input_ids)).backward()
+        loss(**batch(input_ids, shifted(input_ids))).backward()
     assert watched.positions == 5
     assert not any(tensor.dim() and tensor.shape[-1] == VOCAB for tensor in saved)
     with LogitsMade() as watched:
@@ -206,7 +211,7 @@ def test_the_whole_logits_never_exist_and_none_are_kept(variant):
 
 
 def test_chunks_hold_64_mib_of_logits_unless_told():
-    head = attach_loss_head(tiny_model("llama")).lm_head
+    head = attach_loss_head(tiny_model("llama"), LLAMA).lm_head
     assert head.chunk_elements == CHUNK_ELEMENTS
     assert CHUNK_ELEMENTS["cpu"] == 64 * 2**20 // 4
 
@@ -235,4 +240,4 @@ def test_an_unknown_family_is_refused():
     model = tiny_model("llama")
     model.config.model_type = "phi3"
     with pytest.raises(UserError, match="model family 'phi3' is not known"):
-        attach_loss_head(model)
+        summed(model)
