@@ -8,8 +8,6 @@ random order, so that a part of them is a fair sample. Several go side by side w
 """
 
 import argparse
-import ast
-import hashlib
 import platform
 import random
 import tempfile
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import digest
 from benchmarks.kept import keep, kept_rows
 from tests import cover, exactness
 from tests.cover import FACTORS, NUM_STEPS, Error, Mode
@@ -30,10 +29,10 @@ from tests.spawn import ROOT, on_ranks
 LAUNCH_CASES = 30
 """Cases of one launch; what a stop can lose."""
 CODE = (
-    *("sorted_ds/engine/*.py", "sorted_ds/nested/*.py", "sorted_ds/tasks/losses.py"),
+    *("sorted_ds/engine/*.py", "sorted_ds/nested/*.py", "sorted_ds/families/*.py", "sorted_ds/tasks/losses.py"),
     *("tests/exactness.py", "tests/reference.py", "tests/cover.py"),
 )
-"""What defines a figure, but for comments and docstrings."""
+"""What defines a figure: what these files compute (digest.py)."""
 COLUMNS = (
     *("stage", "offload", "optimizer", "precision", "modes"),
     *("weights", "static", "moments", "static", "norms", "update", "rms"),
@@ -70,20 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def code_digest() -> str:
-    files = sorted(path for pattern in CODE for path in ROOT.glob(pattern))
-    return hashlib.sha256("".join(statements(path.read_text()) for path in files).encode()).hexdigest()[:16]
-
-
-def statements(source: str) -> str:
-    """Without comments and docstrings."""
-    return ast.dump(WithoutDocstrings().visit(ast.parse(source)))
-
-
-class WithoutDocstrings(ast.NodeTransformer):
-    """Drops every statement that is a string and nothing else: it computes nothing."""
-
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+    return digest.code_digest(ROOT, CODE)
 
 
 def known(matrix: Matrix) -> dict[str, Error]:
