@@ -1,6 +1,6 @@
-"""What a long benchmark has measured so far: a file of JSON lines, of one state of the code and its versions.
+"""Keeps what a long benchmark has measured so far, in a file of JSON lines for one state of the code and its versions.
 
-In: the file, and what its figures depend on. Out: its rows; a stop in the middle of a line costs that line.
+In: the file, and what its figures depend on. Out: its rows. A stop in the middle of a line costs that line.
 """
 
 import json
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def kept_rows(file: Path, made_by: Mapping[str, str]) -> list[dict]:
-    """Those that are known. Exits where they were measured with other code or versions; `--anew` removes them."""
+    """Returns the rows. Exits if they were measured with other code or versions; `--anew` removes those."""
     lines = file.read_text().splitlines() if file.is_file() else []
     if not lines:
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(made_by) + "\n")
         return []
     kept_by = json.loads(lines[0])
@@ -24,5 +24,6 @@ def kept_rows(file: Path, made_by: Mapping[str, str]) -> list[dict]:
 
 
 def keep(file: Path, rows: Iterable[dict]) -> None:
+    """Appends rows."""
     with file.open("a") as lines:
         lines.writelines(json.dumps(row) + "\n" for row in rows)
