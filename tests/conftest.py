@@ -6,7 +6,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from tests import tiers
-from tests.launched import train_by_command
+from tests.launched import SAID, train_by_command
 from tests.runs import run_file
 
 CLUSTER_FILES = ("test_launchers.py", "test_slurm.py")
@@ -36,5 +36,5 @@ def pytest_configure(config: pytest.Config) -> None:
 def whole(tmp_path_factory) -> Path:
     """Returns the run file of a run of 8 steps on 2 ranks that was not interrupted."""
     run = run_file(tmp_path_factory.mktemp("whole"))
-    train_by_command(run)
+    (run.parent / SAID).write_text(train_by_command(run))
     return run

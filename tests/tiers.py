@@ -1,4 +1,5 @@
-"""A pytest plugin that counts the tests of the second tier that were left out, and says how to run them.
+"""A pytest plugin that counts the tests of the second tier that were left out, and says how to run them. It refuses a
+test with the mark `ci` that is not of the second tier.
 
 What belongs to which tier: CONTRIBUTING.md, "Tests".
 """
@@ -13,6 +14,12 @@ class LeftOut:
 
     def __init__(self, config: pytest.Config):
         self.config, self.number = config, 0
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: Sequence[pytest.Item]) -> None:
+        for item in items:
+            if item.get_closest_marker("ci") and not item.get_closest_marker("long"):
+                raise pytest.UsageError(f"{item.nodeid} has the mark 'ci'. Add the mark 'long'.")
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
         self.number += sum(item.get_closest_marker("long") is not None for item in items)

@@ -12,6 +12,8 @@ from sorted_ds.checkpoint.finding import complete_ones
 from tests.cluster.machines import Cluster, until
 from tests.launched import ROOT, SETTINGS, copied, masters, one_error, run_dir
 
+pytestmark = [pytest.mark.long, pytest.mark.ci]
+
 PYTHON = sys.executable
 SCRIPT = str(ROOT / "launch" / "train.py")
 HOSTFILE = "h1 slots=1\nh2 slots=1\n"

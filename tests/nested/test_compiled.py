@@ -116,28 +116,33 @@ def names(case: Case) -> str:
     return case.name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", FP32, ids=names)
 def test_weights_and_norms_equal_the_reference(trained, case):
     assert error(trained, case) <= TOLERANCE
     assert trained[case.name]["norms"] == pytest.approx(expected(case)["norms"], rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("case", "eager"), list(zip(FP32, EAGER, strict=True)), ids=names)
 def test_weights_equal_the_eager_engine_s(trained, case, eager):
     weights = [trained[one.name]["weights"] for one in (case, eager)]
     assert 0 < exactness.largest_difference(*weights) <= TOLERANCE  # not 0, or nothing was compiled
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("case", "static"), list(zip(BF16, STATIC, strict=True)), ids=names)
 def test_bf16_is_as_close_as_a_static_network_that_is_not_compiled(trained, case, static):
     assert error(trained, case) <= 2 * error(trained, static)
 
 
+@pytest.mark.long
 def test_stages_offload_and_checkpointing_share_the_graphs(trained):
     """Of one head and of several in fp32, of several in bf16."""
     assert [trained[case.name]["graphs"] for case in FP32 + BF16] == [2] * len(FP32) + [3] * len(BF16)
 
 
+@pytest.mark.long
 def test_the_warm_up_compiles_all_that_the_run_needs(tmp_path):
     case = Case(2, compile=True, checkpointing=True, evaluate_between=True)
     assert on_ranks(1, graphs_of_the_warm_up, case, folder=tmp_path) == (GRAPHS, GRAPHS)
