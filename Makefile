@@ -37,7 +37,7 @@ demo: setup
 	$(BIN)/python tools/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder -m "not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder -m "not long" --durations=10
 
 test-all: setup
 	$(BIN)/python tools/test_all.py $(NAMES) --workers $(WORKERS) --minutes $(MINUTES) $(if $(RECORD),--record)
