@@ -76,15 +76,14 @@ def test_costs_are_those_of_the_sub_network(model):
 
 def test_sums_over_ranks_equal_one_process(model):
     rows, names = batches(), SUBNETS[:2]
-    shares = []
+    told = []
     without_targets = TASK.collate([], size=2, row_tokens=ROW_TOKENS)  # what a rank has when there are too few rows
     for share in (rows[:2], rows[2:], [without_targets]):
-        measured_alone = []
-        measured(model, names, share, lambda sums, keep=measured_alone: keep.extend(sums) or [1.0] * len(sums))
-        shares.append(measured_alone)
-    together = measured(
-        model, names, [without_targets], lambda sums: [sum(column) for column in zip(*shares, strict=True)]
-    )
+        own = []
+        measured(model, names, share, lambda sums, own=own: own.append(sums) or [1.0] * len(sums))
+        told.append(own)
+    sums = iter([sum(column) for column in zip(*of_ranks, strict=True)] for of_ranks in zip(*told, strict=True))
+    together = measured(model, names, [without_targets], lambda _: next(sums))
     alone = measured(model, names, rows)
     for ours, theirs in zip(together, alone, strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-12)
