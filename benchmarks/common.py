@@ -45,7 +45,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Of one rank's micro-batch."""
+        """The tokens of one rank's micro-batch."""
         return self.rows * self.row_tokens
 
     def of(self, depth: int, groups: int, ffn: int) -> SubNet:
@@ -117,9 +117,9 @@ def nested_llama(
 
 
 def costs(size: Size) -> dict[SubNet, Cost]:
-    """Of the 27 sub-networks, in the size's rows."""
+    """What the 27 sub-networks cost, in the size's rows."""
     model = nested_llama(size, device="meta")
-    return costs_of(model.space, model.config, size.row_tokens)
+    return costs_of(model.space, model.family, model.config, size.row_tokens)
 
 
 def engine_of(model: NestedModel, setting: Setting, optim: Optim, ranks: Ranks) -> Engine:

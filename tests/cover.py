@@ -52,7 +52,7 @@ class Mode:
 
     @property
     def twin(self) -> "Mode":
-        """The same rounding, with the full network in every sample: what bf16 is compared with.
+        """The same rounding, with the full network in every pass: what bf16 is compared with.
 
         Overlap, checkpointing and evaluation change no number, so modes share twins.
         """

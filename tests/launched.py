@@ -84,13 +84,13 @@ import json, os, sys, time
 from sorted_ds.space.sampling import Sampler
 from sorted_ds.cluster.stop import listen
 from sorted_ds.run.train import main
-sample, seconds = Sampler.sample, json.loads(sys.argv.pop(1))[int(os.environ["RANK"])]
+plan, seconds = Sampler.plan, json.loads(sys.argv.pop(1))[int(os.environ["RANK"])]
 def stay_here(self, step):
     if step == 3:
         print("staying", file=sys.stderr, flush=True)
         time.sleep(seconds)
-    return sample(self, step)
-Sampler.sample = stay_here
+    return plan(self, step)
+Sampler.plan = stay_here
 listen()
 sys.exit(main(sys.argv[1:]))
 """

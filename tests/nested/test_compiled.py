@@ -48,8 +48,8 @@ BF16 = [
 STATIC = [replace(case, static=True, compile=False) for case in BF16]
 EAGER = [replace(case, compile=False) for case in FP32]
 
-# As in tests/engine/test_exact.py: AdamW divides by the root of a second moment that can be near zero, so rounding to 1e-7
-# becomes up to 1e-5; a layer that took another one's weights, or lost a gradient, is over 1e-3 away.
+# As in tests/engine/test_exact.py: AdamW divides by the root of a second moment that can be near zero, so rounding to
+# 1e-7 becomes up to 1e-5; a layer that took another one's weights, or lost a gradient, is over 1e-3 away.
 TOLERANCE = 5e-5
 
 
