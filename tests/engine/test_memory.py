@@ -310,7 +310,7 @@ def test_a_small_sub_networks_gradients_take_no_buffer_of_a_ranks_part(found, st
 
 @pytest.mark.parametrize("depth", [2, 4])
 def test_the_first_layers_are_owned_by_all_ranks_about_alike(found, depth):
-    """In their own order the first ranks alone would add up the gradients of a shallow sub-network, and offload them."""
+    """In their own order the first ranks alone would add up the gradients of a shallow sub-network, and offload."""
     assert sum(map(sum, found["owned"])) == pytest.approx(DEPTHS[1])
     assert max(sum(layers[:depth]) for layers in found["owned"]) <= depth / NUM_RANKS + 0.5
 
