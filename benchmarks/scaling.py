@@ -1,8 +1,8 @@
 """Prints how far the formulas of docs/scaling.md are from what is measured, and what they say for many GPUs.
 
-Traffic: every collective of a step of four sub-networks, counted, against `sorted_ds.run.traffic`. Memory: live
-tensor bytes between steps against `sorted_ds.run.plan.state_bytes`. Compute: the time of a micro-batch of each
-sub-network against the full network's, scaled by FLOPs. Then a Llama of 8 B parameters on 8 to 512 GPUs, which nobody has run.
+Traffic: every collective of a step of four sub-networks, counted, against `sorted_ds.run.traffic`. Memory: live tensor
+bytes between steps against `sorted_ds.run.plan.state_bytes`. Compute: the time of a micro-batch of each sub-network
+against the full network's, scaled by FLOPs. Then a Llama of 8 B parameters on 8 to 512 GPUs, which nobody has run.
 """
 
 import argparse
