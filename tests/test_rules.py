@@ -74,7 +74,7 @@ KNOWS_ONLY_MODULES = {
 """The modules of this package that a module may import, for modules that must be read and changed by themselves."""
 
 FAMILYS_OWN = re.compile(
-    r"lm_head|embed_tokens|self_attn|\bmlp\b|[qkvo]_proj|(gate|up|down)_proj|model\.(model|layers)"
+    r"lm_head|embed_tokens|self_attn|\bmlp\b|[qkvo]_proj|(gate|up|down)_proj|model\.(model|layers)\b"
 )
 """Names inside a Hugging Face architecture. Only `families` may write them; others ask the family."""
 
