@@ -21,11 +21,11 @@ from tests.batches import batch, summed
 
 CPU_SIZE = Size(256, 768, 8, 8, 4, vocab=1024, rows=4, row_tokens=128)
 QUARTERS = [(1, 1, 1), (4, 1, 1), (1, 4, 4), (2, 2, 2), (4, 2, 2), (4, 4, 4)]
-"""Of depth, groups and ffn, of what is timed."""
+"""Quarters of depth, groups and ffn of the sub-networks that are timed."""
 
 
 def seconds_of(loss: SummedLoss, subnet: SubNet, ids: torch.Tensor) -> float:
-    """Of one micro-batch; the gradient's memory is allocated anew each time, on both sides."""
+    """Returns the seconds of one micro-batch. Both sides allocate the gradient's memory anew each time."""
     loss.zero_grad()
     loss.model.set_subnet(subnet)
     wait(ids)
@@ -36,7 +36,7 @@ def seconds_of(loss: SummedLoss, subnet: SubNet, ids: torch.Tensor) -> float:
 
 
 def wait(ids: torch.Tensor) -> None:
-    """For what the device still has to do."""
+    """Waits for what the device still has to do."""
     if ids.is_cuda:
         torch.cuda.synchronize()
 

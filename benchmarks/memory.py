@@ -71,7 +71,7 @@ def status(key: str) -> int:
 
 
 def built(ranks, folder: str) -> dict[tuple[str, str, str], tuple[int, int, int]]:
-    """Of each size, source and way: live bytes and RSS while building, live bytes until the engine stands."""
+    """For each size, source and way: live bytes and RSS while building, live bytes until the engine stands."""
     found = {}
     build_and_forget(ranks, "50 M", None, "partitioned")  # what is loaded once is loaded now
     for size in BUILT:

@@ -32,7 +32,7 @@ MODES = [(stage, bf16) for stage in STAGES for bf16 in (False, True)]
 TINY, TIMED = SIZES["tiny"], SIZES["middle"]
 SUBNETS = ["d2-g1-f96", "d4-g4-f96", "d8-g2-f192", "d8-g4-f192"]
 BUCKET = 1000
-"""Of gradients that are reduced together. DeepSpeed's 500 M elements would hide the model states."""
+"""Elements of gradients that are reduced together. DeepSpeed's 500 M would hide the model states."""
 GIB = 2**30
 
 EIGHT_B = LlamaConfig(

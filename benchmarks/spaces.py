@@ -45,7 +45,7 @@ MIB = 2**20
 
 
 def spaces(size: Size) -> dict[int, SubNetSpace]:
-    """By their number of sub-networks; each is a grid up to the full network."""
+    """Returns the spaces by their number of sub-networks; each is a grid up to the full network."""
     ffn = [size.ffn * n // 25 for n in range(1, 26)]
     groups = [size.groups // 2**n for n in range(5)]
     depths = [size.layers * n // 8 for n in range(1, 9)]

@@ -34,7 +34,7 @@ from tests.batches import batch, summed
 from tests.spawn import on_ranks
 
 QUARTERS = [(1, 1, 1), (4, 1, 1), (1, 4, 4), (2, 2, 2), (2, 4, 1), (4, 2, 2), (4, 4, 2), (4, 4, 4)]
-"""Of depth, groups and ffn; the last is the full network."""
+"""Quarters of depth, groups and ffn; the last is the full network."""
 WARM_UP_ROUNDS = 2
 FLUSHED = 2**25
 """Elements that are written before each turn: what ran before it, a large network's update or a small one's, is out of

@@ -19,7 +19,7 @@ from tests import exactness
 from tests.exactness import Case
 
 NUM_STEPS = 4
-"""Of the schedule: parts are used early, last, not at all, and otherwise."""
+"""The first steps of the schedule: parts are used early, last, not at all, and otherwise."""
 
 FACTORS: dict[str, tuple] = {
     "num_ranks": (1, 2, 3, 4),
@@ -127,18 +127,18 @@ class Error:
     weights: float
     """Largest difference."""
     moments: float
-    """Of AdamW's two moments, sums of gradients and of their squares: largest difference relative to the largest of
-    each, of the squares half of it. 0 for SGD."""
+    """The largest difference of AdamW's two moments, sums of gradients and of their squares, relative to the largest of
+    each; half of it for the squares. 0 for SGD."""
     norms: float
-    """Of the gradients' norms: largest relative difference."""
+    """The largest relative difference of the gradients' norms."""
     update: float
-    """Of AdamW's last step from its formula on the mode's own moments, see `update_error`. 0 for SGD."""
+    """How far AdamW's last step is from its formula on the mode's own moments, see `update_error`. 0 for SGD."""
     rms: float
     """Root mean square: of SGD's weights; for AdamW of each moment relative to the right one's, the larger."""
 
 
 def error(trained: dict, mode: Mode) -> Error:
-    """From the reference."""
+    """How far a mode is from the reference."""
     right = expected(mode)
     # A square has twice the relative rounding of what is squared.
     powers = [(kind, power) for kind, power in zip(exactness.MOMENTS, (1, 2), strict=True) if kind in trained]
@@ -179,7 +179,7 @@ def _relative(found: dict, right: dict) -> float:
 
 
 def _rms(found: dict, right: dict | None = None) -> float:
-    """Of the difference, or of the values themselves."""
+    """The root mean square of the difference, or of the values themselves."""
     parts = [value.float() - (right[name].float() if right else 0) for name, value in found.items()]
     return float(torch.cat([part.flatten() for part in parts]).square().mean().sqrt())
 
@@ -206,7 +206,7 @@ def bounds(mode: Mode) -> Error:
 
 
 def exceeds_static(found: Error, static: Error) -> bool:
-    """In bf16: whether it is more than rounding. `static`: of the mode's twin."""
+    """Whether an error in bf16 is more than rounding. `static`: the error of the mode's twin."""
     return not found.rms <= STATIC_BOUND * static.rms
 
 

@@ -27,7 +27,7 @@ def command(run: Path, *settings: str, ranks: int = 2) -> list[str]:
 
 
 def hears_all() -> None:
-    """In the child, before it begins: a test run in the background, or under nohup, would have it ignore some."""
+    """Lets a child hear every signal: one started in the background, or under nohup, would ignore some."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 

@@ -40,7 +40,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.shapes: set[torch.Size] = set()
-        """Of all tensors that were made."""
+        """The shapes of all tensors that were made."""
         self._seen: set[int] = set()
 
     def restart(self) -> None:
@@ -81,7 +81,7 @@ class StepBytes:
     update: int
     """At most, in the optimizer's update after them."""
     shapes: frozenset[torch.Size]
-    """Of all tensors that rank 0 made."""
+    """The shapes of all tensors that rank 0 made."""
 
     @property
     def most(self) -> int:
