@@ -45,7 +45,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Of one rank's micro-batch."""
+        """The tokens of one rank's micro-batch."""
         return self.rows * self.row_tokens
 
     def of(self, depth: int, groups: int, ffn: int) -> SubNet:
@@ -117,9 +117,9 @@ def nested_llama(
 
 
 def costs(size: Size) -> dict[SubNet, Cost]:
-    """Of the 27 sub-networks, in the size's rows."""
+    """What the 27 sub-networks cost, in the size's rows."""
     model = nested_llama(size, device="meta")
-    return costs_of(model.space, model.config, size.row_tokens)
+    return costs_of(model.space, model.family, model.config, size.row_tokens)
 
 
 def engine_of(model: NestedModel, setting: Setting, optim: Optim, ranks: Ranks) -> Engine:
@@ -172,7 +172,9 @@ class Interval:
 
 
 def interval(values: list[float]) -> Interval:
-    """By order statistics, so without an assumption on the distribution. Below 6 values the extremes, which hold less.
+    """Returns the interval by order statistics, without an assumption on the distribution.
+
+    Below 6 values it is the extremes, which hold less than 95 %.
 
     The median is below the k-th smallest of n values with the probability of fewer than k heads in n throws.
     """
@@ -189,7 +191,7 @@ def training_tflops(cost: Cost, tokens: int, seconds: float) -> float:
 
 
 def speed(tflops: float, peak_tflops: float) -> str:
-    """In TFLOP/s of a rank, and as model FLOPs utilisation where the peak is known."""
+    """Returns TFLOP/s of a rank, and model FLOPs utilisation where the peak is known."""
     return f"{tflops:.3g} TFLOP/s" + (f", MFU {tflops / peak_tflops:.1%}" if peak_tflops else "")
 
 

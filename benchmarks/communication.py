@@ -1,4 +1,4 @@
-"""Prints what a sample gathers, reduces and broadcasts, against a static network of its size: `make bench`.
+"""Prints what a sub-network gathers, reduces and broadcasts, against a static network of its size: `make bench`.
 
 Nothing persistent at stage 3, but with `--persistent`. Of each sub-network: one micro-batch (forward and backward) and
 the optimizer step after it, as multiples of the bytes of its active parameters, with the number of calls. Static: the
@@ -34,7 +34,7 @@ VISITED = ["d2-g1-f96", "d8-g1-f96", "d2-g4-f384", "d4-g2-f192", "d4-g4-f96", "d
 ZERO = {"stage3_prefetch_bucket_size": 500_000, "stage3_max_reuse_distance": 0}
 GATHERED, REDUCED = attrgetter("gathered"), attrgetter("reduced")
 Visit = tuple[Traffic, Traffic]
-"""Of a micro-batch, and of the step after it."""
+"""The traffic of a micro-batch, and of the step after it."""
 
 
 def keys(setting: Setting, persistent: int) -> dict:
@@ -52,8 +52,8 @@ def visit(micro_batch: Callable[[torch.Tensor], object], step: Callable[[], obje
     return in_micro_batch, in_step
 
 
-def of_samples(ranks, setting: Setting, persistent: int) -> dict[str, list[Visit]]:
-    """Of each sub-network: its first visit and a later one."""
+def of_nested(ranks, setting: Setting, persistent: int) -> dict[str, list[Visit]]:
+    """For each sub-network: its first visit and a later one."""
     model = nested_llama(SIZE, dtype=setting.dtype, device=ranks.device)
     engine = Engine(model, TASK, keys(setting, persistent), "benchmark", Optim(), SIZE.rows, ranks)
     engine.warm_up(blank(SIZE.rows, SIZE.row_tokens))
@@ -69,7 +69,7 @@ def of_samples(ranks, setting: Setting, persistent: int) -> dict[str, list[Visit
 
 
 def of_static(ranks, setting: Setting, persistent: int) -> dict[str, Visit]:
-    """Of each sub-network: the extracted model in plain DeepSpeed."""
+    """For each sub-network: the extracted model in plain DeepSpeed."""
     return {name: static(ranks, setting, persistent, name) for name in VISITED}
 
 
@@ -78,7 +78,7 @@ def static(ranks, setting: Setting, persistent: int, name: str) -> Visit:
     config = copy.deepcopy(complete(keys(setting, persistent), SIZE.rows, ranks.size, 1.0))
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config, dist_init_required=False)
-    return [visit(lambda ids: engine.backward(engine(ids, ids)), engine.step) for _ in range(3)][-1]
+    return [visit(lambda ids: engine.backward(engine(**batch(ids, ids))), engine.step) for _ in range(3)][-1]
 
 
 def active_bytes(name: str, dtype: torch.dtype) -> int:
@@ -107,9 +107,9 @@ def main() -> None:
     for stage in args.stages:
         setting = Setting(SIZE, stage, args.bf16)
         with tempfile.TemporaryDirectory() as folder:
-            samples, statics = (
+            nested, statics = (
                 on_ranks(args.ranks, run, setting, args.persistent, folder=Path(folder) / name, device=args.device)
-                for name, run in (("samples", of_samples), ("static", of_static))
+                for name, run in (("nested", of_nested), ("static", of_static))
             )
         precision = "bf16" if args.bf16 else "fp32"
         print(
@@ -121,7 +121,7 @@ def main() -> None:
             f"{'bcast':>6}{'calls':>7}{'static':>7}{'gathered':>9}{'static':>9}{'reduced':>9}{'static':>9}"
         )
         for name in VISITED:
-            print(row(name, active_bytes(name, setting.dtype), *samples[name], statics[name]), flush=True)
+            print(row(name, active_bytes(name, setting.dtype), *nested[name], statics[name]), flush=True)
 
 
 if __name__ == "__main__":

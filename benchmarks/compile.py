@@ -16,27 +16,27 @@ from torch._dynamo.backends.registry import lookup_backend
 from benchmarks.common import SIZES, Size, interval, nested_llama
 from sorted_ds.nested.compiled import compile_layers
 from sorted_ds.space import SubNet
-from sorted_ds.tasks.losses import SummedLoss
-from tests.batches import summed
+from sorted_ds.tasks import SummedLoss
+from tests.batches import batch, summed
 
 CPU_SIZE = Size(256, 768, 8, 8, 4, vocab=1024, rows=4, row_tokens=128)
 QUARTERS = [(1, 1, 1), (4, 1, 1), (1, 4, 4), (2, 2, 2), (4, 2, 2), (4, 4, 4)]
-"""Of depth, groups and ffn, of what is timed."""
+"""Quarters of depth, groups and ffn of the sub-networks that are timed."""
 
 
 def seconds_of(loss: SummedLoss, subnet: SubNet, ids: torch.Tensor) -> float:
-    """Of one micro-batch; the gradient's memory is allocated anew each time, on both sides."""
+    """Returns the seconds of one micro-batch. Both sides allocate the gradient's memory anew each time."""
     loss.zero_grad()
     loss.model.set_subnet(subnet)
     wait(ids)
     start = time.perf_counter()
-    (loss(ids, ids) / ids.numel()).backward()
+    (loss(**batch(ids, ids)) / ids.numel()).backward()
     wait(ids)
     return time.perf_counter() - start
 
 
 def wait(ids: torch.Tensor) -> None:
-    """For what the device still has to do."""
+    """Waits for what the device still has to do."""
     if ids.is_cuda:
         torch.cuda.synchronize()
 
@@ -51,7 +51,7 @@ def count_graphs(loss: SummedLoss, ids: torch.Tensor, graphs: list) -> None:
     with torch.no_grad():
         for subnet in subnets:
             loss.eval().model.set_subnet(subnet)
-            loss(ids, ids)
+            loss(**batch(ids, ids))
     loss.train()
     more, seconds = len(graphs) - trained, time.perf_counter() - start
     print(

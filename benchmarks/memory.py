@@ -21,7 +21,7 @@ from sorted_ds.nested.load import build
 from sorted_ds.run.config import Optim
 from sorted_ds.space import SubNetSpace
 from tests.batches import LLAMA, TASK
-from tests.memory import NAMED, LiveBytes, of_plain, of_samples
+from tests.memory import NAMED, LiveBytes, of_plain, of_subnets
 from tests.spawn import on_ranks
 
 MIB = 2**20
@@ -71,7 +71,7 @@ def status(key: str) -> int:
 
 
 def built(ranks, folder: str) -> dict[tuple[str, str, str], tuple[int, int, int]]:
-    """Of each size, source and way: live bytes and RSS while building, live bytes until the engine stands."""
+    """For each size, source and way: live bytes and RSS while building, live bytes until the engine stands."""
     found = {}
     build_and_forget(ranks, "50 M", None, "partitioned")  # what is loaded once is loaded now
     for size in BUILT:
@@ -129,7 +129,7 @@ def print_building(num_ranks: int, folder: Path) -> None:
 
 # Training
 
-SAMPLE, PLAIN, HF = "sample", "plain, our loss", "plain, HF's loss"
+NESTED, PLAIN, HF = "sorted_ds", "plain, our loss", "plain, HF's loss"
 
 
 def trained(ranks, stage: int) -> dict[tuple[str, str], tuple[int, int, int]]:
@@ -137,10 +137,10 @@ def trained(ranks, stage: int) -> dict[tuple[str, str], tuple[int, int, int]]:
     found = {}
     ids = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64, device=ranks.device)
     model, zero = (ranks, config_of(TRAINED), space_of(TRAINED)), settings(stage)["zero_optimization"]
-    samples = of_samples(*model, zero, ids)
+    nested = of_subnets(*model, zero, ids)
     gc.collect()
     for name in NAMED:
-        found[name, SAMPLE] = samples[name]
+        found[name, NESTED] = nested[name]
         found[name, PLAIN] = of_plain(*model, name, zero, ids)
         found[name, HF] = of_plain(*model, name, zero, ids, chunked=False)
         gc.collect()

@@ -1,8 +1,8 @@
 """Prints how far the formulas of docs/exactness.md are from what is measured, and what they say for many GPUs.
 
-Traffic: every collective of a step of four samples, counted, against `sorted_ds.run.traffic`. Memory: live tensor bytes
-between steps against `sorted_ds.run.plan.state_bytes`. Compute: the time of a micro-batch of each sub-network against
-the full network's, scaled by FLOPs. Then a Llama of 8 B parameters on 8 to 512 GPUs, which nobody has run.
+Traffic: every collective of a step of four sub-networks, counted, against `sorted_ds.run.traffic`. Memory: live tensor
+bytes between steps against `sorted_ds.run.plan.state_bytes`. Compute: the time of a micro-batch of each sub-network
+against the full network's, scaled by FLOPs. Then a Llama of 8 B parameters on 8 to 512 GPUs, which nobody has run.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from sorted_ds.run.plan import FORWARD_AND_BACKWARD, state_bytes
 from sorted_ds.run.traffic import Samples, Traffic, step_traffic
 from sorted_ds.space import Pass, SubNet, SubNetSpace
 from sorted_ds.space.sampling import Sampler
-from tests.batches import TASK, batch, blank
-from tests.memory import StepBytes, of_samples
+from tests.batches import LLAMA, TASK, batch, blank
+from tests.memory import StepBytes, of_subnets
 from tests.spawn import on_ranks
 from tests.traffic import counted
 
 STAGES = (0, 1, 2, 3)
 MODES = [(stage, bf16) for stage in STAGES for bf16 in (False, True)]
 TINY, TIMED = SIZES["tiny"], SIZES["middle"]
-SAMPLES = ["d2-g1-f96", "d4-g4-f96", "d8-g2-f192", "d8-g4-f192"]
+SUBNETS = ["d2-g1-f96", "d4-g4-f96", "d8-g2-f192", "d8-g4-f192"]
 BUCKET = 1000
-"""Of gradients that are reduced together. DeepSpeed's 500 M elements would hide the model states."""
+"""Elements of gradients that are reduced together. DeepSpeed's 500 M would hide the model states."""
 GIB = 2**30
 
 EIGHT_B = LlamaConfig(
@@ -44,7 +44,7 @@ EIGHT_B = LlamaConfig(
     vocab_size=128256,
 )
 EIGHT_B_SPACE = SubNetSpace.grid(depths=[16, 20, 24, 28, 32], groups=[4, 8], ffn=[7168, 10752, 14336])
-ROW_TOKENS, STEP_ROWS, NUM_SAMPLES, MICRO_BATCH_ROWS = 4096, 1024, 4, 4
+ROW_TOKENS, STEP_ROWS, SUBNETS_PER_STEP, MICRO_BATCH_ROWS = 4096, 1024, 4, 4
 SMALL_CHANGE = 1000
 """Bytes of norms and flags that are not counted."""
 GPUS = (8, 32, 128, 512)
@@ -54,7 +54,7 @@ GPUS = (8, 32, 128, 512)
 
 
 def exchanged(ranks) -> dict[tuple[int, bool], dict[str, int]]:
-    """Of each mode: bytes by kind in one step of the four samples."""
+    """For each mode: bytes by kind in one step of the four sub-networks."""
     found = {}
     for stage, bf16 in MODES:
         config: dict = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
@@ -64,7 +64,7 @@ def exchanged(ranks) -> dict[tuple[int, bool], dict[str, int]]:
         engine.warm_up(blank(TINY.rows, TINY.row_tokens))
         ids = token_ids(TINY, ranks)
         with counted() as traffic:
-            for name in SAMPLES:
+            for name in SUBNETS:
                 engine.backward(engine.forward(batch(ids, ids), Pass(engine.model.space[name])))
             engine.step(0.0)
         found[stage, bf16] = traffic.bytes
@@ -73,15 +73,16 @@ def exchanged(ranks) -> dict[tuple[int, bool], dict[str, int]]:
 
 def told(stage: int, bf16: bool) -> Traffic:
     model = nested_llama(TINY)
-    costs = costs_of(model.space, model.config, TINY.row_tokens)
-    subnets = [model.space[name] for name in SAMPLES]
-    samples = Samples([costs[s].parameters for s in subnets], union_parameters([subnets], model.config)[0], forwards=1)
+    costs = costs_of(model.space, model.family, model.config, TINY.row_tokens)
+    subnets = [model.space[name] for name in SUBNETS]
+    union = union_parameters([subnets], model.family, model.config)[0]
+    samples = Samples([costs[s].parameters for s in subnets], union, forwards=1)
     return step_traffic(stage, bf16, costs[model.space.full].parameters, samples)
 
 
 def print_traffic(num_ranks: int, folder: Path) -> None:
     found = on_ranks(num_ranks, exchanged, folder=folder)
-    print(f"\nTraffic of a step of {', '.join(SAMPLES)} on {num_ranks} ranks: kB gathered, reduced, scattered\n")
+    print(f"\nTraffic of a step of {', '.join(SUBNETS)} on {num_ranks} ranks: kB gathered, reduced, scattered\n")
     for (stage, bf16), seen in found.items():
         formula = told(stage, bf16)
         gathered = formula.gathered if num_ranks > 1 else 0  # a rank alone has all weights; a reduction is still called
@@ -95,12 +96,12 @@ def print_traffic(num_ranks: int, folder: Path) -> None:
 
 
 def held(ranks) -> dict[tuple[int, bool], StepBytes]:
-    """Of each mode: live bytes of the rank with most, AdamW, the full network."""
+    """For each mode: live bytes of the rank with most, AdamW, the full network."""
     model, found = nested_llama(TINY), {}
     for stage, bf16 in MODES:
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": BUCKET}
         call = (ranks, model.config, model.space, zero, token_ids(TINY, ranks), bf16)
-        found[stage, bf16] = of_samples(*call)["full"]
+        found[stage, bf16] = of_subnets(*call)["full"]
     return found
 
 
@@ -121,7 +122,7 @@ def print_memory(num_ranks: int, folder: Path) -> None:
 
 
 def seconds(ranks, rounds: int) -> dict[str, list[float]]:
-    """Of each sub-network: each round's CPU time of forward and backward, as a multiple of the full network's."""
+    """For each sub-network: each round's CPU time of forward and backward, as a multiple of the full network's."""
     setting = Setting(TIMED, stage=0, cpu_time=True)
     engine = engine_of(nested_llama(TIMED), setting, Optim(), ranks)
     ids, space = token_ids(TIMED, ranks), engine.model.space
@@ -154,21 +155,21 @@ def print_compute(num_ranks: int, rounds: int, folder: Path) -> None:
 
 
 def print_many(gb_per_second: float, peak_tflops: float, mfu: float) -> None:
-    space = sorted_by_cost(EIGHT_B_SPACE, EIGHT_B)
-    costs = costs_of(space, EIGHT_B, ROW_TOKENS)
-    schedule = Sampler(space, NUM_SAMPLES, "stratified", seed=0)
-    steps = [schedule.sample(step) for step in range(len(space))]
+    space = sorted_by_cost(EIGHT_B_SPACE, LLAMA, EIGHT_B)
+    costs = costs_of(space, LLAMA, EIGHT_B, ROW_TOKENS)
+    sampler = Sampler(space, SUBNETS_PER_STEP, "stratified", seed=0)
+    steps = [sampler.sample(step) for step in range(len(space))]
     full = costs[space.full].parameters
     print(
         f"\nNot validated at this size. {full / 1e9:.1f} B parameters, {len(space)} sub-networks, bf16, AdamW, "
-        f"{NUM_SAMPLES} sub-networks and {STEP_ROWS} rows of {ROW_TOKENS} tokens a step, at most {MICRO_BATCH_ROWS} a "
-        f"forward pass.\n{peak_tflops:g} TFLOP/s x {mfu:.0%}, "
+        f"{SUBNETS_PER_STEP} sub-networks and {STEP_ROWS} rows of {ROW_TOKENS} tokens a step, at most "
+        f"{MICRO_BATCH_ROWS} a forward pass.\n{peak_tflops:g} TFLOP/s x {mfu:.0%}, "
         f"{gb_per_second:g} GB/s a GPU. Seconds of a step: compute, and what ranks send without any overlap.\n"
     )
     print(f"{'GPUs':>5}{'compute':>9}" + "".join(f"{f'stage {s}':>9}{'GiB':>7}" for s in STAGES))
-    unions = union_parameters(steps, EIGHT_B)
+    unions = union_parameters(steps, LLAMA, EIGHT_B)
     for gpus in GPUS:
-        dealt = deal(STEP_ROWS, NUM_SAMPLES, MICRO_BATCH_ROWS, gpus)
+        dealt = deal(STEP_ROWS, SUBNETS_PER_STEP, MICRO_BATCH_ROWS, gpus)
         rows = dealt.forwards * dealt.rows_per_forward
         flops = sum(FORWARD_AND_BACKWARD * costs[s].flops_per_token for step in steps for s in step) / len(steps)
         row = f"{gpus:>5}{flops * rows * ROW_TOKENS / (peak_tflops * 1e12 * mfu):>9.2f}"
@@ -180,7 +181,7 @@ def print_many(gb_per_second: float, peak_tflops: float, mfu: float) -> None:
 
 def sent(stage: int, full: int, steps: list[list[SubNet]], unions: list[int], costs, forwards: int, gpus: int) -> float:
     """Bytes a rank sends in a step, on average."""
-    sampled = [Samples([costs[s].parameters for s in d], u, forwards) for d, u in zip(steps, unions, strict=True)]
+    sampled = [Samples([costs[s].parameters for s in step], u, forwards) for step, u in zip(steps, unions, strict=True)]
     return sum(step_traffic(stage, True, full, samples).sent(gpus) for samples in sampled) / len(sampled)
 
 

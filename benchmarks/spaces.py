@@ -45,7 +45,7 @@ MIB = 2**20
 
 
 def spaces(size: Size) -> dict[int, SubNetSpace]:
-    """By their number of sub-networks; each is a grid up to the full network."""
+    """Returns the spaces by their number of sub-networks; each is a grid up to the full network."""
     ffn = [size.ffn * n // 25 for n in range(1, 26)]
     groups = [size.groups // 2**n for n in range(5)]
     depths = [size.layers * n // 8 for n in range(1, 9)]
@@ -63,7 +63,7 @@ def common(size: Size) -> SubNet:
 
 @dataclass
 class Found:
-    """Of one space."""
+    """What was measured of one space."""
 
     num_parameters: int
     build_seconds: float
@@ -141,7 +141,7 @@ def _pass(engine: Engine, ids: torch.Tensor, subnet: SubNet) -> None:
 
 
 def _plain_pass(engine, ids: torch.Tensor) -> None:
-    engine.backward(engine(ids, ids) / ids.numel())
+    engine.backward(engine(**batch(ids, ids)) / ids.numel())
 
 
 def print_table(args: Namespace, setting: Setting) -> None:
@@ -171,11 +171,11 @@ def print_python_table(size: Size) -> None:
 
 
 def python_ms(size: Size, space: SubNetSpace) -> dict[str, float]:
-    """Once each, but samples, which are a step's."""
+    """Each is done once; a step's plan is the mean of 50."""
     model, names = nested_llama(size, space), [subnet.name for subnet in space]
     found = {
         "the space from names": ms(lambda: SubNetSpace.of(names)),
-        "costs of all": ms(lambda: costs_of(space, model.config, size.row_tokens)),
+        "costs of all": ms(lambda: costs_of(space, model.family, model.config, size.row_tokens)),
         "set_subnet": ms(lambda: [model.set_subnet(subnet) for subnet in model.space]) / len(space),
     }
     for strategy in STRATEGIES:

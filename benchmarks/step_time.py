@@ -9,7 +9,7 @@ extracted model; (c) 24, 160 and 1,000 sub-networks in the space. `--part b --st
 import argparse
 from dataclasses import replace
 
-from benchmarks import samples, spaces, whole_steps
+from benchmarks import spaces, subnets, whole_steps
 from benchmarks.common import SIZES, Setting, circumstances
 
 
@@ -47,7 +47,7 @@ def main() -> None:
             for accumulation in args.accumulation:
                 whole_steps.print_table(args, setting, accumulation)
         if "b" in args.part:
-            samples.print_table(args, setting)
+            subnets.print_table(args, setting)
         if "c" in args.part:
             spaces.print_table(args, setting)
     if "c" in args.part:

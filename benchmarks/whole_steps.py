@@ -34,9 +34,9 @@ from benchmarks.common import (
     token_ids,
     training_tflops,
 )
+from sorted_ds.data.loader import NO_TARGET
 from sorted_ds.run.config import Optim
 from sorted_ds.space import Pass
-from sorted_ds.tasks.losses import IGNORED_LABEL
 from tests.batches import batch
 from tests.spawn import on_ranks
 
@@ -69,7 +69,7 @@ def our_step(ranks, setting: Setting, accumulation: int) -> Step:
     optim = Optim(clip_norm=CLIP_NORM, weight_decay=0.0, betas=(0.9, 0.999))
     engine = engine_of(nested_llama(setting.size, dtype=setting.dtype, device=ranks.device), setting, optim, ranks)
     ids = token_ids(setting.size, ranks)
-    labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED_LABEL)], dim=1)
+    labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], NO_TARGET)], dim=1)
     num_targets = labels[:, :-1].numel() * accumulation * ranks.size
 
     def step() -> float:

@@ -88,7 +88,7 @@ class Case:
     same_rows: bool = False
     """The largest and the smallest sub-network train on the rows of each of the schedule's, beside it."""
     static: bool = False
-    """Every sample is the full network: what rounding alone does in this mode."""
+    """Every pass runs the full network: what rounding alone does in this mode."""
 
     @property
     def name(self) -> str:
@@ -148,12 +148,12 @@ def plain_model(case: Case) -> PreTrainedModel:
 
 
 def micro_batches(case: Case, num_ranks: int) -> list[list[list[reference.MicroBatch]]]:
-    """[step][sample][rank]: the rows differ, and so does the number of targets of each rank."""
+    """[step][share][rank]: the rows differ, and so does the number of targets of each rank."""
     generator = torch.Generator().manual_seed(11)
     steps = []
-    for samples in SCHEDULE:
+    for subnets in SCHEDULE:
         step = []
-        for subnet in samples:
+        for subnet in subnets:
             ids = torch.randint(0, VOCAB, (num_ranks, ROWS_PER_RANK, ROW_TOKENS + 1), generator=generator)
             labels = ids[..., 1:].clone()
             for rank in range(num_ranks):
@@ -172,7 +172,7 @@ def passes(case: Case, micro_batch: reference.MicroBatch) -> list[reference.Micr
 
 
 def flat(step: list[list[reference.MicroBatch]]) -> list[reference.MicroBatch]:
-    return [micro_batch for sample in step for micro_batch in sample]
+    return [micro_batch for share in step for micro_batch in share]
 
 
 def reference_weights(case: Case, num_ranks: int, num_steps: int, skip_unused: bool = False) -> dict:
@@ -251,15 +251,15 @@ def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
     for step in steps:
         trained = [own for micro_batch in flat(step) for own in passes(case, micro_batch)]
         num_targets = sum(int((labels != -100).sum()) for _, _, labels in trained)
-        for sample in step:
-            own_targets = int((sample[ranks.rank][2] != -100).sum()) * len(step) * ranks.size
+        for share in step:
+            own_targets = int((share[ranks.rank][2] != -100).sum()) * len(step) * ranks.size
             denominator = own_targets if case.without == "summed_loss" else num_targets
             if case.taught:
-                seen["taught"] = float(engine.forward(batch(*sample[ranks.rank][1:]), Pass(LARGE, "teach")))
-            for own in passes(case, sample[ranks.rank]):
+                seen["taught"] = float(engine.forward(batch(*share[ranks.rank][1:]), Pass(LARGE, "teach")))
+            for own in passes(case, share[ranks.rank]):
                 _one_micro_batch(engine, own, denominator, seen)
             if case.evaluate_between:
-                engine.evaluate(batch(*sample[ranks.rank][1:]), LARGE)
+                engine.evaluate(batch(*share[ranks.rank][1:]), LARGE)
             if is_managed:
                 engine.deepspeed.step()
         if is_managed:

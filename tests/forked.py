@@ -75,7 +75,7 @@ def _command(arguments: list[str], environment: dict[str, str], log: Path) -> No
 
 
 def _launch(module: Sequence[str], num_ranks: int) -> int:
-    """In the place of `launcher.launch`."""
+    """Takes the place of `launcher.launch`."""
     from sorted_ds.run.train import main
 
     os.environ.update(_meeting_point(), DS_ACCELERATOR="cpu")
@@ -96,7 +96,7 @@ def _script(script: Path, arguments: list[str], environment: dict[str, str], log
 
 
 def _rank(place: dict[str, str], work: Callable[[], int]) -> None:
-    """As `python -m sorted_ds.commands.rank`."""
+    """Does what `python -m sorted_ds.commands.rank` does."""
     from sorted_ds.cluster import stop
     from sorted_ds.run import train
 

@@ -29,7 +29,7 @@ def command(run: Path, *settings: str, ranks: int = 2) -> list[str]:
 
 
 def hears_all() -> None:
-    """In the child, before it begins: a test run in the background, or under nohup, would have it ignore some."""
+    """Lets a child hear every signal: one started in the background, or under nohup, would ignore some."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -86,13 +86,13 @@ import json, os, sys, time
 from sorted_ds.space.sampling import Sampler
 from sorted_ds.cluster.stop import listen
 from sorted_ds.run.train import main
-sample, seconds = Sampler.sample, json.loads(sys.argv.pop(1))[int(os.environ["RANK"])]
+plan, seconds = Sampler.plan, json.loads(sys.argv.pop(1))[int(os.environ["RANK"])]
 def stay_here(self, step):
     if step == 3:
         print("staying", file=sys.stderr, flush=True)
         time.sleep(seconds)
-    return sample(self, step)
-Sampler.sample = stay_here
+    return plan(self, step)
+Sampler.plan = stay_here
 listen()
 sys.exit(main(sys.argv[1:]))
 """

@@ -40,7 +40,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.shapes: set[torch.Size] = set()
-        """Of all tensors that were made."""
+        """The shapes of all tensors that were made."""
         self._seen: set[int] = set()
 
     def restart(self) -> None:
@@ -81,7 +81,7 @@ class StepBytes:
     update: int
     """At most, in the optimizer's update after them."""
     shapes: frozenset[torch.Size]
-    """Of all tensors that rank 0 made."""
+    """The shapes of all tensors that rank 0 made."""
 
     @property
     def most(self) -> int:
@@ -89,15 +89,15 @@ class StepBytes:
 
 
 REPEATS = 5
-"""Steps that are measured."""
+"""How many steps are measured."""
 NAMED = {"full": lambda space: space.full, "smallest": lambda space: space.smallest}
-"""The samples that are measured."""
+"""The sub-networks that are measured."""
 
 
-def of_samples(
+def of_subnets(
     ranks, config: LlamaConfig, space: SubNetSpace, zero: dict, ids: torch.Tensor, bf16: bool = False
 ) -> dict[str, StepBytes]:
-    """Of a step with each named sample in the engine. A collective."""
+    """Bytes of a step that trains one named sub-network in the engine, for each of them. A collective."""
     return of_steps(ranks, config, space, zero, ids, {name: [named(space)] for name, named in NAMED.items()}, bf16)
 
 
@@ -110,7 +110,7 @@ def of_steps(
     steps: dict[str, list[SubNet]],
     bf16: bool = False,
 ) -> dict[str, StepBytes]:
-    """Of each step, named, with its samples, in the engine. A collective."""
+    """Bytes of each named step, which trains its sub-networks one after the other in the engine. A collective."""
     keys = {"zero_optimization": zero, "bf16": {"enabled": bf16}}
     with LiveBytes() as live:
         model = nest(LlamaForCausalLM(copy.deepcopy(config)), space).to(ranks.device)
@@ -119,13 +119,13 @@ def of_steps(
         del model
         engine.warm_up(blank(*ids.shape))
 
-        def passes(samples: list[SubNet]) -> None:
-            for subnet in samples:
+        def passes(subnets: list[SubNet]) -> None:
+            for subnet in subnets:
                 engine.backward(engine.forward(batch(ids, ids), Pass(subnet)) / ids.numel())
 
         return {
-            name: _measured(ranks, live, partial(passes, samples), lambda: engine.step(0.0))
-            for name, samples in steps.items()
+            name: _measured(ranks, live, partial(passes, subnets), lambda: engine.step(0.0))
+            for name, subnets in steps.items()
         }
 
 
@@ -139,7 +139,7 @@ def of_plain(
     chunked: bool = True,
     grouped: bool = False,
 ) -> StepBytes:
-    """Of a named sample's extracted model under plain DeepSpeed, with fused AdamW. A collective.
+    """Bytes of a step of a named sub-network's extracted model under plain DeepSpeed, with fused AdamW. A collective.
 
     `chunked`: its loss is ours in chunks, not Hugging Face's. `grouped`: its optimizer has our groups, not one.
     """
@@ -155,7 +155,7 @@ def of_plain(
 
         def passes() -> None:
             if chunked:
-                engine.backward(engine(ids, ids) / ids.numel())
+                engine.backward(engine(**batch(ids, ids)) / ids.numel())
             else:
                 engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
 

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from benchmarks import kept, matrix, samples, spaces, step_time, whole_steps
+from benchmarks import kept, matrix, spaces, step_time, subnets, whole_steps
 from benchmarks.common import SIZES, Setting, interval, nested_llama, training_tflops
 from sorted_ds.engine.modes import check_modes
 from sorted_ds.nested import costs_of
@@ -18,7 +18,7 @@ from tests.spawn import ROOT
 
 
 def coverage(n: int, k: int) -> float:
-    """Of the interval from the k-th smallest to the k-th largest of n values around the true median."""
+    """How often the interval from the k-th smallest to the k-th largest of n values holds the true median."""
     return 1 - 2 * sum(math.comb(n, heads) for heads in range(k)) / 2**n
 
 
@@ -45,13 +45,13 @@ def test_spaces_hold_as_many_sub_networks_as_they_say_and_the_common_one(size):
 
 def test_every_timed_sub_network_is_in_its_space_and_the_last_is_the_full_one():
     for size in SIZES.values():
-        assert all(size.of(*quarters) in size.space() for quarters in samples.QUARTERS)
-        assert size.of(*samples.QUARTERS[-1]) == size.space().full
+        assert all(size.of(*quarters) in size.space() for quarters in subnets.QUARTERS)
+        assert size.of(*subnets.QUARTERS[-1]) == size.space().full
 
 
 def test_training_costs_three_times_the_forward_passs_flops():
     model = nested_llama(SIZES["tiny"])
-    cost = costs_of(model.space, model.config, SIZES["tiny"].row_tokens)[model.space.full]
+    cost = costs_of(model.space, model.family, model.config, SIZES["tiny"].row_tokens)[model.space.full]
     assert training_tflops(cost, tokens=100, seconds=2.0) == 3 * cost.flops_per_token * 100 / 2.0 / 1e12
 
 

@@ -3,67 +3,94 @@
 import ast
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sorted_ds.run.resolve import space_of, vocabulary
 
 from sorted_ds.engine.modes import check_modes
+from sorted_ds.families import family_of
+from sorted_ds.run.build import space_of
 from sorted_ds.run.model_config import model_config
 from sorted_ds.run.run_file import load_engine_config, load_run
+from sorted_ds.space import AXES
+from sorted_ds.space.axes import DEPTH
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sorted_ds"
 
-LINE = [
-    *("errors", "files", "shuffle", "ancestors", "extensions", "stop", "watchdog", "slurm", "rendezvous"),
-    "neighbours",
-    *("space", "config", "identity", "run_file", "ranks", "schedule", "learning_rate"),
-    *("nested", "data", "loss", "engine", "checkpoint"),
-    *(
-        "model_config",
-        "resolve",
-        "traffic",
-        "plan",
-        "model_dir",
-        "tables",
-        "figure",
-        "evaluate",
-        "select",
-        "model_card",
-        "export",
-    ),
-    *("assemble", "launcher", "monitor", "run_dir", "train", "commands", "cli", "rank"),
-]
-"""Whoever stands later may import from earlier, never the reverse."""
+LINE = (
+    "base",
+    "cluster",
+    "space",
+    "nested",
+    "families",
+    "data",
+    "tasks",
+    "engine",
+    "checkpoint",
+    "deploy",
+    "run",
+    "commands",
+)
+"""The folders. One that stands later may import from earlier ones, never the reverse."""
 
 KNOWS_ONLY = {
-    "files": {"errors"},
-    "ancestors": set(),
-    "neighbours": {"ancestors"},
-    "extensions": set(),
-    "shuffle": set(),
-    "stop": {"errors"},
-    "watchdog": set(),
-    "slurm": {"errors"},
-    "rendezvous": {"errors"},
-    "space": {"errors"},
-    "schedule": {"errors", "shuffle", "space"},
-    "nested": {"errors", "space"},
-    "data": {"errors", "files", "shuffle"},
-    "loss": {"nested"},
-    "traffic": set(),
-    "engine": {"errors", "space", "config", "ranks", "nested", "loss"},
-    "checkpoint": {"errors", "files", "identity", "ranks", "engine"},
+    "base": set(),
+    "cluster": {"base"},
+    "space": {"base"},
+    "nested": {"base", "space"},
+    "families": {"base", "space", "nested"},
+    "data": {"base"},
+    "tasks": {"base", "nested", "data"},
+    "engine": {"base", "cluster", "space", "nested", "data", "tasks"},
+    "checkpoint": {"base", "cluster", "space", "engine"},
+    "deploy": {"base", "space", "nested", "families", "data", "tasks"},
 }
+"""The folders that may be imported. `run` and `commands`, which put everything together, may import all before them."""
+
+KNOWS_ONLY_MODULES = {
+    "base.errors": set(),
+    "base.files": {"base.errors"},
+    "base.shuffle": set(),
+    "cluster.ancestors": set(),
+    "cluster.extensions": set(),
+    "cluster.neighbours": {"cluster.ancestors"},
+    "cluster.rendezvous": {"base.errors"},
+    "cluster.slurm": {"base.errors"},
+    "cluster.stop": {"base.errors"},
+    "cluster.watchdog": set(),
+    "nested.blocks": set(),
+    "nested.family": {"base.errors", "space"},
+    "nested.owned": {"space"},
+    "run.learning_rate": {"run.config"},
+    "run.traffic": set(),
+    "space.axes": {"base.errors"},
+    "space.sampling": {"base.errors", "base.shuffle", "space.axes"},
+    "space.space": {"base.errors", "space.axes"},
+}
+"""The modules of this package that a module may import, for modules that must be read and changed by themselves."""
+
+FAMILYS_OWN = re.compile(
+    r"lm_head|embed_tokens|self_attn|\bmlp\b|[qkvo]_proj|(gate|up|down)_proj|model\.(model|layers)\b"
+)
+"""Names inside a Hugging Face architecture. Only `families` may write them; others ask the family."""
 
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def component(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def folder(path: Path) -> str:
+    """The folder of a module in the package; the package's own `__init__` has none."""
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def module(path: Path) -> str:
+    """The name of a module in the package, like `space.axes`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(path: Path) -> set[str]:
@@ -72,37 +99,93 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide what is imported"
             found.add(node.module)
+            if node.module == "sorted_ds":  # `from sorted_ds import folder`
+                found |= {f"sorted_ds.{alias.name}" for alias in node.names}
     return found
 
 
 def own(path: Path) -> set[str]:
-    """The components of this package that a file imports."""
-    names = {name.split(".")[1] for name in imported(path) if name.startswith("sorted_ds.")}
-    return names - {component(path)}
+    """The modules of this package that a file imports, like `space.axes`."""
+    return {name.removeprefix("sorted_ds.") for name in imported(path) if name.startswith("sorted_ds.")}
 
 
-def test_every_module_stands_on_the_line():
-    assert {component(path) for path in modules()} - {"__init__"} == set(LINE)
+def other_folders(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in own(path)} - {folder(path)}
+
+
+def test_every_module_lies_in_a_folder_of_the_line():
+    assert {folder(path) for path in modules()} - {""} == set(LINE)
+    assert [path.name for path in modules() if not folder(path)] == ["__init__.py"]
 
 
 def test_imports_go_one_way():
     for path in modules():
-        if component(path) != "__init__":
-            later = {name for name in own(path) if LINE.index(name) > LINE.index(component(path))}
+        if folder(path):
+            later = {name for name in other_folders(path) if LINE.index(name) > LINE.index(folder(path))}
             assert not later, f"{path.relative_to(ROOT)} imports {later}"
 
 
 @pytest.mark.parametrize("name", KNOWS_ONLY)
-def test_the_core_knows_only_what_it_needs(name):
+def test_a_folder_knows_only_what_it_needs(name):
     for path in modules():
-        if component(path) == name:
-            assert own(path) <= KNOWS_ONLY[name], path
+        if folder(path) == name:
+            assert other_folders(path) <= KNOWS_ONLY[name], path
+
+
+@pytest.mark.parametrize("name", KNOWS_ONLY_MODULES)
+def test_the_core_knows_only_what_it_needs(name):
+    (path,) = (path for path in modules() if module(path) == name)
+    assert own(path) <= KNOWS_ONLY_MODULES[name], path
+
+
+def test_what_uses_a_trained_family_needs_no_engine_and_the_engine_no_files():
+    """Both follow from the tables above; here they are said."""
+    for path in modules():
+        if folder(path) == "deploy":
+            assert not other_folders(path) & {"engine", "checkpoint"}, path
+        if folder(path) == "engine":
+            assert not other_folders(path) & {"checkpoint", "deploy", "run", "commands"}, path
+
+
+def constants(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of each string that is no docstring, and of each chain of attributes."""
+    tree = ast.parse(path.read_text())
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.lineno, node.value
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, ast.unparse(node)
+
+
+def test_only_the_families_name_parts_of_an_architecture():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in modules()
+        for line, text in (constants(path) if folder(path) != "families" else ())
+        if FAMILYS_OWN.search(text)
+    ]
+    assert found == []
+
+
+def test_only_the_families_know_the_letters_of_their_axes():
+    """Depth is the one that every family has."""
+    for path in modules():
+        if folder(path) == "families" or module(path) == "space.axes":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                assert node.slice.value not in AXES, f"{path}:{node.lineno}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("SubNet", ".replace")):
+                letters = {word.arg for word in node.keywords} & set(AXES)
+                assert letters <= {DEPTH}, f"{path}:{node.lineno}"
 
 
 def test_deepspeed_is_imported_in_one_place():
-    importers = {component(p) for p in modules() if any(n.split(".")[0] == "deepspeed" for n in imported(p))}
+    importers = {folder(p) for p in modules() if any(n.split(".")[0] == "deepspeed" for n in imported(p))}
     assert importers == {"engine"}
 
 
@@ -122,7 +205,7 @@ def function(path: Path, name: str) -> ast.FunctionDef:
 
 
 def test_the_loop_stays_short_and_knows_no_deepspeed():
-    loop = function(PACKAGE / "train.py", "train")
+    loop = function(PACKAGE / "run" / "train.py", "train")
     assert loop.end_lineno - loop.lineno < 65
     assert "deepspeed." not in re.sub(r"engine\.deepspeed_config", "", ast.unparse(loop))
 
@@ -130,7 +213,7 @@ def test_the_loop_stays_short_and_knows_no_deepspeed():
 def test_files_and_functions_stay_small():
     for path in modules():
         tree = ast.parse(path.read_text())
-        assert len(path.read_text().splitlines()) <= 320, path
+        assert len(path.read_text().splitlines()) <= 400, path
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno <= 65, f"{path}: {node.name}"
@@ -145,8 +228,8 @@ def test_every_shipped_run_file_is_valid(path):
     run = load_run(path)
     if not run.engine.deepspeed.exists():  # text.toml is to be copied, with one of these beside it
         run = load_run(path, [f"engine.deepspeed=../../ds_configs/{run.engine.deepspeed.name}"])
-    config = model_config(run, vocabulary(run))
-    assert len(space_of(run, config)) > 1
+    config = model_config(run)
+    assert len(space_of(run, family_of(config.model_type), config)) > 1
     check_modes(load_engine_config(run.engine.deepspeed), run.engine.deepspeed.name)
 
 

@@ -63,7 +63,7 @@ def _counting(original, kind: str, traffic: Traffic):
 
 
 def num_bytes(value) -> int:
-    """Of a tensor or a list of them; anything else has none."""
+    """The bytes of a tensor or of a list of tensors; anything else has none."""
     if isinstance(value, list | tuple):
         return sum(map(num_bytes, value))
     return value.nbytes if isinstance(value, torch.Tensor) else 0

@@ -130,7 +130,7 @@ def test_plan_prints_the_table_and_as_json_every_number(tmp_path, capsys):
     assert main(["plan", str(path), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert len(plan["subnets"]) == 8
-    assert plan["steps"] == 400
+    assert (plan["steps"], plan["subnets_per_step"], plan["rows_per_subnet"]) == (400, 4, 2)
 
 
 def test_prepare_then_eval_measures_a_directory(tmp_path, capsys):
@@ -142,15 +142,17 @@ def test_prepare_then_eval_measures_a_directory(tmp_path, capsys):
     evaluation = json.loads(capsys.readouterr().out)
     assert len(evaluation["measured"]) == 27
     assert {row["num_targets"] for row in evaluation["measured"]} == {8 * 16}
-    assert 0 < evaluation["unigram_nats"] < 6
+    assert list(evaluation["baseline"]) == ["unigram model"]
+    assert 0 < evaluation["baseline"]["unigram model"] < 6
+    assert {"loss", "perplexity", "accuracy"} < evaluation["measured"][0].keys()
     assert (run / "pareto.png").stat().st_size > 10_000
     assert main(["eval", str(run), "--subnets", "d1-g1-f32"]) == 0
     printed = capsys.readouterr()
     assert "unigram model" in printed.out
     assert printed.out.count("-g") == 27
     assert "…" not in printed.out
-    before, after = evaluation["measured"], json.loads((run / "subnets.json").read_text())["subnets"]
-    assert before == after
+    written = json.loads((run / "subnets.json").read_text())
+    assert written == {"baseline": evaluation["baseline"], "subnets": evaluation["measured"]}
 
 
 RANK = """

@@ -31,7 +31,7 @@ def test_the_cover_has_every_pair():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_json_is_a_mode_of_the_cover(path):
-    """As the engine runs it; a key that no mode of the cover sets would not be compared."""
+    """The JSON is compared as the engine completes it. A key that no mode of the cover sets would not be proven."""
     config = json.loads(path.read_text())
     assert config.keys() <= {"zero_optimization", "bf16"}
     zero = complete(config, 1, 1, 0.0)["zero_optimization"]

@@ -1,6 +1,6 @@
 """Every family under ZeRO on two ranks: biases, norms across heads, norms after a half, capped and divided logits.
 
-The exactness tests train one llama. Here each family takes one step of SGD with three samples, and its weights are
+The exactness tests train one llama. Here each family takes one step of SGD with three sub-networks, and its weights are
 compared with those of the masked full model in one process. The first tier trains the families of `CORE`, which have
 biases, norms across heads and after a half, and capped and divided logits; the second tier trains the others.
 """
@@ -23,9 +23,9 @@ from tests.families import SPACE, VARIANTS, tiny_model, tokens
 from tests.parity import run_reference
 from tests.spawn import on_ranks
 
-SAMPLES = ("d4-g4-f112", "d2-g3-f80", "d1-g1-f32")
+SUBNETS = ("d4-g4-f112", "d2-g3-f80", "d1-g1-f32")
 NUM_RANKS, ROWS, ROW_TOKENS = 2, 2, 12
-NUM_TARGETS = NUM_RANKS * len(SAMPLES) * ROWS * (ROW_TOKENS - 1)
+NUM_TARGETS = NUM_RANKS * len(SUBNETS) * ROWS * (ROW_TOKENS - 1)
 RATE = 0.5
 CHECKPOINTED = ("gemma2", "olmo2", "qwen2, biases, sliding")
 STAGES = (2, 3)
@@ -33,8 +33,8 @@ CORE = ("gemma2", "olmo2", "granite")
 REST = tuple(variant for variant in VARIANTS if variant not in CORE)
 
 
-def rows_of(rank: int, sample: int) -> torch.Tensor:
-    return tokens(ROWS, ROW_TOKENS, seed=10 * sample + rank)
+def rows_of(rank: int, share: int) -> torch.Tensor:
+    return tokens(ROWS, ROW_TOKENS, seed=10 * share + rank)
 
 
 def trained(ranks, variants: tuple[str, ...]) -> dict[tuple[int, str], dict]:
@@ -50,8 +50,8 @@ def train(ranks, stage: int, variant: str) -> dict[str, torch.Tensor]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = Engine(nest(model, SPACE), TASK, config, "test.json", optim, ROWS, ranks)
     engine.warm_up(blank(ROWS, ROW_TOKENS))
-    for sample, name in enumerate(SAMPLES):
-        ids = rows_of(ranks.rank, sample)
+    for share, name in enumerate(SUBNETS):
+        ids = rows_of(ranks.rank, share)
         labels = F.pad(ids[:, 1:], (0, 1), value=-100)
         engine.backward(engine.forward(batch(ids, labels), Pass(SPACE[name])) / NUM_TARGETS)
     engine.step(RATE)
@@ -80,8 +80,8 @@ def test_a_step_of_every_family_is_that_of_the_masked_full_model(weights_of, sta
     before = {name: parameter.detach().double() for name, parameter in full.named_parameters()}
     expected = {name: value.clone() for name, value in before.items()}
     for rank in range(NUM_RANKS):
-        for sample, name in enumerate(SAMPLES):
-            for key, grad in run_reference(full, SPACE[name], rows_of(rank, sample)).grads.items():
+        for share, name in enumerate(SUBNETS):
+            for key, grad in run_reference(full, SPACE[name], rows_of(rank, share)).grads.items():
                 expected[key] -= RATE * grad / NUM_TARGETS
     weights = weights_of(stage, variant)
     assert weights.keys() == expected.keys()

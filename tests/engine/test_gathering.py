@@ -89,8 +89,8 @@ def gathering(ranks, threshold: int, prefetch: int) -> dict:
 
 
 def read_while_gathered(ranks, threshold: int, prefetch: int) -> dict:
-    """After a step, between forward and backward pass: bundles that are there, those whose own values are others, and
-    how far their blocks are from the master weights.
+    """Returns what is there after a step, between a forward and its backward pass: the number of bundles, the number of
+    those whose own values are others, and how far their blocks are from the master weights.
     """
     engine = engine_of(ranks, threshold, prefetch)
     one_pass(engine, LARGE, training=True)
@@ -126,7 +126,7 @@ def test_blocks_are_read_right_wherever_they_lie(num_ranks, threshold, prefetch,
 
 @pytest.mark.parametrize("num_ranks", range(1, 8))
 def test_the_pieces_of_a_parameter_are_its_elements(num_ranks):
-    """Against all shares put together, the last ones padded; sizes that no number of ranks divides."""
+    """They are compared with all shares put together, the last ones padded. No number of ranks divides the sizes."""
     sizes, starts = (5, 1, 11), (20, 3, 7)
     share = -(-sum(sizes) // num_ranks)
     shares = torch.full((num_ranks, share + 2), -1)  # something comes before

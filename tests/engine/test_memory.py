@@ -18,8 +18,7 @@ from sorted_ds.engine import Engine, partitioner
 from sorted_ds.engine.optimizers import build_optimizer
 from sorted_ds.families import nest
 from sorted_ds.nested.load import build
-from sorted_ds.nested.weights import LAYERS_PREFIX
-from sorted_ds.run import assemble
+from sorted_ds.run import build as run_build
 from sorted_ds.run.config import Optim
 from sorted_ds.run.run_file import load_run
 from sorted_ds.space import SubNet, SubNetSpace
@@ -27,7 +26,7 @@ from tests import exactness
 from tests.batches import LLAMA, TASK, blank
 from tests.engine.test_traces import held_by
 from tests.exactness import ROWS_PER_RANK, SPACE, Case, plain_model
-from tests.memory import NAMED, LiveBytes, StepBytes, of_plain, of_samples, of_steps
+from tests.memory import NAMED, LiveBytes, StepBytes, of_plain, of_steps, of_subnets
 from tests.runs import run_file
 from tests.spawn import on_ranks
 
@@ -89,7 +88,7 @@ def sized_space(depth: int) -> SubNetSpace:
 
 
 def live_bytes(ranks, depth: int, source: Path | None, precision: str) -> tuple[int, int]:
-    """Of the rank with most: at any time while it builds, and when it has built."""
+    """Bytes of the rank that has most: at any time while it builds, and when it has built."""
     config = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": precision == "bf16"}}
     take = partitioner(config, 2, 1.0, ranks)
     with LiveBytes() as live:
@@ -108,14 +107,14 @@ def step_bytes(ranks, stage: int) -> dict[str, tuple[StepBytes, StepBytes]]:
     space = sized_space(DEPTHS[0])
     with mock.patch("sorted_ds.tasks.losses.CHUNK_ELEMENTS", {"cpu": CHUNK_ROWS * VOCAB}):
         model = (ranks, sized(DEPTHS[0]), space)
-        ours = of_samples(*model, zero, ids)
+        ours = of_subnets(*model, zero, ids)
         plain = partial(of_plain, *model, zero=zero, ids=ids)
         pairs = {name: (ours[name], plain(name=name)) for name in NAMED}
         return {**pairs, "grouped": (ours["full"], plain(name="full", grouped=True))}
 
 
 def accumulated_bytes(ranks, stage: int) -> dict[str, StepBytes]:
-    """Of a step with samples of which each uses more than the one before, and of one with the full network as often."""
+    """Bytes of a step in which each pass uses more than the one before, and of one with the full network as often."""
     space = sized_space(DEPTHS[0])
     growing = [space.smallest, SubNet(d=DEPTHS[0], g=1, f=32), SubNet(d=DEPTHS[0], g=1, f=128), space.full]
     steps = {"growing": growing, "full": [space.full] * len(growing)}
@@ -125,16 +124,16 @@ def accumulated_bytes(ranks, stage: int) -> dict[str, StepBytes]:
 
 
 def owned_layers(ranks) -> list[list[float]]:
-    """At stage 2, of each rank: how much of each of eight layers, without a head, its part of the masters is."""
+    """For each rank at stage 2: how much of each of eight layers, without a head, its part of the masters is."""
     config = sized(DEPTHS[1])
     config.tie_word_embeddings = True
     model = nest(LlamaForCausalLM(config), sized_space(DEPTHS[1]))
     layer_elements = sum(p.numel() for p in model.model.layers[0].parameters())
     engine = Engine(model, TASK, {"zero_optimization": {"stage": 2}}, "test.json", Optim(), ROWS, ranks)
-    owned = [0.0] * DEPTHS[1]
+    owned, prefix = [0.0] * DEPTHS[1], f"{LLAMA.layers}."
     for shard in engine.shards(owned=True):
-        if shard.name.startswith(LAYERS_PREFIX):
-            owned[int(shard.name.removeprefix(LAYERS_PREFIX).split(".")[0])] += shard.num / layer_elements
+        if shard.name.startswith(prefix):
+            owned[int(shard.name.removeprefix(prefix).split(".")[0])] += shard.num / layer_elements
     return [[float(share) for share in text.split()] for text in ranks.gather(" ".join(map(str, owned)))]
 
 
@@ -151,7 +150,7 @@ def wide_step_bytes(ranks) -> dict[str, tuple[StepBytes, StepBytes]]:
     space = SubNetSpace.grid(depths=[1, 3], groups=[1, 2], ffn=[256, 512, 1024])
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 500_000}
     ids = torch.zeros(1, 16, dtype=torch.int64)
-    ours = of_samples(ranks, config, space, zero, ids)
+    ours = of_subnets(ranks, config, space, zero, ids)
     return {name: (ours[name], of_plain(ranks, config, space, name, zero, ids)) for name in NAMED}
 
 
@@ -159,9 +158,9 @@ def refused(ranks, run_path: Path, sources: list[Path], **patches) -> str:
     """What `load_model` says where each rank sees another directory."""
     run = load_run(run_path)
     run = run.model_copy(update={"model": run.model.model_copy(update={"init": "pretrained"})})
-    with mock.patch.multiple(assemble, resolve_source=lambda init: sources[ranks.rank], **patches):
+    with mock.patch.multiple(run_build, resolve_source=lambda init: sources[ranks.rank], **patches):
         try:
-            assemble.load_model(run, plain_model(Case(3)).config, SPACE, ranks)
+            run_build.load_model(run, plain_model(Case(3)).config, SPACE, ranks)
         except UserError as error:
             return str(error)
     return ""
@@ -262,7 +261,7 @@ def test_one_ranks_other_weights_are_one_error_on_all_ranks(found):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_step_of_the_full_sample_holds_no_more_than_plain_deepspeeds(found, stage):
+def test_a_step_of_the_full_network_holds_no_more_than_plain_deepspeeds(found, stage):
     """Where the update's own peak lies depends on where a rank's part begins: it is compared with the same groups."""
     ours, plain = found[f"stage {stage}"]["full"]
     _, grouped = found[f"stage {stage}"]["grouped"]
@@ -279,45 +278,45 @@ def test_the_smaller_group_of_the_optimizer_comes_first():
     assert 0 < small < large
 
 
-@pytest.mark.parametrize("sample", NAMED)
-def test_a_layer_half_at_once_holds_no_more_than_its_weights_one_by_one(found, sample):
+@pytest.mark.parametrize("name", NAMED)
+def test_a_layer_half_at_once_holds_no_more_than_its_weights_one_by_one(found, name):
     """Where DeepSpeed may keep what is gathered, as it does by default. Otherwise a half more: docs/exactness.md."""
-    ours, plain = found["wide"][sample]
+    ours, plain = found["wide"][name]
     assert ours.added <= 1.02 * plain.added
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_passes_of_a_small_sample_add_what_its_extracted_model_would(found, stage):
+def test_the_passes_of_a_small_sub_network_add_what_its_extracted_model_would(found, stage):
     ours, plain = found[f"stage {stage}"]["smallest"]
     assert ours.added <= 1.02 * plain.added
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_gradients_of_samples_that_grow_take_no_more_than_the_full_networks(found, stage):
-    """DeepSpeed would keep a buffer of a rank's part for each sample that is the first to use something."""
+def test_gradients_of_sub_networks_that_grow_take_no_more_than_the_full_networks(found, stage):
+    """DeepSpeed would keep a buffer of a rank's part for each sub-network that is the first to use something."""
     steps = found[f"accumulated, stage {stage}"]
     assert steps["growing"].passes <= steps["full"].passes
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_small_samples_gradients_take_no_buffer_of_a_ranks_part(found, stage):
-    """DeepSpeed's, of any sample. The update has the gradients, zeros for what was not active, and all in one piece."""
-    sample, _ = found[f"stage {stage}"]["smallest"]
+def test_a_small_sub_networks_gradients_take_no_buffer_of_a_ranks_part(found, stage):
+    """DeepSpeed takes one for any. The update holds the gradients, zeros for what was not active, all in one piece."""
+    ours, _ = found[f"stage {stage}"]["smallest"]
     part, largest = model_bytes(DEPTHS[0], "fp32") / NUM_RANKS, VOCAB * 64 * 4
-    assert sample.update - sample.between <= 2 * (part + largest), (
+    assert ours.update - ours.between <= 2 * (part + largest), (
         "a tensor may begin in one rank's part and end in another"
     )
 
 
 @pytest.mark.parametrize("depth", [2, 4])
 def test_the_first_layers_are_owned_by_all_ranks_about_alike(found, depth):
-    """In their own order the first ranks would add up a shallow sample's gradients alone, and offload them alone."""
+    """In their own order the first ranks alone would add up the gradients of a shallow sub-network, and offload."""
     assert sum(map(sum, found["owned"])) == pytest.approx(DEPTHS[1])
     assert max(sum(layers[:depth]) for layers in found["owned"]) <= depth / NUM_RANKS + 0.5
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_whole_logits_never_exist_in_the_engine(found, stage):
-    for sample, _ in found[f"stage {stage}"].values():
-        rows = {shape.numel() // VOCAB for shape in sample.shapes if shape and shape[-1] == VOCAB and len(shape) > 1}
+    for ours, _ in found[f"stage {stage}"].values():
+        rows = {shape.numel() // VOCAB for shape in ours.shapes if shape and shape[-1] == VOCAB and len(shape) > 1}
         assert rows == {CHUNK_ROWS, sized(1).hidden_size}, "chunks of logits, and the transposed head"

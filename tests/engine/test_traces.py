@@ -14,7 +14,7 @@ from sorted_ds.nested import extract
 from sorted_ds.nested.bundles import Bundle, BundledHalf
 from sorted_ds.space import Pass
 from tests.batches import TASK, batch, blank, summed
-from tests.exactness import DEEP, LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, VOCAB, WIDE, Case, plain_model
+from tests.exactness import DEEP, LARGE, MIDDLE, ORDERED_SPACE, ROW_TOKENS, SMALL, SPACE, VOCAB, WIDE, Case, plain_model
 from tests.spawn import on_ranks
 from tests.traffic import counted
 
@@ -25,6 +25,7 @@ CASES = [
     Case(3, prefetch=2_000, checkpointing=True),
     Case(3, prefetch=2_000, tied=True),
     Case(3, prefetch=2_000, roomy=True),
+    Case(3, prefetch=7_000, ordered=True),
 ]
 VISITS = (SMALL, MIDDLE, LARGE, DEEP, WIDE, SMALL, LARGE, MIDDLE, DEEP)
 
@@ -33,7 +34,8 @@ def engine_of(ranks, case: Case) -> Engine:
     model = plain_model(case)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    engine = Engine(nest(model, SPACE), TASK, case.deepspeed(), "test.json", case.optim, 2, ranks)
+    space = ORDERED_SPACE if case.ordered else SPACE
+    engine = Engine(nest(model, space), TASK, case.deepspeed(), "test.json", case.optim, 2, ranks)
     engine.warm_up(blank(2, ROW_TOKENS))
     return engine
 
@@ -50,7 +52,7 @@ def one_pass(engine: Engine, subnet, training: bool) -> None:
 
 
 def traffic(ranks, cases: list[Case]) -> dict:
-    """Of each case: for each visit, calls and bytes gathered and bytes reduced in training, gathered in evaluation."""
+    """For each case and visit: calls and bytes gathered and bytes reduced in training, bytes gathered in evaluation."""
     found = {}
     for case in cases:
         engine = engine_of(ranks, case)
@@ -90,13 +92,13 @@ def static_bytes(ranks, cases: list[Case]) -> dict[tuple, tuple[int, int]]:
             )
             for _ in range(3):
                 with counted() as passes:
-                    engine.backward(engine(ids(), ids()))
+                    engine.backward(engine(**batch(ids(), ids())))
                 engine.step()
             found[case.name, subnet] = passes.gathered, half
     return found
 
 
-def test_a_sample_gathers_from_the_first_visit_on_what_a_static_network_of_its_size_does(measured, tmp_path):
+def test_a_sub_network_gathers_from_the_first_visit_on_what_a_static_network_of_its_size_does(measured, tmp_path):
     """But for a layer half where memory is so tight that hardly more than one fits: whole halves come and go here."""
     static = on_ranks(2, static_bytes, CASES, folder=tmp_path)
     for case in CASES:
@@ -113,7 +115,7 @@ def active(case: Case) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_sample_reduces_exactly_its_own_gradients(measured, case):
+def test_a_sub_network_reduces_exactly_its_own_gradients(measured, case):
     assert [row[2] for row in measured[case.name][0]] == list(active(case))
 
 
@@ -149,7 +151,7 @@ def test_no_pass_departs_from_its_trace(measured, case):
 
 
 def orders(ranks, cases: list[Case]) -> dict:
-    """Of each case, sub-network and mode: the derived and the recorded trace, modules and parameters by number."""
+    """For each case, sub-network and mode: the derived and the recorded trace, modules and parameters by number."""
     found = {}
     for case in cases:
         engine = engine_of(ranks, case)
@@ -187,8 +189,8 @@ def recorded_trace(engine: Engine, subnet, training: bool):
 
 
 def test_a_derived_trace_is_the_one_that_would_be_recorded(tmp_path):
-    found = on_ranks(2, orders, [CASES[1], CASES[3], CASES[4]], folder=tmp_path)
-    assert len(found) == 3 * 5 * 2
+    found = on_ranks(2, orders, [CASES[1], CASES[3], CASES[4], CASES[6]], folder=tmp_path)
+    assert len(found) == 4 * 5 * 2
     for key, (derived, recorded) in found.items():
         assert derived == recorded, key
         assert len(derived[0]) > 10

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.run.config import Run
+from sorted_ds.run.config import Run, Section
 from sorted_ds.run.run_file import load_engine_config, load_run
 from tests.runs import run_file
 
@@ -54,6 +54,13 @@ def test_overrides_are_toml_values_or_plain_strings(tmp_path):
     assert run.log.tensorboard is False
 
 
+def test_sizes_are_read_along_every_axis(tmp_path):
+    space = load_run(run_file(tmp_path), ["space.layer_order=[2, 0, 1]", "space.widths=[8]"]).space
+    assert space.sizes == {"depths": [1, 3], "groups": [1, 2], "ffn": [32, 64], "widths": [8]}
+    assert space.layer_order == [2, 0, 1]
+    assert load_run(tmp_path / "tiny.toml").space.layer_order == []
+
+
 def test_the_tokenizer_is_that_of_the_checkpoint_or_trained_from_scratch(tmp_path):
     assert load_run(run_file(tmp_path)).data.tokenizer == "train"
     checkpoint = tmp_path / "llama"
@@ -78,11 +85,16 @@ def test_a_run_does_not_change_after_it_was_read(tmp_path):
         ("row_tokens = 32", "", r"'batch\.row_tokens' is missing"),
         ("step_rows = 8", 'step_rows = "eight"', r"batch\.step_rows = 'eight' should be a valid integer"),
         ("step_rows = 8", "step_rows = 0", r"batch\.step_rows = 0 should be greater than or equal to 1"),
+        ("subnets_per_step = 4", "subnets_per_step = 0", r"sampling\.subnets_per_step = 0 should be greater than or"),
+        ("groups = [1, 2]", "heads = [1, 2]", r"unknown key 'space\.heads'\."),
+        ("groups = [1, 2]", "groups = [1, 0]", r"space\.groups\.1 = 0 should be greater than or equal to 1"),
         (
-            "samples = 4",
-            'samples = 4\nstrategy = "best"',
-            r"schedule\.strategy = 'best' should be 'uniform', 'stratified'",
+            "groups = [1, 2]",
+            "layer_order = [1, -1]",
+            r"space\.layer_order\.1 = -1 should be greater than or equal to 0",
         ),
+        ("[sampling]", "[schedule]", r"'schedule' is called 'sampling' now\. Rename it\."),
+        ("[sampling]", "[sampling]\ndraws = 3", r"'sampling\.draws' is called 'sampling\.subnets_per_step' now\."),
         ("seed = 17", "seed = = 17", r"is no TOML: .*line 1"),
     ],
 )
@@ -124,9 +136,9 @@ def test_a_deepspeed_json_holds_engine_keys_only(tmp_path, content, message):
 
 def test_every_key_has_a_meaning():
     for name, field in Run.model_fields.items():
-        if name in ("seed", "run_dir"):
-            assert field.description
-            continue
         section = field.annotation
+        if not issubclass(section, Section):
+            assert field.description, name
+            continue
         assert section.__doc__
         assert all(key.description for key in section.model_fields.values()), name

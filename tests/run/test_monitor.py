@@ -59,7 +59,7 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capfd):
 def test_a_table_that_nobody_can_read_costs_nothing(tmp_path, monkeypatch):
     with monitor(load_run(run_file(tmp_path))) as made:
         monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115, closing would raise
-        made.table([], 5.0)
+        made.table([], {"unigram model": 5.0})
 
 
 def test_losses_are_summed_by_sub_network_and_start_anew():

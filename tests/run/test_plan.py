@@ -55,7 +55,7 @@ def test_compute_is_three_forward_passes_of_what_is_active(tmp_path):
 )
 def test_rows_are_dealt_over_the_ranks(tmp_path, num_ranks, forwards, rows, padded):
     plan = planned(tmp_path, num_ranks=num_ranks)
-    assert (plan.forwards_per_sample, plan.rows_per_forward) == (forwards, rows)
+    assert (plan.forwards_per_subnet, plan.rows_per_forward) == (forwards, rows)
     assert plan.padded_fraction == pytest.approx(padded)
 
 
@@ -67,11 +67,11 @@ def test_memory_falls_with_the_stage_and_is_one_ranks_at_stage_0(tmp_path):
     assert (plan.memory.precision, plan.memory.chosen_stage) == ("fp32", 1)
 
 
-def test_what_is_sent_follows_from_the_samples(tmp_path):
+def test_what_is_sent_follows_from_the_sampled_sub_networks(tmp_path):
     plan = planned(tmp_path, num_ranks=4)
-    full, samples = plan.subnets[-1].parameters, sum(s.share_of_samples * s.parameters for s in plan.subnets)
-    active = 4 * plan.samples * plan.forwards_per_sample * samples
-    assert 2 * 4 * samples * 3 / 4 < plan.sent_bytes[0] < 2 * 4 * full * 3 / 4
+    full, mean = plan.subnets[-1].parameters, sum(s.share_of_samples * s.parameters for s in plan.subnets)
+    active = 4 * plan.subnets_per_step * plan.forwards_per_subnet * mean
+    assert 2 * 4 * mean * 3 / 4 < plan.sent_bytes[0] < 2 * 4 * full * 3 / 4
     assert plan.sent_bytes[1] - plan.sent_bytes[0] == pytest.approx(4 * full * 3 / 4)
     assert plan.sent_bytes[2] == pytest.approx((4 * full + 2 * active) * 3 / 4, rel=0.01)
     assert plan.sent_bytes[3] == pytest.approx(2 * active * 3 / 4, rel=0.01)
@@ -120,10 +120,33 @@ def test_an_8b_network_is_planned_in_seconds(tmp_path):
         (
             "depths = [1, 3]",
             "depths = [1, 4]",
-            r"the space's largest sub-network is d4-g2-f64, but the model has 3 layers",
+            r"the space's largest sub-network is d4-g2-f64, but the model is d3-g2-f64",
         ),
         ('text = ["text"]', 'text = ["txt"]', r"data\.text.*txt"),
-        ("step_rows = 8", "step_rows = 9", r"batch\.step_rows = 9 cannot be shared out over schedule\.samples = 4"),
+        (
+            "step_rows = 8",
+            "step_rows = 9",
+            r"batch\.step_rows = 9 cannot be divided by sampling\.subnets_per_step = 4\. Nearest that can: 8, 12\.",
+        ),
+        (
+            "subnets_per_step = 4",
+            'subnets_per_step = 4\nstrategy = "best"',
+            r"sampling\.strategy = 'best' is not known\. Known: uniform, stratified, sandwich, full_plus\.",
+        ),
+        (
+            "subnets_per_step = 4",
+            'subnets_per_step = 1\nstrategy = "sandwich"',
+            r"sampling\.subnets_per_step = 1, but sandwich needs at least 2",
+        ),
+        ("groups = [1, 2]\n", "", r"are named like d3-f64, but llama has the axes d, g, f"),
+        (
+            "groups = [1, 2]",
+            "groups = [1, 2]\nwidths = [8]",
+            r"named like d3-g2-f64-w8, but llama has the axes d, g, f",
+        ),
+        ("groups = [1, 2]", 'groups = [1, 2]\nsubnets = ["d3-g2-f64"]', r"space sets both subnets and sizes"),
+        ("groups = [1, 2]", "groups = [1, 2]\nlayer_order = [0, 1]", r"is not a permutation of the 3 layers"),
+        ("seed = 17", 'seed = 17\ntask = "causal"', r"task = 'causal' is not known\. Known: causal_lm\."),
         ("vocab_size = 300", 'tokenizer = "no/such/one"', r"no/such/one"),
         ('"zero.json"', '"zero9.json"', r"zero9\.json"),
     ],

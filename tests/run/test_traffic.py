@@ -10,7 +10,7 @@ from sorted_ds.nested import costs_of, union_parameters
 from sorted_ds.run.config import Optim
 from sorted_ds.run.traffic import Samples, step_traffic
 from sorted_ds.space import Pass, SubNetSpace
-from tests.batches import TASK, batch, blank
+from tests.batches import LLAMA, TASK, batch, blank
 from tests.exactness import LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, Case, plain_model
 from tests.spawn import on_ranks
 from tests.traffic import counted
@@ -30,7 +30,7 @@ KEPT += [(distance, recomputed, 4 * HALF) for distance in (80_000, 160_000) for 
 
 
 def exchanged(ranks) -> dict:
-    """Of each mode and step: bytes by kind."""
+    """The bytes of each step by kind, for each mode."""
     return {mode: of_mode(ranks, *mode) for mode in MODES}
 
 
@@ -42,9 +42,9 @@ def of_mode(ranks, stage: int, precision: str) -> list[dict[str, int]]:
     engine.warm_up(blank(2, ROW_TOKENS))
     ids = torch.zeros(2, ROW_TOKENS, dtype=torch.int64)
     found = []
-    for samples in STEPS:
+    for sampled in STEPS:
         with counted() as traffic:
-            for subnet in samples:
+            for subnet in sampled:
                 engine.backward(engine.forward(batch(ids, ids), Pass(subnet)))
             engine.step(0.0)
         found.append(traffic.bytes)
@@ -59,9 +59,10 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize(("stage", "precision"), MODES)
 def test_the_formula_is_what_is_counted(found, stage, precision):
     config = plain_model(Case(stage)).config
-    costs = costs_of(SPACE, config, ROW_TOKENS)
-    for samples, counted_bytes in zip(STEPS, found[stage, precision], strict=True):
-        sizes = Samples([costs[s].parameters for s in samples], union_parameters([samples], config)[0], forwards=1)
+    costs = costs_of(SPACE, LLAMA, config, ROW_TOKENS)
+    for sampled, counted_bytes in zip(STEPS, found[stage, precision], strict=True):
+        union = union_parameters([sampled], LLAMA, config)[0]
+        sizes = Samples([costs[s].parameters for s in sampled], union, forwards=1)
         told = step_traffic(stage, precision == "bf16", costs[SPACE.full].parameters, sizes)
         assert counted_bytes["gather"] == pytest.approx(told.gathered, rel=1e-3)
         assert told.reduced <= counted_bytes["reduce"] <= told.reduced + SMALL_CHANGE
@@ -90,7 +91,7 @@ def gathered_again(ranks) -> dict[tuple[int, bool, int], dict[str, int]]:
 
 def test_what_is_not_kept_for_the_backward_pass_is_gathered_again(tmp_path):
     """A layer half is kept as a whole or not, so the formula is at most one above. What is fetched ahead stays too."""
-    costs = costs_of(DEEP_SPACE, DEEP, ROW_TOKENS)
+    costs = costs_of(DEEP_SPACE, LLAMA, DEEP, ROW_TOKENS)
     ratios = []
     for (distance, recomputed, prefetch), counts in on_ranks(2, gathered_again, folder=tmp_path).items():
         for subnet, cost in costs.items():

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sorted_ds.base.shuffle import Shuffle
 from sorted_ds.cluster.launcher import free_port
-from sorted_ds.data.text.prepare import find_prepared
 from sorted_ds.nested import costs_of
-from sorted_ds.run.build import check_run, data_spec, schedule_of
+from sorted_ds.run.build import check_run, sampler_of
 from sorted_ds.run.learning_rate import lr_at
 from sorted_ds.run.plan import make_plan
 from sorted_ds.run.run_file import load_run
 from tests import reference
+from tests.batches import LLAMA, TASK
 from tests.launched import (
     LAUNCHERS,
     SAID,
@@ -37,19 +37,19 @@ from tests.runs import run_file
 
 
 def reference_losses(run: Path) -> list[float]:
-    """The training loss of every step, by plain single-process PyTorch on the rows and samples that the run states."""
+    """The training loss of every step, by plain PyTorch in one process on the rows and sub-networks of the run."""
     settings = load_run(run, SETTINGS)
     config, space = check_run(settings)
-    tokens = find_prepared(data_spec(settings), settings.data.cache_dir)
-    schedule = schedule_of(settings, costs_of(space, config, settings.batch.row_tokens))
+    tokens = TASK.find_prepared(settings)
+    sampler = sampler_of(settings, costs_of(space, LLAMA, config, settings.batch.row_tokens))
     model = initial_model(run)
     optimizer = reference.optimizer_of(model, settings.optim)
     losses = []
     for step in range(STEPS):
         micro_batches = [
             (subnet, ids[:, :-1], ids[:, 1:])
-            for sample, subnet in enumerate(schedule.sample(step))
-            for ids in [torch.stack([row(tokens.train, step * 8 + sample * 2 + i) for i in range(2)])]
+            for share, subnet in enumerate(sampler.sample(step))
+            for ids in [torch.stack([row(tokens.train, step * 8 + share * 2 + i) for i in range(2)])]
         ]
         with torch.no_grad():
             losses.append(sum(float(reference.summed_loss(model, batch)) for batch in micro_batches) / (8 * 32))
@@ -74,7 +74,7 @@ def initial_model(run: Path):
     return AutoModelForCausalLM.from_pretrained(run_dir(first) / "model", dtype=torch.float32)
 
 
-def test_losses_are_those_of_plain_pytorch_on_the_same_rows_and_samples(whole):
+def test_losses_are_those_of_plain_pytorch_on_the_same_rows_and_sub_networks(whole):
     found = [row["loss/training"] for row in metrics(whole) if "loss/training" in row]
     assert found == pytest.approx(
         reference_losses(whole), rel=2e-5
@@ -101,8 +101,8 @@ def test_metrics_hold_losses_rates_speeds_and_visits(whole):
     assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
     for key in ("optimizer/learning_rate", "optimizer/gradient_norm", "speed/tokens_per_second", "speed/memory_gib"):
         assert all(row[key] > 0 for row in trained)
-    samples = [sum(value for key, value in row.items() if key.startswith("subnets_visits/")) for row in trained]
-    assert samples == pytest.approx([4] * STEPS)
+    visits = [sum(value for key, value in row.items() if key.startswith("subnets_visits/")) for row in trained]
+    assert visits == pytest.approx([4] * STEPS)
     evaluated = [row for row in rows if "loss/full_validation" in row]
     assert [row["step"] for row in evaluated] == [3, 6, STEPS]
     assert next(iter(evaluated[0])) == "step"

@@ -120,7 +120,7 @@ sys.exit(main([*sys.argv[1:], *settings]))
 
 def other_code(folder: Path) -> None:
     shutil.copytree(ROOT / "sorted_ds", folder / "sorted_ds")
-    with (folder / "sorted_ds" / "schedule.py").open("a") as file:
+    with (folder / "sorted_ds" / "space" / "sampling.py").open("a") as file:
         file.write("# Another version.\n")
 
 
@@ -158,19 +158,20 @@ def test_ranks_that_disagree_are_one_error_before_anything_is_trained(whole, tmp
 
 LYING_LATER = """
 import os, sys
-from sorted_ds.space.sampling import Sampler
+from sorted_ds.space.sampling import Pass, Planned, Sampler
 from sorted_ds.run.train import main
-sample = Sampler.sample
+plan = Sampler.plan
 def lie(self, step):
-    return sample(self, step)[:-1] + [self.subnets[0]] if step == 3 else sample(self, step)
+    honest = plan(self, step)
+    return honest[:-1] + [Planned(Pass(self.subnets[0]), honest[-1].share)] if step == 3 else honest
 if os.environ["RANK"] == "1":
-    Sampler.sample = lie
+    Sampler.plan = lie
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
-def test_ranks_that_sample_otherwise_at_a_later_step_are_one_error_within_seconds(whole, tmp_path, stage):
+def test_ranks_that_run_other_passes_at_a_later_step_are_one_error_within_seconds(whole, tmp_path, stage):
     run = copied(whole, tmp_path, keep_steps=0)
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     (tmp_path / "lying.py").write_text(LYING_LATER)
@@ -178,7 +179,7 @@ def test_ranks_that_sample_otherwise_at_a_later_step_are_one_error_within_second
     last_row = (run_dir(run) / "metrics.jsonl").stat().st_mtime
     assert time.time() - last_row < 30  # with the ranks' end; what waits for another rank waits for minutes
     assert codes == [2, 2]
-    assert "ranks disagree: step 3 samples " in one_error(said)
+    assert "ranks disagree: step 3 runs " in one_error(said)
     assert [row["step"] for row in metrics(run) if "loss/training" in row] == [1, 2, 3]
 
 

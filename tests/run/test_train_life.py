@@ -221,9 +221,9 @@ def test_a_rank_that_hangs_ends_the_run_and_all_say_where_they_stand(whole, tmp_
 
 def test_a_space_grows_on_purpose_and_is_refused_otherwise(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=4)
-    refused = one_error(train(run, "space.sizes()=[16, 32, 64]", code=2))
+    refused = one_error(train(run, "space.ffn=[16, 32, 64]", code=2))
     assert "a run with 8 of this run's 12 sub-networks. To train the others too from there on" in refused
-    said = train(run, "space.sizes()=[16, 32, 64]", "--extend-space")
+    said = train(run, "space.ffn=[16, 32, 64]", "--extend-space")
     assert "the space grows from 8 to 12 sub-networks" in said
     assert "going on from the checkpoint of step 4" in said
     assert len(json.loads((run_dir(run) / "model" / "sorted.json").read_text())["subnets"]) == 12

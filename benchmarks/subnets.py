@@ -34,7 +34,7 @@ from tests.batches import batch, summed
 from tests.spawn import on_ranks
 
 QUARTERS = [(1, 1, 1), (4, 1, 1), (1, 4, 4), (2, 2, 2), (2, 4, 1), (4, 2, 2), (4, 4, 2), (4, 4, 4)]
-"""Of depth, groups and ffn; the last is the full network."""
+"""Quarters of depth, groups and ffn; the last is the full network."""
 WARM_UP_ROUNDS = 2
 FLUSHED = 2**25
 """Elements that are written before each turn: what ran before it, a large network's update or a small one's, is out of
@@ -79,33 +79,33 @@ class Timed:
 
 
 def times(ranks, setting: Setting, num_rounds: int) -> Times:
-    """Of each sub-network and round: seconds of the sample, and of the extracted model."""
+    """For each sub-network and round: its seconds in the engine, and those of its extracted model."""
     size = setting.size
     subnets = [size.of(*quarters) for quarters in QUARTERS]
     model = nested_llama(size, dtype=setting.dtype, device=ranks.device)
     plain = {s: plain_deepspeed(summed(extract(model, s)), setting, ranks) for s in subnets}
     engine = engine_of(model, setting, Optim(name="sgd"), ranks)
     ids = token_ids(size, ranks)
-    of_samples = Timed(engine.deepspeed, ranks, setting)
+    of_nested = Timed(engine.deepspeed, ranks, setting)
     of_plain = {subnet: Timed(plain[subnet], ranks, setting) for subnet in subnets}
 
-    def sample(subnet: SubNet) -> float:
-        return of_samples.micro_batch(
+    def nested(subnet: SubNet) -> float:
+        return of_nested.micro_batch(
             lambda: engine.backward(engine.forward(batch(ids, ids), Pass(subnet)) / ids.numel()),
             lambda: engine.step(0.0),
         )
 
     def extracted(subnet: SubNet) -> float:
         its = plain[subnet]
-        return of_plain[subnet].micro_batch(lambda: its.backward(its(ids, ids) / ids.numel()), its.step)
+        return of_plain[subnet].micro_batch(lambda: its.backward(its(**batch(ids, ids)) / ids.numel()), its.step)
 
     found: Times = {subnet: [] for subnet in subnets}
     order = random.Random(0)  # the same on every rank
     for number in range(WARM_UP_ROUNDS + num_rounds):
         for subnet in order.sample(subnets, len(subnets)):
-            seconds = {turn: turn(subnet) for turn in order.sample([sample, extracted], 2)}
+            seconds = {turn: turn(subnet) for turn in order.sample([nested, extracted], 2)}
             if number >= WARM_UP_ROUNDS:
-                found[subnet].append((seconds[sample], seconds[extracted]))
+                found[subnet].append((seconds[nested], seconds[extracted]))
     return found
 
 
@@ -115,9 +115,9 @@ def print_table(args: Namespace, setting: Setting) -> None:
         found = on_ranks(*call, folder=Path(folder), device=args.device, hang_seconds=args.hang_seconds)
     cost = costs(setting.size)
     print(f"\n(b) ZeRO stage {setting.stage}: a micro-batch of each sub-network against its extracted model\n")
-    print(f"{'sub-network':15}{'sample ms':>9}{'plain ms':>10}  ratio (95 %)")
+    print(f"{'sub-network':15}{'ours ms':>9}{'plain ms':>10}  ratio (95 %)")
     for subnet, rows in found.items():
-        sample, plain = (interval([row[side] for row in rows]).median for side in (0, 1))
-        told = speed(training_tflops(cost[subnet], setting.size.tokens, sample), args.peak_tflops)
-        ratio = interval([sample / plain for sample, plain in rows])
-        print(f"{subnet.name:15}{sample * 1e3:>9.1f}{plain * 1e3:>10.1f}  {ratio}  {told}", flush=True)
+        ours, plain = (interval([row[side] for row in rows]).median for side in (0, 1))
+        told = speed(training_tflops(cost[subnet], setting.size.tokens, ours), args.peak_tflops)
+        ratio = interval([own / its for own, its in rows])
+        print(f"{subnet.name:15}{ours * 1e3:>9.1f}{plain * 1e3:>10.1f}  {ratio}  {told}", flush=True)
