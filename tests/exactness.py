@@ -268,6 +268,7 @@ def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
             if step is steps[-1]:
                 seen["before"] = gather_masters(engine, ranks)
             seen["norms"].append(engine.step(case.optim.learning_rate))
+    seen["invalidated"] = engine._traces.num_invalidated if engine.stage == 3 else 0
     return seen
 
 

@@ -54,6 +54,11 @@ def test_a_teacher_has_a_loss_and_changes_nothing(trained):
         assert ("taught" in trained[case.name]) == case.taught
 
 
+def test_under_zero_3_every_pass_follows_its_trace(trained):
+    assert [case.name for case in CASES + BF16 if trained[case.name]["invalidated"]] == []
+    assert trained[CASES[-1].name]["gathers"] > 50
+
+
 def test_an_order_and_shared_rows_make_a_difference():
     """Otherwise the tests above could not fail."""
     plain = exactness.reference_weights(Case(0, optimizer="sgd"), NUM_RANKS, NUM_STEPS)["weights"]
