@@ -103,7 +103,7 @@ def nest_as(family: Family, model: PreTrainedModel, space: SubNetSpace) -> Neste
     layers.__class__ = SelectedLayers
     for path, axes in family.owned.items():
         parent, _, name = path.rpartition(".")
-        owners = sorted({subnet.only(axes) for subnet in space})
+        owners = sorted({subnet.name_along(axes) for subnet in space})
         owned = OwnedModule(model.get_submodule(path), owners, axes, space.full)
         setattr(model.get_submodule(parent), name, owned)
     model.set_subnet(model.space.full)

@@ -20,13 +20,13 @@ class OwnedModule(nn.Module):
         """`owners`: parts of names of sub-networks, like `d4`. The full network's copy is `original` itself."""
         super().__init__()
         self.axes = tuple(axes)
-        self.owner = full.only(self.axes)
+        self.owner = full.name_along(self.axes)
         copies = {owner: original if owner == self.owner else copy.deepcopy(original) for owner in owners}
         self.copies = nn.ModuleDict(copies)
 
     def select(self, subnet: SubNet) -> None:
         """Runs the copy of `subnet` from now on."""
-        self.owner = subnet.only(self.axes)
+        self.owner = subnet.name_along(self.axes)
 
     @property
     def active(self) -> nn.Module:
@@ -39,4 +39,4 @@ class OwnedModule(nn.Module):
 
 def is_owner(owner: str, subnet: SubNet) -> bool:
     """Whether the sub-network uses what `owner` owns, like `d4` or `d4-g2`."""
-    return subnet.only([size[0] for size in owner.split("-")]) == owner
+    return subnet.name_along([size[0] for size in owner.split("-")]) == owner
