@@ -45,7 +45,7 @@ class Decoder:
         return SubNet(d=config.num_hidden_layers, g=config.num_key_value_heads, f=config.intermediate_size)
 
     def halves(self, config: PreTrainedConfig) -> tuple[Half, ...]:
-        """Returns the attention, nested along `g` with all query heads of a group, and the feed-forward half along `f`."""
+        """Returns the attention, nested along `g` by whole groups, and the feed-forward half, nested along `f`."""
         head = head_dim(config)
         query_rows = head * queries_per_group(config)
         norms = (Part(name, "norm", query_rows if name.startswith("q") else head) for name in self.nested_head_norms)

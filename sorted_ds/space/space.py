@@ -21,7 +21,7 @@ class Cost:
     non_embedding_parameters: int
     """The number of the weights in the layers and the final norm."""
     flops_per_token: int
-    """FLOPs of the forward matrix products, two per multiply-add. Attention counts all `row_tokens` positions of a row."""
+    """Forward FLOPs of matrix products, two per multiply-add. Attention counts all `row_tokens` positions of a row."""
     kv_bytes_per_token: int
     """Bytes of the key/value cache at two bytes an element, or 0 for a network without such a cache."""
 
