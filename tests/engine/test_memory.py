@@ -132,7 +132,7 @@ def owned_layers(ranks) -> list[list[float]]:
     layer_elements = sum(p.numel() for p in model.model.layers[0].parameters())
     engine = Engine(model, TASK, {"zero_optimization": {"stage": 2}}, "test.json", Optim(), ROWS, ranks)
     owned = [0.0] * DEPTHS[1]
-    for shard in engine.shards(owned=True):
+    for shard in engine.shards(disjoint=True):
         if shard.name.startswith(LAYERS_PREFIX):
             owned[int(shard.name.removeprefix(LAYERS_PREFIX).split(".")[0])] += shard.num / layer_elements
     return [[float(share) for share in text.split()] for text in ranks.gather(" ".join(map(str, owned)))]
