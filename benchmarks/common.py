@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.engine import Engine
-from sorted_ds.engine.modes import complete
+from sorted_ds.engine.modes import complete_config
 from sorted_ds.families import nest
 from sorted_ds.nested import NestedModel, costs_of
 from sorted_ds.run.config import Optim
@@ -131,7 +131,7 @@ def engine_of(model: NestedModel, setting: Setting, optim: Optim, ranks: Ranks) 
 
 def plain_deepspeed(model: nn.Module, setting: Setting, ranks: Ranks):
     """Plain DeepSpeed around any module with the same settings, SGD at a rate of 0: for passes, not for steps."""
-    config = complete(setting.engine_keys(), setting.size.rows, ranks.size, 1.0)
+    config = complete_config(setting.engine_keys(), setting.size.rows, ranks.size, 1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     return deepspeed.initialize(
         model=model.to(ranks.device), optimizer=optimizer, config=copy.deepcopy(config), dist_init_required=False

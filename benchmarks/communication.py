@@ -20,7 +20,7 @@ from deepspeed.accelerator import get_accelerator
 
 from benchmarks.common import SIZES, Setting, nested_llama
 from sorted_ds.engine import Engine
-from sorted_ds.engine.modes import complete
+from sorted_ds.engine.modes import complete_config
 from sorted_ds.nested import extract
 from sorted_ds.run.config import Optim
 from sorted_ds.space import Pass, SubNet
@@ -75,7 +75,7 @@ def of_static(ranks, setting: Setting, persistent: int) -> dict[str, Visit]:
 
 def static(ranks, setting: Setting, persistent: int, name: str) -> Visit:
     loss = summed(extract(nested_llama(SIZE, dtype=setting.dtype, device=ranks.device), name))
-    config = copy.deepcopy(complete(keys(setting, persistent), SIZE.rows, ranks.size, 1.0))
+    config = copy.deepcopy(complete_config(keys(setting, persistent), SIZE.rows, ranks.size, 1.0))
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=config, dist_init_required=False)
     return [visit(lambda ids: engine.backward(engine(**batch(ids, ids))), engine.step) for _ in range(3)][-1]

@@ -91,9 +91,9 @@ def build_and_forget(ranks, size: str, source: Path | None, way: str) -> tuple[i
     ranks.sum([0])
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     before = status("VmRSS")
-    take = partitioner(settings(3), ROWS, 1.0, ranks) if way == "partitioned" else None
+    partition = partitioner(settings(3), ROWS, 1.0, ranks) if way == "partitioned" else None
     with LiveBytes() as live:
-        model = build(LLAMA, config_of(size), space_of(size), source, 1, torch.float32, take=take)
+        model = build(LLAMA, config_of(size), space_of(size), source, 1, torch.float32, on_filled=partition)
         while_building, rss = live.peak, status("VmHWM") - before
         engine = Engine(model, TASK, settings(3), "benchmark", Optim(name="sgd"), ROWS, ranks)
         until_engine = live.peak

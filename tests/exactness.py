@@ -14,9 +14,9 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sorted_ds.engine import Engine
-from sorted_ds.engine.modes import complete
+from sorted_ds.engine.modes import complete_config
 from sorted_ds.families import nest
-from sorted_ds.nested.bundles import parts_of
+from sorted_ds.nested.bundles import contents_of
 from sorted_ds.nested.layout import is_laid_out
 from sorted_ds.nested.weights import hf_tensors
 from sorted_ds.run.config import Optim
@@ -196,15 +196,15 @@ def parts_off(case: Case):
     """DeepSpeed as its users use it, in the named part."""
     with ExitStack() as stack:
         if case.without in ("clean_accumulators", "both"):
-            stack.enter_context(mock.patch.object(Engine, "_clean_accumulators", return_value=None))
+            stack.enter_context(mock.patch.object(Engine, "_clear_accumulators", return_value=None))
         if case.without in ("own_accumulation", "both"):
-            stack.enter_context(mock.patch("sorted_ds.engine.engine.complete", _managed))
+            stack.enter_context(mock.patch("sorted_ds.engine.engine.complete_config", _managed))
             stack.enter_context(mock.patch("sorted_ds.engine.engine.check_modes"))
         yield
 
 
 def _managed(*args) -> dict:
-    config = complete(*args)
+    config = complete_config(*args)
     num_visits = len(SCHEDULE[0])
     config.update(
         managed_gradient_accumulation=True,
@@ -263,7 +263,7 @@ def _train(engine: Engine, ranks, case: Case, num_steps: int) -> dict:
             if is_managed:
                 engine.deepspeed.step()
         if is_managed:
-            engine._clean_accumulators()
+            engine._clear_accumulators()
         else:
             if step is steps[-1]:
                 seen["before"] = gather_masters(engine, ranks)
@@ -295,10 +295,10 @@ def gather_state(engine, ranks, value_of) -> dict[str, torch.Tensor]:
     everyone: list = [None] * ranks.size
     dist.all_gather_object(everyone, pieces)
     parameters, shapes = dict(engine.model.named_parameters()), {}
-    for name, parts in parts_of(engine.model).items():
+    for name, contents in contents_of(engine.model).items():
         shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
-        for part, size in zip(parts.names, parts.sizes, strict=True):
-            shapes[part] = shape if parts.bundle is None else (size // shape[1], shape[1])
+        for part, size in zip(contents.names, contents.numels, strict=True):
+            shapes[part] = shape if contents.bundle is None else (size // shape[1], shape[1])
     whole = {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
     for name, start, values in (piece for pieces in everyone for piece in pieces):
         whole[name].view(-1)[start : start + len(values)] = values

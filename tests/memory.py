@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sorted_ds.engine import Engine
-from sorted_ds.engine.modes import complete
+from sorted_ds.engine.modes import complete_config
 from sorted_ds.engine.optimizers import build_optimizer
 from sorted_ds.families import nest
 from sorted_ds.nested import NestedModel, extract
@@ -149,7 +149,7 @@ def of_plain(
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(extracted.parameters(), lr=0.0, fused=True)
         if grouped:
             optimizer = build_optimizer(cast(NestedModel, extracted), Optim(), "fused")
-        full = copy.deepcopy(complete({"zero_optimization": zero}, len(ids), ranks.size, 1.0))
+        full = copy.deepcopy(complete_config({"zero_optimization": zero}, len(ids), ranks.size, 1.0))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=full, dist_init_required=False)
         del model, extracted, optimizer
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from sorted_ds.families import nest
 from sorted_ds.nested import NestedModel, extract
-from sorted_ds.nested.bundles import bundle, parts_of
+from sorted_ds.nested.bundles import bundle, contents_of
 from sorted_ds.nested.layers import run_by_blocks
 from sorted_ds.nested.layout import lay_out
 from sorted_ds.nested.weights import hf_tensors
@@ -57,13 +57,13 @@ def in_way(model: NestedModel, way: str) -> NestedModel:
 def run_nested(model: NestedModel, subnet: SubNet, input_ids: Tensor) -> Outcome:
     model.set_subnet(subnet)
     logits = logits_and_backward(model, input_ids)
-    parts, grads = parts_of(model), {}
+    contents, grads = contents_of(model), {}
     for name, parameter in model.named_parameters():
         grads[name] = parameter.grad
-        bundle = parts[name].bundle
+        bundle = contents[name].bundle
         if bundle is not None and parameter.grad is not None:
-            blocks = (parameter.grad[start:stop] for start, stop in bundle.places)
-            grads.update(zip(parts[name].names, blocks, strict=True))
+            blocks = (parameter.grad[start:stop] for start, stop in bundle.row_ranges)
+            grads.update(zip(contents[name].names, blocks, strict=True))
     return Outcome(logits, hf_tensors(model, subnet, grads.__getitem__))
 
 

@@ -34,13 +34,13 @@ class Sharded(Protocol):
     steps_taken: int
     """Number of optimizer steps so far."""
 
-    def shards(self, owned: bool = False) -> Iterator[Shard]:
-        """Yields this rank's shards of the master weights; with `owned`, each element is in the shard of one rank."""
+    def shards(self, disjoint: bool = False) -> Iterator[Shard]:
+        """Yields this rank's shards of the master weights; with `disjoint`, each element is in one rank's shard."""
 
     def state_of(self, shard: Shard) -> dict[str, Tensor]:
         """Returns the optimizer's tensors for the shard by key. Writing into them changes the optimizer's state."""
 
-    def places(self) -> dict[str, tuple[str, int]]:
+    def weight_positions(self) -> dict[str, tuple[str, int]]:
         """Returns by shard name the Hugging Face weight that it is cut from, and its first element's number in it."""
 
     def buffers(self) -> dict[str, Tensor]:
@@ -69,10 +69,10 @@ def rank_file(rank: int) -> str:
 
 def tensors_to_save(engine: Sharded) -> dict[str, Tensor]:
     """Returns what this rank writes, by name. The tensors are views of the engine's."""
-    places = engine.places()
+    positions = engine.weight_positions()
     found = {}
-    for shard in engine.shards(owned=True):
-        weight, first = places[shard.name]
+    for shard in engine.shards(disjoint=True):
+        weight, first = positions[shard.name]
         for key, value in {MASTER: shard.view(shard.flat), **engine.state_of(shard)}.items():
             found[f"{weight}{SEPARATOR}{first + shard.start}{SEPARATOR}{key}"] = value
     return found
@@ -109,9 +109,9 @@ def load_shards(engine: Sharded, folder: Path, names: Iterable[str], heartbeat: 
 
     `heartbeat` is called for each tensor. Raises: UserError when elements are missing.
     """
-    missing, places = _MissingRanges(), engine.places()
+    missing, positions = _MissingRanges(), engine.weight_positions()
     for shard in engine.shards():
-        weight, first = places[shard.name]
+        weight, first = positions[shard.name]
         for key, value in {MASTER: shard.view(shard.flat), **engine.state_of(shard)}.items():
             missing.add(weight, key, first + shard.start, value)
     for name in names:

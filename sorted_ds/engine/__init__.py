@@ -1,4 +1,4 @@
-"""The one place that imports deepspeed."""
+"""The training engine. No other package imports deepspeed."""
 
 from sorted_ds.engine.engine import Engine
 from sorted_ds.engine.partition import partitioner

@@ -1,16 +1,19 @@
-"""Under ZeRO-3, what a layer half gathers when it is called: the bundles that are active, and no others.
+"""Under ZeRO-3, makes each layer half gather its active bundles, and no others, into shared memory.
 
-DeepSpeed gathers the parameters that a called module owns and those that it lists as *external*: owned elsewhere, used
-here. Bundles and blocks are modules of their own that are never called; the list of a half has the active ones. So a
-half costs one fetch and one release, with a parameter for each width step.
-What was gathered is copied once out of the buffer that all ranks' shares arrive in. DeepSpeed gives each parameter
-memory of its own there; here the active bundles of a half share theirs, the blocks of each weight one after the other,
-so that each weight is one matrix without a further copy, also where DeepSpeed's prefetch cuts the half. (Not where its
-first bundles stay gathered, nor on one rank, where nothing is gathered.)
-Source: DeepSpeed 0.19.8, runtime/zero/partition_parameters.py (`_init_external_params`, which keeps a list that is
-there; `AllGatherCoalescedHandle.wait`), runtime/zero/partitioned_param_coordinator.py (`iter_params`).
+In: a nested model with bundles, and DeepSpeed's stage 3 optimizer. Out: the same objects, with changed gathering.
+DeepSpeed gathers the parameters that a called module owns, and the *external* parameters that it lists: they belong to
+other modules but are used by this one. Bundles and blocks are modules that are never called, and a half lists the
+active ones as external. So a half costs one fetch and one release, of one parameter for each active width step.
+
+DeepSpeed copies gathered parameters once, from the buffer that receives all ranks' shares to memory of each parameter.
+Here the active bundles of a half share that memory, with the blocks of each weight adjacent, so that each weight is one
+matrix without a further copy, even if DeepSpeed's prefetch gathers the half in several calls. There are two exceptions:
+bundles that are persistent have memory of their own, and on one rank nothing is gathered.
+Source: DeepSpeed 0.19.8, runtime/zero/partition_parameters.py (`_init_external_params`, which keeps an existing list;
+`AllGatherCoalescedHandle.wait`), runtime/zero/partitioned_param_coordinator.py (`iter_params`).
 """
 
+import operator
 from collections.abc import Callable, ItemsView, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -26,27 +29,27 @@ from sorted_ds.nested.bundles import BundledHalf
 from sorted_ds.nested.owned import OwnedModule
 
 BUNDLE = "sorted_ds_bundle"
-"""Attribute of a bundle's parameter: the half, and the number of the width step."""
+"""The attribute of a bundle's parameter that holds the half and the number of the width step."""
 
-KEPT = 4096
-"""Answers of `pieces_of` that are kept: one for each number of width steps of each bundle, while they fit."""
+MAX_CACHED = 4096
+"""The number of cached results of `copy_ranges`. Each bundle needs one for each number of active width steps."""
 
 
 def gather_active(model: NestedModel) -> None:
-    """Call before `deepspeed.initialize`."""
+    """Makes nested modules list their active parameters as external. Call this before `deepspeed.initialize`."""
     for module in model.modules():
         if isinstance(module, BundledHalf):
-            _gather_for(module, module.width, _of_half(module))
-        elif isinstance(module, NestedModule) and "weight" in module.names:  # a norm
-            _gather_for(module, module.width, [dict(block.named_parameters()) for block in module.blocks])
+            _list_active(module, module.width, _parameters_by_step(module))
+        elif isinstance(module, NestedModule) and "weight" in module.parameter_names:  # a norm
+            _list_active(module, module.width, [dict(block.named_parameters()) for block in module.blocks])
         elif isinstance(module, OwnedModule):
-            _gather_own_copy(module)
+            _list_owned_copy(module)
 
 
-def _gather_for(module: nn.Module, width: Width, by_steps: Sequence[dict[str, nn.Parameter]]) -> None:
-    """`by_steps`: what each width step adds. DeepSpeed asks several times a call, so the answers are made once."""
-    own = [{f"{step}.{name}": p for name, p in added.items()} for step, added in enumerate(by_steps)]
-    prefixes = list(accumulate(own, lambda before, more: before | more))
+def _list_active(module: nn.Module, width: Width, by_step: Sequence[dict[str, nn.Parameter]]) -> None:
+    """Makes `module` list the active ones of `by_step`, the parameters that each width step adds, as external."""
+    named = [{f"{step}.{name}": p for name, p in added.items()} for step, added in enumerate(by_step)]
+    prefixes = list(accumulate(named, operator.or_))  # DeepSpeed asks several times a call, so the lists are made once
 
     def active() -> ItemsView[str, nn.Parameter]:
         return prefixes[width.num_steps - 1].items()
@@ -55,30 +58,30 @@ def _gather_for(module: nn.Module, width: Width, by_steps: Sequence[dict[str, nn
     module.ds_external_parameters = active  # type: ignore[assignment]
 
 
-def _gather_own_copy(module: OwnedModule) -> None:
-    """The copy that the active sub-network owns."""
+def _list_owned_copy(module: OwnedModule) -> None:
+    """Makes `module` list the parameters of the active copy as external."""
     copies = {owner: dict(copy.named_parameters()) for owner, copy in module.copies.items()}
     module._external_params = {}  # type: ignore[assignment]
     module.ds_external_parameters = lambda: copies[module.owner].items()  # type: ignore[assignment]
 
 
-def _of_half(half: BundledHalf) -> list[dict[str, nn.Parameter]]:
-    """The bundle and the biases of each width step, and with the first the biases that are not nested."""
-    by_steps: list[dict[str, nn.Parameter]] = [dict(bundle.named_parameters()) for bundle in half.all_bundles()]
-    for name, layer in zip(half.names, half.linears, strict=True):
-        for added, block in zip(by_steps, layer.blocks, strict=False):  # none where there is no bias
+def _parameters_by_step(half: BundledHalf) -> list[dict[str, nn.Parameter]]:
+    """Returns the bundle and biases that each width step adds. The first step has the biases that are not nested."""
+    by_step: list[dict[str, nn.Parameter]] = [dict(bundle.named_parameters()) for bundle in half.all_bundles()]
+    for name, layer in zip(half.linear_names, half.linears, strict=True):
+        for added, block in zip(by_step, layer.blocks, strict=False):  # a layer without biases has no blocks
             added |= {f"{name}.{kind}": parameter for kind, parameter in block.named_parameters()}
-        by_steps[0] |= {f"{name}.{kind}": p for kind, p in layer.named_parameters(recurse=False)}
-    return by_steps
+        by_step[0] |= {f"{name}.{kind}": p for kind, p in layer.named_parameters(recurse=False)}
+    return by_step
 
 
 def persist_as_extracted(model: NestedModel, optimizer) -> None:
-    """Keeps a parameter gathered between passes where the extracted model that ends with it would keep its weights.
+    """Marks a parameter as persistent if DeepSpeed would keep it gathered in an extracted model that ends with it.
 
-    That is, where all blocks up to it, of each weight, are together not above `stage3_param_persistence_threshold`; of
-    a bundle, all its weights. (Where the extracted model keeps its small key and value weights alone, here they come
-    and go with the rest of the attention.) DeepSpeed looks at each parameter alone, so a space with many widths would
-    keep whole layers on every rank. Call after `deepspeed.initialize`, before the first pass.
+    In the extracted model, each weight consists of the block in this parameter and all blocks before it. All weights of
+    the parameter must be at most `stage3_param_persistence_threshold` large. So a bundle is not persistent if only its
+    small key and value weights would be. DeepSpeed itself checks the size of the parameter alone, so in a space with
+    many widths it would keep whole layers on every rank. Call this after `deepspeed.initialize`, before the first pass.
     Source: DeepSpeed 0.19.8, runtime/zero/parameter_offload.py (`mark_persistent_parameters`).
     """
     threshold = optimizer.parameter_offload.param_numel_persistence_threshold
@@ -90,32 +93,34 @@ def persist_as_extracted(model: NestedModel, optimizer) -> None:
 
 
 def _largest_weights(model: NestedModel) -> Iterator[tuple[int, int]]:
-    """Of each nested parameter, by its id: elements of the largest weight of a model that ends with it."""
+    """Yields (id of a nested parameter, number of elements of the largest weight in a model that ends with it)."""
     for module in model.modules():
         if isinstance(module, BundledHalf):
             for step, bundle in enumerate(module.all_bundles()):
                 yield id(bundle.weight), bundle.hidden * max(layer.bounds[step][1] for layer in module.linears)
         elif isinstance(module, NestedModule):
-            for block, (_, stop) in zip(module.blocks, module.bounds, strict=False):  # none where all is in bundles
+            for block, (_, stop) in zip(module.blocks, module.bounds, strict=False):  # no blocks if all is bundled
                 yield from ((id(parameter), stop) for parameter in block.parameters())  # vectors
 
 
-def gather_side_by_side(model: NestedModel, optimizer) -> None:
-    """Call after `deepspeed.initialize`, before the first pass.
+def gather_into_shared_memory(model: NestedModel, optimizer) -> None:
+    """Makes bundles share memory when they are gathered. Call this after `deepspeed.initialize`, before the first pass.
 
-    The parameters that stay, which DeepSpeed gathers after each step with a call for each, take one call.
+    It also makes DeepSpeed gather all persistent parameters after a step in one call, instead of one call for each.
     """
     for half in model.modules():
         if isinstance(half, BundledHalf):
             for step, bundle in enumerate(half.all_bundles()):
                 setattr(bundle.weight, BUNDLE, (half, step))
     for parameter in model.parameters():
-        parameter.all_gather_coalesced = _adopting(parameter.all_gather_coalesced)  # type: ignore[attr-defined]
+        parameter.all_gather_coalesced = _with_shared_memory(parameter.all_gather_coalesced)  # type: ignore[attr-defined]
     for parameter in optimizer.persistent_parameters[:1]:
         parameter.all_gather = _in_one_call(parameter.all_gather)
 
 
 def _in_one_call(gather: Callable) -> Callable:
+    """Returns DeepSpeed's `all_gather`, changed so that it gathers a list of parameters in one call."""
+
     def all_gather(param_list: list | None = None, *args, **kwargs):
         if param_list is None or args or kwargs:
             return gather(param_list, *args, **kwargs)
@@ -126,19 +131,21 @@ def _in_one_call(gather: Callable) -> Callable:
     return all_gather
 
 
-def _adopting(gather: Callable) -> Callable:
+def _with_shared_memory(gather: Callable) -> Callable:
+    """Returns DeepSpeed's `all_gather_coalesced`, changed so that it returns a handle of `_SharedMemoryHandle`."""
+
     def all_gather_coalesced(*args, **kwargs):
         handle = gather(*args, **kwargs)
-        for one in getattr(handle, "handles", ()):  # on one rank there is nothing to gather, and there are none
-            if type(one) is AllGatherCoalescedHandle:
-                one.__class__ = _SideBySide
+        for part in getattr(handle, "handles", ()):  # on one rank nothing is gathered, and the handle has no parts
+            if type(part) is AllGatherCoalescedHandle:
+                part.__class__ = _SharedMemoryHandle
         return handle
 
     return all_gather_coalesced
 
 
-class _SideBySide(AllGatherCoalescedHandle):
-    """Parameters that are being gathered in one call."""
+class _SharedMemoryHandle(AllGatherCoalescedHandle):
+    """The handle of parameters that are being gathered in one call. `wait` copies bundles to shared memory."""
 
     complete: bool
 
@@ -151,42 +158,45 @@ class _SideBySide(AllGatherCoalescedHandle):
         sources: list[Tensor] = []
         offset = 0
         for parameter in self.params:
-            share = parameter.ds_tensor.ds_numel  # the last ranks' shares may be padded
-            memory, pieces = self._room(parameter, share)
-            targets += [memory.narrow(0, target, num) for _, _, target, num in pieces]
-            sources += [self.partitions[rank].narrow(0, offset + first, num) for rank, first, _, num in pieces]
+            share = parameter.ds_tensor.ds_numel  # the shares of the last ranks may be padded
+            memory, ranges = self._allocate(parameter, share)
+            targets += [memory.narrow(0, target, num) for _, _, target, num in ranges]
+            sources += [self.partitions[rank].narrow(0, offset + first, num) for rank, first, _, num in ranges]
             parameter.ds_status = ZeroParamStatus.AVAILABLE
             offset += share
         torch._foreach_copy_(targets, sources)
-        if not get_accelerator().is_synchronized_device():  # all shares are parts of one tensor
+        if not get_accelerator().is_synchronized_device():  # all shares are views of one tensor
             self.partitions[0].record_stream(get_accelerator().current_stream())
         self.complete = True
 
-    def _room(self, parameter: nn.Parameter, share: int) -> tuple[Tensor, "Pieces"]:
-        """Memory that the parameter is given, and what to copy there."""
+    def _allocate(self, parameter: nn.Parameter, share: int) -> tuple[Tensor, "CopyRanges"]:
+        """Gives the parameter memory. Returns the memory, and the ranges that must be copied to it."""
         half, step = getattr(parameter, BUNDLE, (None, 0))
         size = parameter.ds_numel  # type: ignore[attr-defined]
         if half is None or parameter.ds_persist:  # type: ignore[attr-defined]
             memory = self.partitions[0].new_empty(size)
             parameter.data = memory.view(parameter.ds_shape)  # type: ignore[attr-defined]
-            return memory, pieces_of((size,), (0,), share)
-        memory = half.room(step, like=self.partitions[0])
+            return memory, copy_ranges((size,), (0,), share)
+        memory = half.allocate(step, like=self.partitions[0])
         bundle = half.bundles[step]
-        return memory, pieces_of(bundle.sizes, bundle.starts, share)
+        return memory, copy_ranges(bundle.numels, bundle.block_starts, share)
 
 
-Pieces = tuple[tuple[int, int, int, int], ...]
-"""Of what is gathered: the rank whose share it is in, its first element there and where it goes, number of elements."""
+CopyRanges = tuple[tuple[int, int, int, int], ...]
+"""Tuples of (rank that has the elements, first element in its share, first element in memory, number of elements)."""
 
 
-@lru_cache(KEPT)
-def pieces_of(sizes: tuple[int, ...], starts: tuple[int, ...], share: int) -> Pieces:
-    """A parameter of blocks with `sizes` elements, which go to `starts`; each rank has `share` of its elements."""
-    pieces, begin = [], 0
-    for size, start in zip(sizes, starts, strict=True):
-        end = begin + size
+@lru_cache(MAX_CACHED)
+def copy_ranges(numels: tuple[int, ...], starts: tuple[int, ...], share: int) -> CopyRanges:
+    """Returns the ranges that bring a parameter's blocks from the ranks' shares to their `starts` in memory.
+
+    `numels` are the numbers of elements of the blocks, and `share` is the number of elements of each rank.
+    """
+    ranges, begin = [], 0
+    for numel, start in zip(numels, starts, strict=True):
+        end = begin + numel
         for rank in range(begin // share, -(-end // share)):
             first, last = max(begin, rank * share), min(end, (rank + 1) * share)
-            pieces.append((rank, first - rank * share, start + first - begin, last - first))
+            ranges.append((rank, first - rank * share, start + first - begin, last - first))
         begin = end
-    return tuple(pieces)
+    return tuple(ranges)

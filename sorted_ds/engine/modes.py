@@ -1,8 +1,8 @@
-"""Which DeepSpeed settings are proven exact, and what is added to them.
+"""Checks that DeepSpeed settings are proven exact, and completes them.
 
-In: the engine keys of the user's DeepSpeed JSON. Out: the complete dictionary for `deepspeed.initialize`, or one
-error that names what is not proven and what to use instead. Proven means: compared with the single-process reference
-by tests/engine/test_cover.py.
+In: the engine keys of the user's DeepSpeed JSON. Out: the complete dictionary for `deepspeed.initialize`, or one error
+that names a setting that is not proven, and what to use instead. A setting is proven if tests/engine/test_cover.py
+compares it with the single-process reference.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ ANY = object()
 
 @dataclass(frozen=True)
 class AtLeast:
-    """Any whole number from here on, as 500000000 or 5e8."""
+    """The whole numbers from `smallest` on that are divisible by `multiple_of`, written like 500000000 or 5e8."""
 
     smallest: int
     multiple_of: int = 1
@@ -64,11 +64,11 @@ SECTION_KEYS: dict[str, dict[str, Any]] = {
     "data_types": {"grad_accum_dtype": ("fp32",)},
 }
 REASONS = {
-    "round_robin_gradients": "it reorders the flat weights, and a joined view would read other ones; leave it out",
+    "round_robin_gradients": "it reorders the flat weights, so a joined view would read other weights; leave it out",
     "fp16": "loss scaling was not compared with the reference; use bf16",
 }
-DEEPSPEED = "0.19.8"
-"""How it accumulates, gathers and reduces is changed here, by what is no documented interface."""
+DEEPSPEED_VERSION = "0.19.8"
+"""The only version that works, because this package changes internals of DeepSpeed."""
 NEVER_PRINT_STEPS = 2**31
 
 
@@ -81,12 +81,12 @@ def is_bf16(config: dict) -> bool:
 
 
 def is_offloaded(config: dict) -> bool:
-    """Whether the optimizer's state is kept on the CPU."""
+    """Returns whether the optimizer's state is kept on the CPU."""
     return _device(config, "offload_optimizer") != "none"
 
 
 def has_offloaded_weights(config: dict) -> bool:
-    """Whether the weights are kept on the CPU too, while no layer needs them."""
+    """Returns whether weights are kept on the CPU, too, while no layer uses them."""
     return _device(config, "offload_param") != "none"
 
 
@@ -95,8 +95,8 @@ def _device(config: dict, kind: str) -> str:
 
 
 def check_modes(config: dict, where: str, compile_layers: bool = False) -> None:
-    """Raises: UserError for another DeepSpeed, for the first setting that is not proven exact, or one that does not go
-    with compiled layers.
+    """Raises: UserError for another version of DeepSpeed, a setting that is not proven exact, or a setting that
+    compiled layers do not support. Messages name the settings' file `where`.
     """
     _check_deepspeed()
     _check_keys(config, TOP_KEYS, "", where)
@@ -131,10 +131,10 @@ def check_modes(config: dict, where: str, compile_layers: bool = False) -> None:
 
 def _check_deepspeed() -> None:
     installed = version("deepspeed")
-    if installed.partition("+")[0] != DEEPSPEED:
+    if installed.partition("+")[0] != DEEPSPEED_VERSION:
         raise UserError(
-            f"DeepSpeed {installed} is installed. sorted_ds changes how {DEEPSPEED} accumulates, gathers and reduces, "
-            f"and is proven exact with no other. Run `pip install deepspeed=={DEEPSPEED}`."
+            f"DeepSpeed {installed} is installed. sorted_ds changes how {DEEPSPEED_VERSION} accumulates, gathers and "
+            f"reduces, and is proven exact with no other. Run `pip install deepspeed=={DEEPSPEED_VERSION}`."
         )
 
 
@@ -156,25 +156,27 @@ def _check_keys(given: dict, proven: dict[str, Any], prefix: str, where: str) ->
 
 
 def mode_warnings(config: dict, is_cuda: bool) -> list[str]:
-    """What is allowed, and the user should know."""
+    """Returns a warning for each allowed setting whose results may differ from what the user expects."""
     warnings = []
     if stage_of(config) == 0 and is_bf16(config):
         warnings.append("stage 0 in bf16 accumulates gradients in bf16; stages 1 to 3 accumulate them in fp32")
     if is_cuda:
         warnings.append(
-            "proven exact on CPU. An earlier version was on one GPU that ranks shared (docs/matrix_cuda.md); how "
-            "gradients and weights are kept and sent has changed since, and has not been run on GPUs"
+            "proven exact on CPUs only. An earlier version was proven on one GPU that ranks shared "
+            "(docs/matrix_cuda.md), but how gradients and weights are kept and sent has changed since, and has not "
+            "been run on GPUs"
         )
     return warnings
 
 
-def complete(config: dict, micro_batch_rows: int, num_ranks: int, clip_norm: float) -> dict:
-    """The dictionary for `deepspeed.initialize`: the user's engine keys and what follows from the run.
+def complete_config(config: dict, micro_batch_rows: int, num_ranks: int, clip_norm: float) -> dict:
+    """Returns the dictionary for `deepspeed.initialize`: the user's engine keys, and the keys that follow from the run.
 
-    Accumulation is our own (`managed_gradient_accumulation` off): one `step()` per optimizer step.
+    `managed_gradient_accumulation` is off, because the engine accumulates itself: it calls `step()` once per optimizer
+    step.
     """
     stage = stage_of(config)
-    # As DeepSpeed's own default: on at stage 3 (0.19.8, runtime/zero/config.py). Never left to it at stage 1.
+    # DeepSpeed's default is on at stage 3 (0.19.8, runtime/zero/config.py). It is stated, as stage 1 must have it off.
     zero = {"stage": stage, "overlap_comm": stage == 3, **config.get("zero_optimization", {})}
     full = {**config, "zero_optimization": zero}
     if is_bf16(config) and stage > 0:

@@ -1,7 +1,7 @@
 """The optimizer that DeepSpeed runs on its flat fp32 master weights.
 
-In: a nested model and the run's `[optim]`. Out: one of torch's optimizers, or DeepSpeed's AdamW for what is offloaded.
-All follow the same formula; tests/engine/test_cover.py compares each with plain PyTorch.
+In: a nested model and the run's `[optim]`. Out: one of torch's optimizers, or DeepSpeed's AdamW for offloaded weights.
+All AdamWs use the same formula; tests/engine/test_cover.py compares each with plain PyTorch.
 """
 
 from typing import Protocol
@@ -16,7 +16,7 @@ from sorted_ds.nested import NestedModel
 
 
 class Optim(Protocol):
-    """The settings of `[optim]` that the engine needs. Their meaning stands in run/config.py."""
+    """The settings of `[optim]` that the engine needs. run/config.py documents them."""
 
     @property
     def name(self) -> str: ...
@@ -33,7 +33,7 @@ class Optim(Protocol):
 
 
 def implementation_of(optim: Optim, is_offloaded: bool, is_cuda: bool) -> str:
-    """`torch`, `fused` or `cpu_adam`: what `optim.implementation` is, or stands for."""
+    """Returns `torch`, `fused` or `cpu_adam`: the implementation that `optim.implementation` is, or stands for."""
     if optim.implementation != "auto":
         return optim.implementation
     if optim.name == "sgd":
@@ -42,7 +42,7 @@ def implementation_of(optim: Optim, is_offloaded: bool, is_cuda: bool) -> str:
 
 
 def check_implementation(optim: Optim, is_offloaded: bool) -> None:
-    """Raises: UserError where `optim.implementation` does not fit the rest."""
+    """Raises: UserError if `optim.implementation` does not fit the optimizer or the offload."""
     if optim.implementation in ("fused", "cpu_adam") and optim.name != "adamw":
         raise UserError(
             f"optim.implementation = {optim.implementation!r} is an AdamW, but optim.name = {optim.name!r}. "
@@ -56,15 +56,16 @@ def check_implementation(optim: Optim, is_offloaded: bool) -> None:
 
 
 def build_optimizer(model: NestedModel, optim: Optim, implementation: str) -> torch.optim.Optimizer:
-    """AdamW or SGD. Norms, biases and embeddings are not decayed: only matrices that multiply activations are.
+    """Returns AdamW or SGD. Only matrices that multiply activations are decayed, not norms, biases and embeddings.
 
-    A layer's parameters keep their order, so that its blocks lie side by side in ZeRO's flat buffers. Layers are spread
-    (`_spread`): at stages 1 and 2 a rank owns a stretch of a flat buffer, and the first ranks would own all gradients
-    of a shallow sub-network, and alone add them up, or move them to the CPU. The smaller group comes first: stages 1
-    and 2 keep the gradients of both until the last group's turn, and AdamW's own temporary tensors come on top
-    (measured, the other way round: 1.04 x the bytes of one group).
+    The order of the parameters matters, because DeepSpeed puts them into flat buffers in this order:
+    - A layer's parameters keep their order, so that its blocks are adjacent.
+    - Layers are spread (`_spread`). At stages 1 and 2 a rank holds one range of a flat buffer. Without spreading, the
+      first ranks alone would accumulate, or offload, all gradients of a shallow sub-network.
+    - The smaller group comes first. Stages 1 and 2 keep the gradients of both groups until the last group is updated,
+      and AdamW's temporary tensors add to them (measured in the reverse order: 1.04 x the bytes of one group).
 
-    The rate is 0 until a step sets it: at stage 0 in bf16 DeepSpeed takes one while it initialises.
+    The learning rate is 0 until a step sets it, because at stage 0 in bf16 DeepSpeed takes a step at initialisation.
     """
     groups = _groups(model, optim.weight_decay)
     if optim.name == "sgd":
@@ -79,30 +80,30 @@ def build_optimizer(model: NestedModel, optim: Optim, implementation: str) -> to
 def _groups(model: NestedModel, weight_decay: float) -> list[dict]:
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     layers, order = model.all_layers, model.space.layer_order
-    keys = {p: _spread(place) for place, number in enumerate(order) for p in layers[number].parameters()}
+    keys = {p: _spread(position) for position, number in enumerate(order) for p in layers[number].parameters()}
     parameters = sorted(model.parameters(), key=lambda p: keys.get(p, 0.0 if p in embeddings else 1.0))
     decayed = [p for p in parameters if _num_dims(p) > 1 and p not in embeddings]
     others = [p for p in parameters if _num_dims(p) <= 1 or p in embeddings]
     return [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
-def _spread(place: int) -> float:
-    """A number from 0 to below 1 for a place in the layer order: 0, 1/2, 1/4, 3/4, 1/8, 5/8, ...
+def _spread(position: int) -> float:
+    """Returns a number in [0, 1) for a position in the layer order: 0, 1/2, 1/4, 3/4, 1/8, 5/8, ...
 
-    The first places are about evenly spread, however many they are: the binary digits of the place are mirrored at the
-    point (van der Corput's sequence).
+    The numbers of the first n positions are spread about evenly, for every n (van der Corput's sequence, which mirrors
+    the binary digits at the point).
     """
-    digits = f"{place:b}"
+    digits = f"{position:b}"
     return int(digits[::-1], 2) / 2 ** len(digits)
 
 
 def _num_dims(parameter: nn.Parameter) -> int:
-    """Of the whole parameter, which ZeRO-3 may hold a share of."""
+    """Returns the number of dimensions of the whole parameter, of which ZeRO-3 holds a flat share."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def set_steps_taken(optimizer: torch.optim.Optimizer, state: dict, steps_taken: int, device: torch.device) -> None:
-    """Writes AdamW's step number as the optimizer keeps it."""
+    """Writes AdamW's number of steps into `state` in the optimizer's own format."""
     if isinstance(optimizer, DeepSpeedCPUAdam):
         state["step"] = steps_taken
         return
@@ -110,23 +111,23 @@ def set_steps_taken(optimizer: torch.optim.Optimizer, state: dict, steps_taken: 
     state["step"] = torch.tensor(float(steps_taken), device=device if is_fused else "cpu")
 
 
-def repeat_powers(optimizer: torch.optim.Optimizer, steps_taken: int) -> None:
-    """Call once when a run is resumed. torch's optimizers need nothing.
+def replay_steps(optimizer: torch.optim.Optimizer, steps_taken: int) -> None:
+    """Makes DeepSpeed's AdamW compute its powers of beta as in an uninterrupted run. Call this once after a resume.
 
-    DeepSpeed's code multiplies the powers of beta up from step to step, but raises them anew after a jump. The two
-    differ in the last bits, so every step is taken again, on nothing (about 10 us each). Source: DeepSpeed 0.19.8,
-    ops/csrc/includes/cpu_adam.h (`IncrementStep`).
+    DeepSpeed multiplies the powers by beta at each step, but computes them with `pow` after a jump of the step number.
+    The two differ in the last bits, so every step is taken again on empty tensors (about 10 us each). torch's
+    optimizers need no replay. Source: DeepSpeed 0.19.8, ops/csrc/includes/cpu_adam.h (`IncrementStep`).
     """
     if not isinstance(optimizer, DeepSpeedCPUAdam):
         return
-    group, nothing = optimizer.param_groups[0], torch.empty(0)
+    group, empty = optimizer.param_groups[0], torch.empty(0)
     numbers = (*group["betas"], group["eps"], 0.0, True)
     for step in range(1, steps_taken + 1):
-        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, *numbers, nothing, nothing, nothing, nothing)
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, *numbers, empty, empty, empty, empty)
 
 
 def compile_ahead(implementation: str) -> None:
-    """DeepSpeed's AdamW is compiled on first use, about a minute. Raises: UserError when it cannot be."""
+    """Compiles DeepSpeed's AdamW if it will be used (about a minute). Raises: UserError if the compilation fails."""
     if implementation != "cpu_adam":
         return
     try:

@@ -1,7 +1,8 @@
-"""The table of decoder families: which layers of a Hugging Face decoder are nested, and along which axis.
+"""The table of decoder families: which weights of a Hugging Face decoder are nested, and along which axis.
 
-All families here share Hugging Face's names for the projections, infer the number of heads from the projection's
-output (`view(..., -1, head_dim)`) and loop over `layers[: config.num_hidden_layers]`, so a family is its exceptions.
+In: the config of a decoder. Out: its `Family`. All families here use Hugging Face's names for the projections, infer
+the number of heads from the projection's output (`view(..., -1, head_dim)`) and loop over
+`layers[: config.num_hidden_layers]`, so an entry of the table lists only how a family differs from llama.
 Source: transformers 5.24, models/*/modeling_*.py. How to add one: docs/add-a-family.md.
 """
 
@@ -19,19 +20,19 @@ from sorted_ds.nested.family import Half, LogitsRule, Part
 from sorted_ds.space import SubNet, SubNetSpace
 
 PER_LAYER_KEYS = ("layer_types", "no_rope_layers")
-"""Config lists with one entry for each layer."""
+"""The config's lists that have one entry for each layer."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder family, and how it differs from llama."""
+    """A decoder family, given by how it differs from llama."""
 
     nested_head_norms: tuple[str, ...] = ()
-    """Norms in `self_attn` that run across all heads; norms of each head (qwen3) need nothing."""
+    """The norms in `self_attn` that run across all heads. A norm within each head (qwen3) is not nested."""
     softcap_key: str = ""
-    """Config key of the cap on the logits: `cap * tanh(logits / cap)`."""
+    """The config key of the cap on the logits: `cap * tanh(logits / cap)`."""
     logits_divisor_key: str = ""
-    """Config key of the number that logits are divided by."""
+    """The config key of the number that divides the logits."""
     auto_class: Any = AutoModelForCausalLM
     axes: tuple[str, ...] = ("d", "g", "f")
     layers: str = "model.layers"
@@ -40,11 +41,11 @@ class Decoder:
     owned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def full(self, config: PreTrainedConfig) -> SubNet:
-        """The full network, as a sub-network of itself."""
+        """Returns the sizes of the full network."""
         return SubNet(d=config.num_hidden_layers, g=config.num_key_value_heads, f=config.intermediate_size)
 
     def halves(self, config: PreTrainedConfig) -> tuple[Half, ...]:
-        """Attention along `g`, with the query heads of a group together; feed-forward along `f`."""
+        """Returns the attention, nested along `g` by whole groups, and the feed-forward half, nested along `f`."""
         head = head_dim(config)
         query_rows = head * queries_per_group(config)
         norms = (Part(name, "norm", query_rows if name.startswith("q") else head) for name in self.nested_head_norms)
@@ -59,9 +60,9 @@ class Decoder:
         return Half("self_attn", "g", attention), Half("mlp", "f", mlp)
 
     def subnet_config(self, config: PreTrainedConfig, subnet: SubNet, layers: Sequence[int]) -> PreTrainedConfig:
-        """The plain config of a sub-network; `head_dim` is written out, and lists keep the entries of its layers.
+        """Returns the plain config of a sub-network with these layers, with `head_dim` written out.
 
-        Raises: whatever the family's config class refuses with (ValueError or StrictDataclassError).
+        Raises: ValueError or StrictDataclassError if the family's config class refuses the sizes.
         """
         fields = copy.deepcopy(config.to_dict())
         fields.update(self.layer_fields(config, layers))
@@ -76,12 +77,12 @@ class Decoder:
         return cut
 
     def layer_fields(self, config: PreTrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
-        """The number of layers, and the entries of these layers in lists with one for each."""
+        """Returns the number of layers, and the entries of these layers in the lists with one entry for each layer."""
         lists = {key: getattr(config, key) for key in PER_LAYER_KEYS if getattr(config, key, None)}
         return {"num_hidden_layers": len(layers), **{key: [lists[key][n] for n in layers] for key in lists}}
 
     def check(self, space: SubNetSpace, config: PreTrainedConfig) -> None:
-        """Raises: UserError when heads cannot be shared out over groups, or the family refuses a number of groups."""
+        """Raises: UserError if the heads cannot be divided into groups, or the family refuses a number of groups."""
         if config.num_attention_heads % config.num_key_value_heads:
             raise UserError(
                 f"the model has {config.num_attention_heads} attention heads and {config.num_key_value_heads} "
@@ -96,7 +97,7 @@ class Decoder:
                 )
 
     def _is_valid(self, config: PreTrainedConfig, groups: int) -> bool:
-        """Whether the family's config class takes this number of groups. Only its architecture check can refuse it."""
+        """Returns whether the family's config class accepts this number of groups."""
         full = self.full(config)
         try:
             self.subnet_config(config, full.replace(g=groups), range(full.depth))
@@ -105,35 +106,35 @@ class Decoder:
         return True
 
     def _nearest_valid(self, config: PreTrainedConfig, groups: int) -> list[int]:
-        """The nearest valid numbers of groups under and over."""
+        """Returns the nearest smaller and the nearest larger valid number of groups."""
         valid = [g for g in range(1, config.num_key_value_heads + 1) if self._is_valid(config, g)]
         return [g for g in valid if g < groups][-1:] + [g for g in valid if g > groups][:1]
 
     def logits_rule(self, config: PreTrainedConfig) -> LogitsRule:
-        """What the head's output goes through."""
+        """Returns the rule for the head's output."""
         divisor = getattr(config, self.logits_divisor_key) if self.logits_divisor_key else 1.0
         return LogitsRule(divisor, getattr(config, self.softcap_key) if self.softcap_key else None)
 
     def mixing_flops(self, config: PreTrainedConfig, subnet: SubNet, row_tokens: int) -> int:
-        """Queries times keys, and weights times values."""
+        """Returns the FLOPs of queries times keys and of attention weights times values, for one layer and token."""
         return 4 * row_tokens * subnet["g"] * queries_per_group(config) * head_dim(config)
 
     def kv_elements(self, config: PreTrainedConfig, subnet: SubNet) -> int:
-        """A key and a value for each group."""
+        """Returns the elements of a key and a value for each group."""
         return 2 * subnet["g"] * head_dim(config)
 
     def hidden_states(self, body: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """The last hidden states, behind the final norm. Shapes: input_ids [B, T] -> [B, T, H]."""
+        """Returns the last hidden states, after the final norm. Shapes: input_ids [B, T] -> [B, T, H]."""
         return body(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Channels of one head."""
+    """Returns the number of channels of one head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def queries_per_group(config: PreTrainedConfig) -> int:
-    """Query heads for each key/value head."""
+    """Returns the number of query heads for each key/value head."""
     return config.num_attention_heads // config.num_key_value_heads
 
 
@@ -146,4 +147,4 @@ DECODERS = {
     "olmo2": Decoder(nested_head_norms=("q_norm", "k_norm")),
     "granite": Decoder(logits_divisor_key="logits_scaling"),
 }
-"""By Hugging Face's `model_type`."""
+"""The decoder families by Hugging Face's `model_type`."""

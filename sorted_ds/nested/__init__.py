@@ -1,4 +1,4 @@
-"""Nested models: a Hugging Face model that runs any sub-network. One device; knows nothing of ranks or DeepSpeed."""
+"""Nested models: a Hugging Face model that runs any sub-network. Nothing here knows of ranks or DeepSpeed."""
 
 from sorted_ds.nested.costs import costs_of, sorted_by_cost, union_parameters
 from sorted_ds.nested.family import Family

@@ -1,12 +1,12 @@
-"""Layers whose weights are stored as blocks, one per width step, and run on a prefix of them.
+"""Layers whose weights are stored as blocks, one per width step, and that run on a prefix of the blocks.
 
-In: activations of the active width. Out: the same layer's output at that width. The weight of a layer is a list of
-*blocks*, each an `nn.Module` that owns the rows that one width step adds. Where the blocks lie side by side in memory,
-a prefix of them is one matrix, used without a copy; otherwise they are copied together for the time of a product.
-Under ZeRO-3 blocks are parts of bundles (bundles.py), and that matrix is made anew in each pass, and never kept.
+In: activations of the active width. Out: the layer's output at that width. The weight of a layer is a list of *blocks*.
+Each block is an `nn.Module` that owns the rows that one width step adds. If the active blocks are adjacent in memory,
+they are used as one matrix without a copy; otherwise they are copied into one matrix for the time of a product. Under
+ZeRO-3 the weights lie in bundles (bundles.py), and each pass makes the matrix anew.
 
-Legend: rows = the nested dimension (heads or feed-forward channels), always the first dimension of a block;
-a weight that is nested on its input side is therefore stored transposed, [in, out]. N = positions.
+Legend: rows = the nested dimension (heads or feed-forward channels). They are always the first dimension of a block, so
+a weight that is nested on its input side is stored transposed, [in, out]. N = positions.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 
 class Width:
-    """The active width of one dimension, shared by every layer that is nested in it. Changing it costs one assignment.
+    """The active width along one axis, shared by every layer that is nested along it.
 
-    `axis` is its letter; `sizes` are the sizes that the space trains, ascending; `num_steps` of them are active now.
+    `axis` is the axis's letter, `sizes` are the sizes in the space, ascending, and `num_steps` of them are active.
     """
 
     def __init__(self, axis: str, sizes: Sequence[int]):
@@ -38,24 +38,24 @@ class Width:
         self.num_steps = self.sizes.index(size) + 1
 
 
-def as_one(blocks: Sequence[Tensor]) -> Tensor:
-    """A view of blocks that are neighbours."""
+def joined_view(blocks: Sequence[Tensor]) -> Tensor:
+    """Returns adjacent blocks as one view."""
     first = blocks[0].detach()
     return first.as_strided((sum(map(len, blocks)), *first.shape[1:]), first.stride(), first.storage_offset())
 
 
 def are_adjacent(blocks: Sequence[Tensor]) -> bool:
-    """Whether the blocks follow each other, without gap, in one storage.
+    """Returns whether the blocks follow each other without a gap in one storage.
 
-    Asked at every use (under 1 us a block): `deepcopy`, `.to()` and reordered flat buffers change the answer, and a
-    remembered one would read other weights silently.
+    This is checked at every use (under 1 us a block): `deepcopy`, `.to()` and reordered flat buffers change the answer,
+    and a stored answer would silently read other weights.
     """
     end = blocks[0].data_ptr()
     for block in blocks:
         if block.data_ptr() != end or not block.is_contiguous():
             return False
         end += block.nbytes
-    # Neighbours in memory, and all in one piece of it if the first and the last are.
+    # Blocks that follow each other lie in one storage if the first and the last block do.
     return end > blocks[0].data_ptr() and _storage(blocks[0]) == _storage(blocks[-1])
 
 
@@ -63,85 +63,85 @@ def _storage(block: Tensor) -> int:
     return block.untyped_storage().data_ptr()
 
 
-def together(blocks: Sequence[Tensor]) -> Tensor:
-    """As one tensor: a copy, unless they are neighbours."""
-    return as_one(blocks) if are_adjacent(blocks) else torch.cat(list(blocks))
+def join(blocks: Sequence[Tensor]) -> Tensor:
+    """Returns the blocks as one tensor: a view if they are adjacent, and otherwise a copy."""
+    return joined_view(blocks) if are_adjacent(blocks) else torch.cat(list(blocks))
 
 
-class Source(Protocol):
-    """Where a product finds its weight, in the forward pass and again in the backward one."""
+class ActiveWeight(Protocol):
+    """The active weight of a product, which is looked up in the forward pass and again in the backward pass."""
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What autograd sees of the weight."""
+    def autograd_inputs(self) -> tuple[Tensor, ...]:
+        """Returns the tensors that stand for the weight in autograd's graph."""
         ...
 
     def matrix(self) -> Tensor:
-        """The active rows: [rows, other side]. For as long as a product takes."""
+        """Returns the active rows, [rows, other side]. Nobody may keep the matrix after the product."""
         ...
 
     def gradients(self, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
-        """Of `tensors()`; that of the matrix is `left @ right`."""
+        """Returns the gradients of `autograd_inputs()`, given that the matrix has the gradient `left @ right`."""
         ...
 
 
 @dataclass(slots=True)
-class _Blocks:
-    """Blocks that are put together as long as a product takes."""
+class _BlockWeight:
+    """An active weight whose blocks are joined for the time of a product."""
 
-    weights: list[Tensor]
+    blocks: list[Tensor]
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(self.weights)
+    def autograd_inputs(self) -> tuple[Tensor, ...]:
+        return tuple(self.blocks)
 
     def matrix(self) -> Tensor:
-        return together(self.weights)
+        return join(self.blocks)
 
     def gradients(self, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
-        return (left @ right).split([len(weight) for weight in self.weights])
+        return (left @ right).split([len(block) for block in self.blocks])
 
 
 class _OutputProduct(torch.autograd.Function):
-    """`x @ weight.t() + bias`. One product, not one a block, so that bf16 rounds a sum once.
+    """Computes `x @ weight.t() + bias` as one product, not one per block, so that bf16 rounds each sum once.
 
-    Shapes: [N, in], [rows], `source.tensors()` -> [N, rows].
+    Shapes: [N, in], [rows], `weight.autograd_inputs()` -> [N, rows].
     """
 
     @staticmethod
-    def forward(ctx, source: Source, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-        ctx.source, ctx.has_bias = source, bias is not None
+    def forward(ctx, weight: ActiveWeight, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+        ctx.weight, ctx.has_bias = weight, bias is not None
         ctx.save_for_backward(x)
-        return F.linear(x, source.matrix(), bias)
+        return F.linear(x, weight.matrix(), bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        grad_x = grad @ ctx.source.matrix() if ctx.needs_input_grad[1] else None
-        return None, grad_x, grad.sum(0) if ctx.has_bias else None, *ctx.source.gradients(grad.t(), x)
+        grad_x = grad @ ctx.weight.matrix() if ctx.needs_input_grad[1] else None
+        return None, grad_x, grad.sum(0) if ctx.has_bias else None, *ctx.weight.gradients(grad.t(), x)
 
 
 class _InputProduct(torch.autograd.Function):
-    """`x @ weight`, likewise.
+    """Computes `x @ weight` as one product.
 
-    Shapes: [N, rows], `source.tensors()` -> [N, out].
+    Shapes: [N, rows], `weight.autograd_inputs()` -> [N, out].
     """
 
     @staticmethod
-    def forward(ctx, source: Source, x: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.source = source
+    def forward(ctx, weight: ActiveWeight, x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.weight = weight
         ctx.save_for_backward(x)
-        return x @ source.matrix()
+        return x @ weight.matrix()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        grad_x = grad @ ctx.source.matrix().t() if ctx.needs_input_grad[1] else None
-        return None, grad_x, *ctx.source.gradients(x.t(), grad)
+        grad_x = grad @ ctx.weight.matrix().t() if ctx.needs_input_grad[1] else None
+        return None, grad_x, *ctx.weight.gradients(x.t(), grad)
 
 
 class Block(nn.Module):
-    """The rows that one width step adds to a layer, apart from the layer itself.
+    """The rows that one width step adds to a layer.
 
-    Apart, because ZeRO-3 gathers all that a called module owns.
+    A block is a module of its own, because ZeRO-3 gathers all parameters that a called module owns.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
@@ -151,66 +151,68 @@ class Block(nn.Module):
 
 
 class NestedModule(nn.Module):
-    """What nested layers share: the blocks, and the prefix of them that is active."""
+    """A layer that stores its weight as blocks and runs on the active prefix of them."""
 
     transposed = False
     """Whether the blocks' rows are the columns of the Hugging Face weight."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, width: Width, rows_per_size: int):
-        """Cuts `weight` (rows first) into blocks that are views of it: no copy, and side by side in memory."""
+        """Cuts `weight` (rows first) into adjacent blocks that are views of it."""
         super().__init__()
         self.width = width
         self.rows_per_size = rows_per_size
         self.has_bias = bias is not None
-        self.names = ("weight", "bias") if self.has_bias else ("weight",)
-        """Of the parameters of a block."""
-        self.source: Source | None = None
-        """Of the weight, while a half that owns it runs (bundles.py)."""
-        self.given: dict[str, Tensor] = {}
-        """The active parameters as one tensor each, while a decoder layer runs; what is missing is used by blocks."""
+        self.parameter_names = ("weight", "bias") if self.has_bias else ("weight",)
+        """The names of a block's parameters."""
+        self.bundled_weight: ActiveWeight | None = None
+        """The active weight in bundles, set while a layer half that owns bundles runs (bundles.py)."""
+        self.joined: dict[str, Tensor] = {}
+        """The active part of each parameter as one tensor, set while a layer runs. Missing ones are used as blocks."""
         bounds = [0, *(size * rows_per_size for size in width.sizes)]
         self.bounds = list(pairwise(bounds))
         self.blocks = nn.ModuleList(
             Block(weight[start:stop], None if bias is None else bias[start:stop]) for start, stop in self.bounds
         )
 
-    def values(self, name: str) -> list[Tensor]:
-        """The parameter `name` of each active block. Asked for at every use, so not by way of slow attributes."""
+    def active_blocks(self, name: str) -> list[Tensor]:
+        """Returns the parameter `name` of each active block."""
+        # Every use of a weight comes here, so the slow attribute lookup of nn.Module is avoided.
         active = islice(self._modules["blocks"]._modules.values(), self.width.num_steps)  # type: ignore[union-attr]
         return [block._parameters[name] for block in active]  # type: ignore[union-attr, misc]
 
     def active_rows(self) -> list[int]:
-        """Of each active block."""
+        """Returns the number of rows of each active block."""
         return [stop - start for start, stop in self.bounds[: self.width.num_steps]]
 
-    def active_source(self) -> Source:
-        """Of a weight that is not given as one tensor."""
-        return self.source or _Blocks(self.values("weight"))
+    def active_weight(self) -> ActiveWeight:
+        """Returns the active weight, for a layer whose `joined` has no weight."""
+        return self.bundled_weight or _BlockWeight(self.active_blocks("weight"))
 
     def extra_repr(self) -> str:
         return f"rows={[stop for _, stop in self.bounds]}"
 
 
 class OutputNestedLinear(NestedModule):
-    """A linear layer with a prefix of its output features: query, key, value, gate and up projections.
+    """A linear layer that computes a prefix of its output features: query, key, value, gate and up projections.
 
-    Shapes: [..., in] -> [..., rows active].
+    Shapes: [..., in] -> [..., active rows].
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.given.get("weight"), self.given.get("bias")
+        weight, bias = self.joined.get("weight"), self.joined.get("bias")
         if bias is None and self.has_bias:
-            bias = torch.cat(self.values("bias"))
+            bias = torch.cat(self.active_blocks("bias"))
         if weight is not None:
             return F.linear(x, weight, bias)
-        source = self.active_source()
-        return _OutputProduct.apply(source, x.flatten(0, -2), bias, *source.tensors()).unflatten(0, x.shape[:-1])
+        active = self.active_weight()
+        y = _OutputProduct.apply(active, x.flatten(0, -2), bias, *active.autograd_inputs())
+        return y.unflatten(0, x.shape[:-1])
 
 
 class InputNestedLinear(NestedModule):
-    """A linear layer over a prefix of its input features: attention output and down projections.
+    """A linear layer that reads a prefix of its input features: attention output and down projections.
 
-    Shapes: [..., rows active] -> [..., out]. The bias belongs to the outputs, so it is not nested.
+    Shapes: [..., active rows] -> [..., out]. The bias belongs to the outputs, so it is not nested.
     """
 
     transposed = True
@@ -220,19 +222,19 @@ class InputNestedLinear(NestedModule):
         self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.given.get("weight")
+        weight = self.joined.get("weight")
         if weight is not None:
             y = x @ weight
         else:
-            source = self.active_source()
-            y = _InputProduct.apply(source, x.flatten(0, -2), *source.tensors()).unflatten(0, x.shape[:-1])
+            active = self.active_weight()
+            y = _InputProduct.apply(active, x.flatten(0, -2), *active.autograd_inputs()).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
 
 class NestedRMSNorm(NestedModule):
-    """The root mean square norm over all active heads (OLMo 2), scaled in fp32 as `Olmo2RMSNorm` does.
+    """The root mean square norm over all active heads (OLMo 2), scaled in fp32 like `Olmo2RMSNorm`.
 
-    Shapes: [..., rows active] -> the same. Source: transformers 5.24, models/olmo2/modeling_olmo2.py.
+    Shapes: [..., active rows] -> the same. Source: transformers 5.24, models/olmo2/modeling_olmo2.py.
     """
 
     def __init__(self, weight: Tensor, eps: float, width: Width, rows_per_size: int):
@@ -242,9 +244,9 @@ class NestedRMSNorm(NestedModule):
     def forward(self, x: Tensor) -> Tensor:
         normed = x.float()
         normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
-        weight = self.given.get("weight")
+        weight = self.joined.get("weight")
         if weight is not None:
             return (weight * normed).to(x.dtype)
         parts = normed.split(self.active_rows(), dim=-1)
-        scaled = [weight * part for weight, part in zip(self.values("weight"), parts, strict=True)]
+        scaled = [weight * part for weight, part in zip(self.active_blocks("weight"), parts, strict=True)]
         return torch.cat(scaled, dim=-1).to(x.dtype)

@@ -1,12 +1,12 @@
 """Compiles the layers of a nested model with torch.compile: the same few graphs for every layer and every sub-network.
 
-In: a nested model. Out: the same model, whose decoder layers run compiled. The weights that a layer takes out of its
-blocks, eagerly, are the graph's inputs, their rows are a dynamic size, and nothing else in the layer depends on the
-width: a layer is compiled once for all widths and depths. It is compiled once more where one head is active (PyTorch
-treats a size of 1 apart), without gradients (evaluation), and for another kind of layer (qwen2's sliding ones have a
-mask, the full ones have none).
+In: a nested model. Out: the same model, whose layers run compiled. The blocks of a layer's weights are joined eagerly.
+The joined weights are inputs of the graph, with a dynamic number of rows, and nothing else in the layer depends on the
+width, so a layer is compiled once for all widths and depths. It is compiled again for one active head (PyTorch
+specialises on a size of 1), for passes without gradients (evaluation), and for another kind of layer (qwen2's sliding
+layers have a mask, its full ones have none).
 
-A layer that cannot be compiled as a whole, or that is compiled too often, is an error: never eager in silence.
+A layer that cannot be compiled as a whole, or that is compiled too often, raises an error and never runs eagerly.
 """
 
 from collections.abc import Sequence
@@ -15,37 +15,38 @@ import torch
 from torch import Tensor
 
 from sorted_ds.nested.blocks import are_adjacent
-from sorted_ds.nested.layers import NestedLayer, joined, run_on
+from sorted_ds.nested.layers import NestedLayer, join_active, run_with
 from sorted_ds.nested.nest import NestedModel
 
-MOST_GRAPHS = 16
-"""Two kinds of layer x one head or several x training, evaluation, and evaluation of fewer rows: 12."""
+MAX_GRAPHS = 16
+"""12 are needed: 2 kinds of layers x one head or several x training, evaluation, and evaluation of fewer rows."""
 
 
 def compile_layers(model: NestedModel, backend: str = "inductor") -> None:
-    """Call once, before the first pass. Parameters and their names stay as they are."""
+    """Makes the layers run compiled. Call this once, before the first pass. Parameters keep their names."""
     config = torch._dynamo.config
-    config.recompile_limit = max(MOST_GRAPHS, config.recompile_limit)
-    compiled = torch.compile(run_on, fullgraph=True, backend=backend)
+    config.recompile_limit = max(MAX_GRAPHS, config.recompile_limit)
+    compiled = torch.compile(run_with, fullgraph=True, backend=backend)
 
     def run(layer: NestedLayer, hidden: Tensor, args: tuple, kwargs: dict):
         if not torch.is_grad_enabled():
-            hidden = hidden.detach()  # with checkpointing the first layer's requires a gradient even here
-        given = joined(layer.nested, _standing_alone)
-        for weights in given:
-            for tensor in weights.values():
+            hidden = hidden.detach()  # with checkpointing, the first layer's input requires a gradient even here
+        joined = join_active(layer.nested, _standalone_matrix)
+        for tensors in joined:
+            for tensor in tensors.values():
                 torch._dynamo.mark_dynamic(tensor, 0)
-        return compiled(given, layer, hidden, args, kwargs)
+        return compiled(joined, layer, hidden, args, kwargs)
 
     for layer in model.all_layers:
         assert isinstance(layer, NestedLayer)
         layer.run = run
 
 
-def _standing_alone(blocks: Sequence[Tensor]) -> Tensor:
-    """As one matrix that is no view, no parameter, and starts at offset 0. It shares the memory of neighbouring blocks.
+def _standalone_matrix(blocks: Sequence[Tensor]) -> Tensor:
+    """Returns the blocks as one matrix that is no view and no parameter, and has a storage offset of 0.
 
-    Graphs are specialised on these, and ZeRO's flat buffers would compile the first layer apart from the others.
+    The matrix uses the memory of adjacent blocks. torch.compile specialises graphs on these three properties, so with
+    views into ZeRO's flat buffers the first layer would get a graph of its own.
     """
     if not are_adjacent(blocks):
         return torch.cat(list(blocks))

@@ -1,7 +1,8 @@
-"""What each sub-network costs, counted on the family's own modules.
+"""Counts the costs of each sub-network on the family's own modules.
 
-In: a Hugging Face config, its family and a space. Out: the `Cost` of every sub-network, and the space in their order.
-The counts come from one layer built on the meta device (no memory, a few ms), so a new family needs no formula.
+In: a Hugging Face config, its family and a space. Out: the `Cost` of every sub-network, and the space sorted by costs.
+The parameters are counted on a model with one layer on the meta device (no memory, a few ms), so a new family needs no
+formula for them.
 """
 
 import math
@@ -18,25 +19,25 @@ KV_BYTES_PER_ELEMENT = 2
 
 
 def costs_of(space: SubNetSpace, family: Family, config: PreTrainedConfig, row_tokens: int) -> dict[SubNet, Cost]:
-    """The cost of every sub-network, attention counted over `row_tokens` positions."""
+    """Returns the cost of every sub-network. Attention is counted over `row_tokens` positions."""
     counts = _LayerCounts(family, config)
     return {subnet: counts.cost(subnet, row_tokens) for subnet in space}
 
 
 def union_parameters(steps: Iterable[Sequence[SubNet]], family: Family, config: PreTrainedConfig) -> list[int]:
-    """For the sub-networks of each step: parameters that any of them uses, each counted once."""
+    """Returns, for each step, the number of parameters that at least one of its sub-networks uses."""
     counts = _LayerCounts(family, config)
     return [counts.union(subnets) for subnets in steps]
 
 
 def sorted_by_cost(space: SubNetSpace, family: Family, config: PreTrainedConfig) -> SubNetSpace:
-    """The space in ascending order of parameters, ties by the sizes."""
+    """Returns the space in ascending order of parameters. Ties are sorted by the sizes."""
     costs = costs_of(space, family, config, row_tokens=1)
     return space.sorted_by(lambda subnet: (costs[subnet].parameters, subnet))
 
 
 class _LayerCounts:
-    """Parameters of one layer by the axis along which they grow, and of the rest of the network."""
+    """The numbers of parameters of one layer, by the axis along which they grow, and of the rest of the network."""
 
     def __init__(self, family: Family, config: PreTrainedConfig):
         self.family, self.config = family, config
@@ -52,19 +53,19 @@ class _LayerCounts:
             nested = _nested_parameters(layer, half)
             self.parameters[half.axis] += _numel(nested) // full[half.axis]
             self.products[half.axis] += _matrix_numel(nested) // full[half.axis]
-        self.fixed = _numel(layer.parameters()) - sum(self.parameters[a] * full[a] for a in self.widths)
-        self.shared = _numel(model.parameters()) - _numel(layer.parameters())
+        self.fixed_per_layer = _numel(layer.parameters()) - sum(self.parameters[a] * full[a] for a in self.widths)
+        self.outside_layers = _numel(model.parameters()) - _numel(layer.parameters())
         head = model.get_submodule(family.head)
         embeddings = [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
         ends = {id(p): p for p in (*embeddings, *head.parameters())}
-        self.shared_between_ends = self.shared - _numel(ends.values())
+        self.outside_layers_and_ends = self.outside_layers - _numel(ends.values())
         self.head_products = head.weight.numel()
 
     def layer_parameters(self, subnet: SubNet) -> int:
-        return self.fixed + sum(self.parameters[letter] * subnet[letter] for letter in self.widths)
+        return self.fixed_per_layer + sum(self.parameters[letter] * subnet[letter] for letter in self.widths)
 
     def union(self, subnets: Sequence[SubNet]) -> int:
-        total, lower = self.shared, 0
+        total, lower = self.outside_layers, 0
         for depth in sorted({subnet.depth for subnet in subnets}):
             deep = [subnet for subnet in subnets if subnet.depth >= depth]
             widest = deep[0].replace(**{letter: max(subnet[letter] for subnet in deep) for letter in self.widths})
@@ -78,15 +79,15 @@ class _LayerCounts:
         mixing = self.family.mixing_flops(self.config, subnet, row_tokens)
         kv_elements = self.family.kv_elements(self.config, subnet)
         return Cost(
-            parameters=self.shared + layers,
-            non_embedding_parameters=self.shared_between_ends + layers,
+            parameters=self.outside_layers + layers,
+            non_embedding_parameters=self.outside_layers_and_ends + layers,
             flops_per_token=2 * (self.head_products + subnet.depth * products) + subnet.depth * mixing,
             kv_bytes_per_token=subnet.depth * kv_elements * KV_BYTES_PER_ELEMENT,
         )
 
 
 def _nested_parameters(layer: nn.Module, half: Half) -> list[nn.Parameter]:
-    """The parameters that grow with the half's axis: all of a part but the bias of one that is nested on its inputs."""
+    """Returns the parameters that grow with the half's axis. The bias of an input-side layer does not grow."""
     parts = [(part, layer.get_submodule(half.path).get_submodule(part.path)) for part in half.parts]
     return [p for part, module in parts for p in module.parameters() if part.side != "input" or p is module.weight]
 
@@ -96,5 +97,5 @@ def _numel(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _matrix_numel(parameters: Iterable[nn.Parameter]) -> int:
-    """Elements of the matrices alone: biases and norms cost no matrix product."""
+    """Returns the number of elements of matrices. Biases and norms cost no matrix product."""
     return _numel(p for p in parameters if p.dim() == 2)

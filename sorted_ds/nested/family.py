@@ -1,8 +1,8 @@
-"""`Family`: the one object that answers everything that is particular to an architecture.
+"""`Family`: the protocol of the object that knows everything particular to an architecture.
 
-In: a Hugging Face config or model of the family. Out: its axes, where its layers and layer halves lie, which axis nests
-which weight, its head, the config of a sub-network, and what a layer computes beside matrix products. The tables are in
-`families/`; nothing else in the package names a path or a key of an architecture.
+In: a Hugging Face config or model of the family. Out: the axes, the paths of layers and halves, the axis of each nested
+weight, the head, the config of a sub-network, and the costs of a layer beside its weights. The implementations are in
+`families/`; nothing else in the package names a path or a config key of an architecture.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,28 +21,28 @@ class Part:
     """One module of a layer half whose weight is nested."""
 
     path: str
-    """Where it lies in the half, like `q_proj`."""
+    """The module's path in the half, like `q_proj`."""
     side: Literal["output", "input", "norm"]
-    """Which side of the weight is nested: output features, input features, or the channels of an RMS norm."""
+    """The nested side of the weight: output features, input features, or the channels of an RMS norm."""
     rows: int
-    """Features, or channels, for each unit of the axis's size."""
+    """The number of features or channels for each unit of the axis's size."""
 
 
 @dataclass(frozen=True)
 class Half:
-    """A layer half: one module of a layer, called once in a pass, whose weights are all nested along one axis."""
+    """One module of a layer that is called once in a pass and whose weights are all nested along one axis."""
 
     path: str
-    """Where the module lies in the layer, like `self_attn`."""
+    """The module's path in the layer, like `self_attn`."""
     axis: str
     """The letter of the axis."""
     parts: tuple[Part, ...]
-    """The linear layers stand in the order of their rows in a bundle (bundles.py)."""
+    """The nested modules. The linear layers' rows have this order in a bundle (bundles.py)."""
 
 
 @dataclass(frozen=True)
 class LogitsRule:
-    """What a family does to the head's output: divide it, then cap it by `softcap * tanh(logits / softcap)`."""
+    """A rule for the head's output: it is divided, and then capped by `softcap * tanh(logits / softcap)`."""
 
     divisor: float = 1.0
     softcap: float | None = None
@@ -53,11 +53,11 @@ class Family(Protocol):
 
     @property
     def auto_class(self) -> Any:
-        """transformers' class that makes, loads and registers its models, like `AutoModelForCausalLM`."""
+        """The transformers class that makes, loads and registers models, like `AutoModelForCausalLM`."""
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The letters of its axes, in the order of its sub-networks' names. Depth is one of them."""
+        """The letters of the axes, in the order of sub-network names. Depth is one of the axes."""
 
     @property
     def layers(self) -> str:
@@ -65,7 +65,7 @@ class Family(Protocol):
 
     @property
     def body(self) -> str:
-        """The path of the module whose call gives the last hidden states, like `model`."""
+        """The path of the module that returns the last hidden states, like `model`."""
 
     @property
     def head(self) -> str:
@@ -73,41 +73,41 @@ class Family(Protocol):
 
     @property
     def owned(self) -> Mapping[str, tuple[str, ...]]:
-        """Paths of modules of which each size along these axes owns a copy, like `{"model.norm": ("d",)}`."""
+        """The axes whose sizes own copies of a module, by the module's path, like `{"model.norm": ("d",)}`."""
 
     def full(self, config: PreTrainedConfig) -> SubNet:
-        """The full network, as a sub-network of itself."""
+        """Returns the sizes of the full network."""
 
     def halves(self, config: PreTrainedConfig) -> tuple[Half, ...]:
-        """The halves of each layer."""
+        """Returns the halves that each layer has."""
 
     def subnet_config(self, config: PreTrainedConfig, subnet: SubNet, layers: Sequence[int]) -> PreTrainedConfig:
-        """The plain Hugging Face config of a sub-network that has these layers of the full network.
+        """Returns the plain Hugging Face config of a sub-network with these layers of the full network.
 
-        Raises: whatever the family's config class refuses with (ValueError or StrictDataclassError).
+        Raises: ValueError or StrictDataclassError if the family's config class refuses the sizes.
         """
 
     def layer_fields(self, config: PreTrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
-        """The config's fields that say which layers run: their number, and the entries of these layers in lists."""
+        """Returns the config's fields that depend on the layers: their number, and lists with an entry for each."""
 
     def check(self, space: SubNetSpace, config: PreTrainedConfig) -> None:
-        """Raises: UserError when the config of a sub-network of the space would not be valid."""
+        """Raises: UserError if the config of a sub-network of the space would not be valid."""
 
     def logits_rule(self, config: PreTrainedConfig) -> LogitsRule:
-        """What the head's output goes through."""
+        """Returns the rule for the head's output."""
 
     def mixing_flops(self, config: PreTrainedConfig, subnet: SubNet, row_tokens: int) -> int:
-        """Forward FLOPs of one layer for one token, beside the products with weights: attention over `row_tokens`."""
+        """Returns a layer's forward FLOPs for one token without weights: attention over `row_tokens` positions."""
 
     def kv_elements(self, config: PreTrainedConfig, subnet: SubNet) -> int:
-        """Elements that one layer keeps in the key/value cache for one token."""
+        """Returns the number of key/value cache elements for one layer and token."""
 
     def hidden_states(self, body: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """The last hidden states of a batch's inputs. Shapes: token ids [B, T] -> [B, T, H]."""
+        """Returns the last hidden states of a batch. Shapes: token ids [B, T] -> [B, T, H]."""
 
 
 def check_space(space: SubNetSpace, family: Family, config: PreTrainedConfig) -> None:
-    """Raises: UserError when space and model differ in axes or sizes, or a sub-network's config is not valid."""
+    """Raises: UserError if space and model differ in axes or sizes, or a sub-network's config is not valid."""
     if space.axes != family.axes:
         raise UserError(
             f"the space's sub-networks are named like {space.full}, but {config.model_type} has the axes "
@@ -122,5 +122,5 @@ def check_space(space: SubNetSpace, family: Family, config: PreTrainedConfig) ->
 
 
 def layers_of(model: PreTrainedModel, family: Family) -> list[nn.Module]:
-    """All layers of the full network, in its own sequence, whatever runs now."""
+    """Returns all layers of the full network in its own sequence, independent of the active sub-network."""
     return list(model.get_submodule(family.layers).children())

@@ -1,9 +1,9 @@
-"""Transformer layers that run on their active weights, each as one matrix; and the list that runs some of the layers.
+"""Transformer layers that run on their active weights, and the list that runs some of a model's layers.
 
-In: a Hugging Face layer whose linear layers are nested. Out: the same object, which first takes the active prefix of
-each weight out of its blocks. One autograd function does so for all of a layer's weights: one each would cost more
-Python than the products of a small sub-network (docs/log.md, "time, again"). Where blocks are no neighbours, and where
-a half has them in bundles (bundles.py), a nested module is given nothing and looks for them itself.
+In: a Hugging Face layer whose linear layers are nested. Out: the same object, which first joins the active blocks of
+each weight into one matrix. One autograd function does this for all weights of a layer, because one for each weight
+would cost more Python time than the products of a small sub-network (docs/log.md, "time, again"). If blocks are not
+adjacent, or lie in bundles (bundles.py), nothing is joined here and each nested module looks its weight up itself.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,33 +13,33 @@ from itertools import accumulate, chain, pairwise
 import torch
 from torch import Tensor, nn
 
-from sorted_ds.nested.blocks import NestedModule, are_adjacent, as_one
+from sorted_ds.nested.blocks import NestedModule, are_adjacent, joined_view
 from sorted_ds.nested.family import Half
 
-Given = list[dict[str, Tensor]]
-"""For each nested module: the active weight, and bias, as one tensor."""
+Joined = list[dict[str, Tensor]]
+"""The active weight and bias of each nested module, each as one tensor."""
 
-_extended: dict[tuple[type[nn.Module], type[nn.Module]], type] = {}
+_subclasses: dict[tuple[type[nn.Module], type[nn.Module]], type] = {}
 
 
-def extended(own: type[nn.Module], front: type[nn.Module], **fields) -> type:
-    """Returns a subclass of both, `front` first, made once; `fields` are its attributes.
+def subclass_of(hf_class: type[nn.Module], extension: type[nn.Module], /, **fields) -> type:
+    """Returns the subclass of both, with `extension` first and `fields` as attributes. Each subclass is made once.
 
-    It keeps the name of `own`, which `save_pretrained` writes down and error messages show.
+    The subclass has the name of `hf_class`, because `save_pretrained` writes the name and error messages show it.
     """
-    if (own, front) not in _extended:
-        _extended[own, front] = type(own.__name__, (front, own), fields)
-    return _extended[own, front]
+    if (hf_class, extension) not in _subclasses:
+        _subclasses[hf_class, extension] = type(hf_class.__name__, (extension, hf_class), fields)
+    return _subclasses[hf_class, extension]
 
 
 class SelectedLayers(nn.ModuleList):
-    """The list of a model's layers. Iteration and slices give those that run now; a number counts all of them."""
+    """The list of a model's layers. Iteration and slices give the selected layers; an index counts all layers."""
 
     selected: tuple[int, ...] = ()
-    """The numbers of the layers that run now, ascending."""
+    """The numbers of the layers that run, ascending."""
 
     def select(self, layers: Sequence[int]) -> bool:
-        """Runs these layers from now on, and returns whether others ran before."""
+        """Selects the layers that run from now on, and returns whether the selection changed."""
         changed = self.selected != tuple(layers)
         self.selected = tuple(layers)
         return changed
@@ -51,92 +51,96 @@ class SelectedLayers(nn.ModuleList):
         return list(self)[which] if isinstance(which, slice) else super().__getitem__(which)
 
 
-def number_in_cache(layers: SelectedLayers) -> None:
-    """Tells each selected layer its place in the key/value cache, which has one for each layer that runs."""
-    for place, layer in enumerate(layers):
+def set_cache_indices(layers: SelectedLayers) -> None:
+    """Sets the index of each selected layer in the key/value cache, which has one entry for each selected layer."""
+    for position, layer in enumerate(layers):
         for module in layer.modules():
             if getattr(module, "layer_idx", None) is not None:
-                module.layer_idx = place  # type: ignore[assignment]
+                module.layer_idx = position  # type: ignore[assignment]
 
 
 class NestedLayer(nn.Module):
-    """What `nest_layer` adds to a Hugging Face class."""
+    """A Hugging Face layer class, extended by `nest_layer`."""
 
     plain_forward: Callable
-    """Hugging Face's own."""
+    """Hugging Face's forward."""
     nested: tuple[NestedModule, ...]
-    """The nested modules inside."""
+    """The nested modules in the layer."""
     halves: tuple[Half, ...]
     run: Callable
-    """`run`, `run_by_blocks`, or a compiled one (compiled.py)."""
+    """How the layer runs: `run_joined`, `run_by_blocks`, or a compiled function (compiled.py)."""
 
     def forward(self, hidden: Tensor, *args, **kwargs):
         return self.run(self, hidden, args, kwargs)
 
 
 def nest_layer(layer: nn.Module, halves: tuple[Half, ...]) -> None:
-    """Call this when the linear layers of the halves are nested."""
+    """Makes a layer run on its active weights, in place. The linear layers of the halves must be nested already."""
     hf_class = type(layer)
-    # Hugging Face wraps each class's forward, the new one's too; once is enough.
-    layer.__class__ = extended(hf_class, NestedLayer, plain_forward=unwrap(hf_class.forward))
+    # Hugging Face wraps the forward of each class, also of the new one, so its own wrapper is removed here.
+    layer.__class__ = subclass_of(hf_class, NestedLayer, plain_forward=unwrap(hf_class.forward))
     assert isinstance(layer, NestedLayer)
     layer.nested = tuple(module for module in layer.modules() if isinstance(module, NestedModule))
     layer.halves = halves
-    layer.run = run
+    layer.run = run_joined
 
 
-def run(layer: NestedLayer, hidden: Tensor, args: tuple, kwargs: dict):
-    """Hugging Face's forward of the layer, on the active weights as they are now."""
-    return run_on(joined(layer.nested), layer, hidden, args, kwargs)
+def run_joined(layer: NestedLayer, hidden: Tensor, args: tuple, kwargs: dict):
+    """Runs Hugging Face's forward of the layer on the active weights, each joined into one matrix if possible."""
+    return run_with(join_active(layer.nested), layer, hidden, args, kwargs)
 
 
 def run_by_blocks(layer: NestedLayer, hidden: Tensor, args: tuple, kwargs: dict):
-    """The same, with nothing given to the nested layers, which use their blocks for as long as a product takes."""
+    """Runs Hugging Face's forward of the layer; each nested module joins its blocks for the time of a product."""
     return layer.plain_forward(hidden, *args, **kwargs)
 
 
-def run_on(given: Given, layer: NestedLayer, hidden: Tensor, args: tuple, kwargs: dict):
-    """The same on given weights. torch.compile compiles this as a whole."""
-    for own, weights in zip(layer.nested, given, strict=True):
-        own.given = weights
+def run_with(joined: Joined, layer: NestedLayer, hidden: Tensor, args: tuple, kwargs: dict):
+    """Runs Hugging Face's forward of the layer on joined weights. torch.compile compiles this function as a whole."""
+    for module, tensors in zip(layer.nested, joined, strict=True):
+        module.joined = tensors
     try:
         return layer.plain_forward(hidden, *args, **kwargs)
     finally:
-        for own in layer.nested:
-            own.given = {}
+        for module in layer.nested:
+            module.joined = {}
 
 
-def joined(layers: Sequence[NestedModule], make: Callable[[Sequence[Tensor]], Tensor] | None = None) -> Given:
-    """The active prefix of each weight, as what `make` makes of its blocks.
+def join_active(modules: Sequence[NestedModule], join: Callable[[Sequence[Tensor]], Tensor] | None = None) -> Joined:
+    """Returns the active part of each module's parameters, with the blocks of a parameter joined by `join`.
 
-    Without `make` nothing is copied: one block is itself, neighbours are a view, and others are not joined.
+    Without `join` nothing is copied: a single block is returned itself, adjacent blocks as a view, and a parameter
+    whose blocks are not adjacent is left out.
     """
-    given: Given = [{} for _ in layers]
-    places, lists = [], []
-    for own, layer in zip(given, layers, strict=True):
-        for name in layer.names:
-            blocks = layer.values(name)
-            if make is None and len(blocks) == 1:
-                own[name] = blocks[0]
-            elif make is not None or are_adjacent(blocks):
-                places.append((own, name))
+    joined: Joined = [{} for _ in modules]
+    targets, lists = [], []
+    for tensors, module in zip(joined, modules, strict=True):
+        for name in module.parameter_names:
+            blocks = module.active_blocks(name)
+            if join is None and len(blocks) == 1:
+                tensors[name] = blocks[0]
+            elif join is not None or are_adjacent(blocks):
+                targets.append((tensors, name))
                 lists.append(blocks)
     if lists:
         counts = [len(blocks) for blocks in lists]
-        matrices = _Join.apply(make or as_one, counts, *chain.from_iterable(lists))
-        for (own, name), matrix in zip(places, matrices, strict=True):
-            own[name] = matrix
-    return given
+        matrices = _Join.apply(join or joined_view, counts, *chain.from_iterable(lists))
+        for (tensors, name), matrix in zip(targets, matrices, strict=True):
+            tensors[name] = matrix
+    return joined
 
 
 class _Join(torch.autograd.Function):
-    """Several lists of blocks, `counts` long, each as one matrix; each gradient is split back into views of itself."""
+    """Joins several lists of blocks, of lengths `counts`, into one matrix each.
+
+    The gradient of a block is a view of the matrix's gradient.
+    """
 
     @staticmethod
-    def forward(ctx, make, counts: list[int], *blocks: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, join, counts: list[int], *blocks: Tensor) -> tuple[Tensor, ...]:
         lists = [blocks[start:stop] for start, stop in pairwise(accumulate(counts, initial=0))]
-        ctx.rows = [[block.shape[0] for block in own] for own in lists]
-        return tuple(map(make, lists))
+        ctx.rows = [[block.shape[0] for block in joined] for joined in lists]
+        return tuple(map(join, lists))
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:

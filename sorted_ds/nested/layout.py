@@ -1,7 +1,7 @@
-"""Lays the blocks of each nested layer side by side in memory, so that a prefix of them is one matrix.
+"""Makes the blocks of each nested layer adjacent in memory, so that a prefix of them is one matrix without a copy.
 
-ZeRO stages 1 and 2 do so themselves when they flatten parameters in order; at stage 0, and after a model was moved or
-cast, we do.
+In: a nested model. Out: the same model. ZeRO stages 1 and 2 make blocks adjacent themselves, when they flatten
+parameters in order. Stage 0 does not, and a model that was moved or cast has separate blocks, too.
 """
 
 import torch
@@ -11,7 +11,7 @@ from sorted_ds.nested.blocks import NestedModule, are_adjacent
 
 
 def lay_out(model: nn.Module) -> None:
-    """Moves the data of every nested layer's blocks into one buffer each. The Parameter objects stay the same."""
+    """Moves the blocks of each nested layer into one buffer. The Parameter objects stay the same."""
     with torch.no_grad():
         for parameters in _block_lists(model):
             if not are_adjacent(parameters):
@@ -21,12 +21,12 @@ def lay_out(model: nn.Module) -> None:
 
 
 def is_laid_out(model: nn.Module) -> bool:
-    """Whether every nested layer can use its blocks as one matrix."""
+    """Returns whether every nested layer can use its blocks as one matrix without a copy."""
     return all(are_adjacent(parameters) for parameters in _block_lists(model))
 
 
 def _block_lists(model: nn.Module) -> list[list[nn.Parameter]]:
-    """The weights, and the biases, of the blocks of each nested layer."""
+    """Returns one list for the weights, and one for the biases, of the blocks of each nested layer."""
     layers = [layer for layer in model.modules() if isinstance(layer, NestedModule)]
     lists = [[getattr(block, kind) for block in layer.blocks] for layer in layers for kind in ("weight", "bias")]
     return [parameters for parameters in lists if parameters and parameters[0] is not None]

@@ -1,7 +1,8 @@
-"""A Hugging Face model that can run any sub-network; and `extract`, which makes a plain model of one.
+"""`NestedModel`, a Hugging Face model that runs any sub-network, and `extract`, which copies one into a plain model.
 
-In: a model of a known family (real or on the meta device) and a space. Out: the same object, its nested layers swapped
-and its class extended by `NestedModel`. The Hugging Face API stays as it is. `families.nest` finds the family.
+In: a model (with values or on the meta device), its family and a space. Out: the same object, with nested modules in
+place of plain ones and its class extended by `NestedModel`. The Hugging Face API does not change. `families.nest` finds
+the family.
 """
 
 import copy
@@ -18,35 +19,35 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.nested.blocks import InputNestedLinear, NestedRMSNorm, OutputNestedLinear, Width
 from sorted_ds.nested.costs import sorted_by_cost
 from sorted_ds.nested.family import Family, Part, check_space, layers_of
-from sorted_ds.nested.layers import SelectedLayers, extended, nest_layer, number_in_cache
+from sorted_ds.nested.layers import SelectedLayers, nest_layer, set_cache_indices, subclass_of
 from sorted_ds.nested.owned import OwnedModule
 from sorted_ds.nested.weights import hf_buffers, hf_tensors, named_values
 from sorted_ds.space import SubNet, SubNetSpace
 
 
 class NestedModel(PreTrainedModel):
-    """What nesting adds to a Hugging Face class."""
+    """A Hugging Face model class, extended by `nest_as`."""
 
     hf_class: type[PreTrainedModel]
-    """The plain class, which extracted models have."""
+    """The plain class, which is the class of extracted models."""
     family: Family
     space: SubNetSpace
-    """Ascending in parameters."""
+    """The space, in ascending order of parameters."""
     subnet: SubNet
-    """The sub-network that runs now."""
+    """The active sub-network."""
     widths: dict[str, Width]
-    """The active width along each axis but depth, by the axis's letter."""
+    """The active width along each axis except depth, by the axis's letter."""
     layer_fields: dict[int, dict[str, Any]]
-    """By depth: the fields of the config that say which layers run."""
+    """The config's fields that say which layers run, for each depth."""
 
     def set_subnet(self, subnet: SubNet | str) -> None:
-        """Runs `subnet` from now on. Copies nothing. Raises: UserError when it is not in the space."""
+        """Makes `subnet` the active one, without a copy. Raises: UserError if it is not in the space."""
         self.subnet = self.space[str(subnet)]
         for letter, width in self.widths.items():
             width.select(self.subnet[letter])
         layers = self.space.layers_of(self.subnet)
         if self.selected_layers.select(layers) and self.space.has_own_order:
-            number_in_cache(self.selected_layers)
+            set_cache_indices(self.selected_layers)
         for key, value in self.layer_fields[self.subnet.depth].items():
             setattr(self.config, key, value)
         for owned in self.owned_modules:
@@ -61,57 +62,57 @@ class NestedModel(PreTrainedModel):
 
     @property
     def all_layers(self) -> list[nn.Module]:
-        """All layers of the full network, in its own sequence, whatever runs now."""
+        """All layers of the full network in its own sequence, independent of the active sub-network."""
         return layers_of(self, self.family)
 
     @property
     def owned_modules(self) -> list[OwnedModule]:
-        """The modules of which sub-networks own copies."""
+        """The modules whose copies belong to sub-networks."""
         return [self.get_submodule(path) for path in self.family.owned]  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> None:
-        """Writes the full network as an ordinary checkpoint, whatever runs now. Arguments as in Hugging Face.
+        """Writes the full network as an ordinary checkpoint. The arguments are Hugging Face's.
 
-        Copies that other sub-networks own are not in it: `save_full` (save.py) writes them beside it.
+        The checkpoint lacks tensors that other sub-networks own: `save_full` (save.py) writes them to a side file.
         """
         extract(self, self.space.full).save_pretrained(save_directory, *args, **kwargs)
 
 
 def nest_as(family: Family, model: PreTrainedModel, space: SubNetSpace) -> NestedModel:
-    """Makes `model`, of `family`, able to run every sub-network of `space`, in place; returns it running the full one.
+    """Returns `model`, changed in place so that it can run every sub-network of `space`. The full one is active.
 
-    Raises: UserError for a model that is nested already, or a space that does not fit it.
+    Raises: UserError for a model that is nested already, or a space that does not fit the model.
     """
     if isinstance(model, NestedModel):
         raise UserError("the model is nested already. Nest a plain Hugging Face model.")
     check_space(space, family, model.config)
     hf_class = type(model)
-    model.__class__ = extended(hf_class, NestedModel, hf_class=hf_class, config_class=hf_class.config_class)
+    model.__class__ = subclass_of(hf_class, NestedModel, hf_class=hf_class, config_class=hf_class.config_class)
     assert isinstance(model, NestedModel)
     model.family = family
     model.space = sorted_by_cost(space, family, model.config)
-    prefixes = {subnet.depth: model.space.layers_of(subnet) for subnet in space}
-    model.layer_fields = {depth: family.layer_fields(model.config, layers) for depth, layers in prefixes.items()}
+    layers_by_depth = {subnet.depth: model.space.layers_of(subnet) for subnet in space}
+    model.layer_fields = {depth: family.layer_fields(model.config, layers) for depth, layers in layers_by_depth.items()}
     halves = family.halves(model.config)
     model.widths = {half.axis: Width(half.axis, space.sizes(half.axis)) for half in halves}
     for layer in layers_of(model, family):
         for half in halves:
             for part in half.parts:
-                _swap(layer.get_submodule(half.path), part, model.widths[half.axis])
+                _replace_module(layer.get_submodule(half.path), part, model.widths[half.axis])
         nest_layer(layer, halves)
     layers = model.get_submodule(family.layers)
     layers.__class__ = SelectedLayers
     for path, axes in family.owned.items():
         parent, _, name = path.rpartition(".")
-        owners = sorted({subnet.only(axes) for subnet in space})
+        owners = sorted({subnet.name_along(axes) for subnet in space})
         owned = OwnedModule(model.get_submodule(path), owners, axes, space.full)
         setattr(model.get_submodule(parent), name, owned)
     model.set_subnet(model.space.full)
     return model
 
 
-def _swap(half: nn.Module, part: Part, width: Width) -> None:
-    """Puts a nested module in the place of a plain one."""
+def _replace_module(half: nn.Module, part: Part, width: Width) -> None:
+    """Replaces a plain module by a nested one."""
     parent_path, _, name = part.path.rpartition(".")
     parent = half.get_submodule(parent_path)
     plain: Any = half.get_submodule(part.path)
@@ -129,12 +130,12 @@ def _swap(half: nn.Module, part: Part, width: Width) -> None:
 def extract(
     model: NestedModel, subnet: SubNet | str, weight_of: Callable[[str], Tensor] | None = None
 ) -> PreTrainedModel:
-    """Returns a plain Hugging Face model with weights and a smaller config of its own, in the model's mode and dtype.
+    """Returns a sub-network as a plain Hugging Face model with copied weights, in the model's mode and dtype.
 
-    `weight_of(name)` gives a parameter's value where the model does not hold it itself (ZeRO-3, a checkpoint). Layers
-    are renumbered. Of tensors that sub-networks own it holds those of this one.
+    Layers are renumbered, and owned tensors are those of the sub-network. `weight_of(name)` returns a parameter's value
+    if the model does not hold it itself (ZeRO-3, a checkpoint).
 
-    Raises: UserError when the sub-network is not in the model's space.
+    Raises: UserError if the sub-network is not in the model's space.
     """
     chosen = model.space[str(subnet)]
     tensors = hf_tensors(model, chosen, weight_of or dict(named_values(model)).__getitem__)
@@ -150,13 +151,13 @@ def extract(
 
 
 def copy_generation_config(model: PreTrainedModel, plain: PreTrainedModel) -> None:
-    """Gives the plain model the generation config, if models of this class generate."""
+    """Copies the generation config to the plain model, if models of this class generate."""
     if getattr(model, "generation_config", None) is not None:
         plain.generation_config = copy.deepcopy(model.generation_config)
 
 
 def full_config(model: NestedModel) -> PreTrainedConfig:
-    """The full network's config, whatever runs now."""
+    """Returns the full network's config, independent of the active sub-network."""
     changed = model.layer_fields[model.space.full.depth]
     config = type(model.config).from_dict({**model.config.to_dict(), **changed})
     config._attn_implementation = model.config._attn_implementation
@@ -164,7 +165,7 @@ def full_config(model: NestedModel) -> PreTrainedConfig:
 
 
 def empty_model(hf_class: type[PreTrainedModel], config: PreTrainedConfig, like: Tensor) -> PreTrainedModel:
-    """A plain model whose parameters are not set yet, with the dtype and device of `like`; its buffers are set."""
+    """Returns a plain model with the dtype and device of `like`. Its buffers are set, its parameters are not."""
     with no_init_weights(), torch.device(like.device):
         model = hf_class._from_config(config, dtype=like.dtype, attn_implementation=config._attn_implementation)
     model.tie_weights()

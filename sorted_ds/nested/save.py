@@ -1,8 +1,8 @@
-"""The full network's Hugging Face directory, written while its weights come: no more than a file's of them at a time.
+"""Writes the full network's Hugging Face directory from an iterator of weights, with one file at a time in memory.
 
-In: a nested model, whose own parameters are not looked at, and an iterator of (parameter, value), which gathers under
-ZeRO-3. Out: config.json, generation_config.json and safetensors, as `save_pretrained` would write them; and, where
-sub-networks own tensors, `owned.safetensors` with the copies that are not the full network's.
+In: a nested model, whose own parameters are not read, and an iterator of (parameter, value), which gathers under
+ZeRO-3. Out: config.json, generation_config.json and safetensors, as `save_pretrained` would write them. If sub-networks
+own tensors, `owned.safetensors` has the copies of all owners except the full network.
 """
 
 import json
@@ -20,21 +20,21 @@ from sorted_ds.nested.nest import NestedModel, copy_generation_config, empty_mod
 from sorted_ds.nested.weights import all_slices, assembled
 
 OWNED_FILE = "owned.safetensors"
-"""Tensors that sub-networks own, but for the full network's, as `model.norm.weight@d4`."""
+"""The side file of owned tensors, with names like `model.norm.weight@d4`. It lacks the full network's copies."""
 LARGEST_FILE = "5GB"
-"""What the hub advises."""
+"""The size that the Hugging Face hub recommends."""
 
 
 def save_full(
     model: NestedModel, weights: Iterable[tuple[str, Tensor]], folder: Path, largest_file: int | str = LARGEST_FILE
 ) -> None:
-    """Makes `folder`. `weights`: all parameters of the model, in any order. Raises: OSError, SafetensorError."""
+    """Writes the directory `folder`. `weights` yields all parameters in any order. Raises: OSError, SafetensorError."""
     slices = all_slices(model)
     like = torch.empty(0, dtype=model.dtype, device="meta")
     plain = empty_model(model.hf_class, full_config(model), like)
     copy_generation_config(model, plain)
-    plain.save_pretrained(folder, state_dict={})  # the configs alone
-    names = {part.key for part in slices.values()}  # a tied weight once
+    plain.save_pretrained(folder, state_dict={})  # writes only the configs
+    names = {part.key for part in slices.values()}  # a tied weight occurs once
     sizes = {name: tensor for name, tensor in plain.state_dict().items() if name in names}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=largest_file)
     waiting: dict[str, dict[str, Tensor]] = {file: {} for file in split.filename_to_tensors}

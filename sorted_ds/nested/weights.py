@@ -1,8 +1,7 @@
-"""Between blocks and Hugging Face tensors: one pure table, read in both directions.
+"""The table of which part of which Hugging Face tensor each block, parameter and buffer of a nested model is.
 
-In: a nested model. Out: for each of its blocks, and of its other parameters and buffers, which rows (or columns) of
-which Hugging Face tensor it is, and which sub-networks own it. Saving, exporting, extracting and loading all go through
-`slices_of` and `buffers_of`.
+In: a nested model. Out: a `Slice` for each block, other parameter and persistent buffer: the rows (or columns) of a
+Hugging Face tensor, and the owner. Saving, exporting, extracting and loading all use `slices_of` and `buffers_of`.
 """
 
 from collections import Counter
@@ -15,50 +14,51 @@ import torch
 from torch import Tensor, nn
 
 from sorted_ds.nested.blocks import NestedModule
-from sorted_ds.nested.bundles import parts_of
+from sorted_ds.nested.bundles import contents_of
 from sorted_ds.nested.owned import is_owner
 from sorted_ds.space import SubNet
 
 if TYPE_CHECKING:
     from sorted_ds.nested.nest import NestedModel
 
-OWNED_BY = "@"
-"""Between a tensor's name and its owner."""
+OWNER_SEPARATOR = "@"
+"""The separator of a tensor's name and its owner."""
 COPIES = ".copies."
-"""In the paths of an `OwnedModule`'s copies."""
+"""The part of a path that marks the copies of an `OwnedModule`."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Which part of the Hugging Face tensor `name` a parameter holds; `stop` = 0 means all of it."""
+    """The part of the Hugging Face tensor `name` that a parameter holds. `stop` = 0 stands for the whole tensor."""
 
     name: str
     start: int = 0
     stop: int = 0
     transposed: bool = False
     owner: str = ""
-    """Whose copy of the tensor it is, like `d4` (owned.py); empty for a tensor that all sub-networks share."""
+    """The owner of the copy, like `d4` (owned.py). It is empty for a tensor that all sub-networks share."""
 
     @property
     def key(self) -> str:
-        """The name under which it is kept where copies of all owners lie beside each other."""
-        return f"{self.name}{OWNED_BY}{self.owner}" if self.owner else self.name
+        """The tensor's name with its owner, which differs for the copies of a tensor: `model.norm.weight@d4`."""
+        return f"{self.name}{OWNER_SEPARATOR}{self.owner}" if self.owner else self.name
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This part of the whole Hugging Face tensor (or of a lazily read slice of a file), rows first."""
+        """Returns this part of a whole Hugging Face tensor (or of a lazily read file), rows first."""
         if not self.stop:
             return tensor[:]
         return tensor[:, self.start : self.stop].t() if self.transposed else tensor[self.start : self.stop]
 
 
 def slices_of(model: nn.Module) -> dict[str, Slice]:
-    """Block, or other parameter -> the part of a Hugging Face tensor that it is.
+    """Returns the slice of each block and other parameter, by name.
 
-    Tied parameters once, blocks of a weight in order, and blocks of a bundle (bundles.py) as if there was none.
+    A tied parameter occurs once, the blocks of a weight stand in order, and a bundle's blocks have the names that they
+    have without bundles.
     """
     nested = {path: layer for path, layer in model.named_modules() if isinstance(layer, NestedModule)}
     slices = {}
-    for name in (name for parts in parts_of(model).values() for name in parts.names):
+    for name in (name for contents in contents_of(model).values() for name in contents.names):
         path, _, rest = name.partition(".blocks.")
         if not rest:
             slices[name] = _whole(name)
@@ -70,14 +70,14 @@ def slices_of(model: nn.Module) -> dict[str, Slice]:
 
 
 def _whole(name: str) -> Slice:
-    """A parameter or buffer that is not cut into blocks; the path of a copy names its owner."""
+    """Returns the slice of a parameter or buffer that has no blocks. The path of a copy contains the owner."""
     path, _, rest = name.partition(COPIES)
     owner, _, kind = rest.partition(".")
     return Slice(f"{path}.{kind}", owner=owner) if rest else Slice(name)
 
 
 def buffers_of(model: nn.Module) -> dict[str, Slice]:
-    """Persistent buffer -> the Hugging Face tensor that it is. Other buffers follow from the config."""
+    """Returns the slice of each persistent buffer, by name. Other buffers follow from the config."""
     return {
         f"{path}.{name}".lstrip("."): _whole(f"{path}.{name}".lstrip("."))
         for path, module in model.named_modules()
@@ -89,22 +89,25 @@ def buffers_of(model: nn.Module) -> dict[str, Slice]:
 def named_values(
     model: nn.Module, gathered: Callable[[nn.Parameter], AbstractContextManager] = nullcontext
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names as in `slices_of`, and values. `gathered(parameter)`: a context in which a parameter is there."""
+    """Yields the name, as in `slices_of`, and the value of each block and other parameter.
+
+    `gathered(parameter)` is a context in which the parameter has its values.
+    """
     parameters = dict(model.named_parameters())
-    for name, parts in parts_of(model).items():
+    for name, contents in contents_of(model).items():
         with gathered(parameters[name]):
-            values = [parameters[name].detach()] if parts.bundle is None else parts.bundle.blocks()
-            yield from zip(parts.names, values, strict=True)
+            values = [parameters[name].detach()] if contents.bundle is None else contents.bundle.blocks()
+            yield from zip(contents.names, values, strict=True)
 
 
 def subnet_slices(model: "NestedModel", subnet: SubNet) -> dict[str, Slice]:
-    """`slices_of` the sub-network's parameters, with the names that they have in the plain, smaller model."""
-    return _of_subnet(model, subnet, slices_of(model))
+    """Returns the slices of the sub-network's parameters, with the tensors' names in the extracted model."""
+    return _slices_of_subnet(model, subnet, slices_of(model))
 
 
-def _of_subnet(model: "NestedModel", subnet: SubNet, slices: Mapping[str, Slice]) -> dict[str, Slice]:
+def _slices_of_subnet(model: "NestedModel", subnet: SubNet, slices: Mapping[str, Slice]) -> dict[str, Slice]:
     prefix = f"{model.family.layers}."
-    places = {number: place for place, number in enumerate(model.space.layers_of(subnet))}
+    new_numbers = {number: position for position, number in enumerate(model.space.layers_of(subnet))}
     found = {}
     for name, part in slices.items():
         if not _has_width(name, part, subnet, model) or (part.owner and not is_owner(part.owner, subnet)):
@@ -113,19 +116,19 @@ def _of_subnet(model: "NestedModel", subnet: SubNet, slices: Mapping[str, Slice]
             found[name] = replace(part, owner="")
             continue
         number, _, rest = part.name.removeprefix(prefix).partition(".")
-        if int(number) in places:
-            found[name] = replace(part, name=f"{prefix}{places[int(number)]}.{rest}", owner="")
+        if int(number) in new_numbers:
+            found[name] = replace(part, name=f"{prefix}{new_numbers[int(number)]}.{rest}", owner="")
     return found
 
 
 def all_slices(model: "NestedModel") -> dict[str, Slice]:
-    """Everything that the model holds, parameters and persistent buffers; the full network's under its plain name."""
+    """Returns the slices of all parameters and persistent buffers. The full network's copies have no owner."""
     slices = {**slices_of(model), **buffers_of(model)}
-    return {**slices, **_of_subnet(model, model.space.full, slices)}
+    return {**slices, **_slices_of_subnet(model, model.space.full, slices)}
 
 
 def _has_width(name: str, part: Slice, subnet: SubNet, model: nn.Module) -> bool:
-    """Whether the sub-network is as wide as the block's width step."""
+    """Returns whether the sub-network is wide enough for the block."""
     if not part.stop:
         return True
     layer = model.get_submodule(name.partition(".blocks.")[0])
@@ -134,30 +137,30 @@ def _has_width(name: str, part: Slice, subnet: SubNet, model: nn.Module) -> bool
 
 
 def hf_buffers(model: "NestedModel", subnet: SubNet) -> dict[str, Tensor]:
-    """The Hugging Face tensors of a sub-network's persistent buffers."""
+    """Returns the Hugging Face tensors of a sub-network's persistent buffers."""
     values = dict(model.named_buffers())
-    return {part.name: values[name] for name, part in _of_subnet(model, subnet, buffers_of(model)).items()}
+    return {part.name: values[name] for name, part in _slices_of_subnet(model, subnet, buffers_of(model)).items()}
 
 
 def hf_tensors(model: "NestedModel", subnet: SubNet, weight_of: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """The Hugging Face tensors of a sub-network's parameters.
+    """Returns the Hugging Face tensors of a sub-network's parameters.
 
-    `weight_of(name)` gives the value of a parameter of the nested model; under ZeRO-3 it gathers.
+    `weight_of(name)` returns the value of a parameter of the nested model; under ZeRO-3 it gathers.
     """
     slices = subnet_slices(model, subnet)
     return dict(assembled(slices, ((name, weight_of(name)) for name in slices)))
 
 
 def assembled(slices: Mapping[str, Slice], weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yields (key of a Hugging Face tensor, the tensor) from (parameter, value), as soon as its last block has come."""
+    """Yields (key, Hugging Face tensor) from (parameter, value), each tensor as soon as its last block was read."""
     num_blocks = Counter(part.key for part in slices.values())
     blocks: dict[str, dict[int, Tensor]] = {key: {} for key in num_blocks}
     for name, value in weights:
         part = slices[name]
         blocks[part.key][part.start] = value.detach()
         if len(blocks[part.key]) == num_blocks[part.key]:
-            come = blocks.pop(part.key)
-            yield part.key, _assemble([come[start] for start in sorted(come)], part.transposed)
+            complete = blocks.pop(part.key)
+            yield part.key, _assemble([complete[start] for start in sorted(complete)], part.transposed)
 
 
 def _assemble(blocks: list[Tensor], transposed: bool) -> Tensor:

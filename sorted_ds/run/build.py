@@ -22,7 +22,8 @@ from sorted_ds.engine.optimizers import check_implementation
 from sorted_ds.families import family_of
 from sorted_ds.nested import Family, NestedModel, costs_of, sorted_by_cost
 from sorted_ds.nested.family import check_space
-from sorted_ds.nested.load import build, fingerprint, resolve_source
+from sorted_ds.nested.hf_weights import fingerprint, resolve_source
+from sorted_ds.nested.load import build
 from sorted_ds.run.config import SCRATCH, Run
 from sorted_ds.run.model_config import model_config
 from sorted_ds.run.run_file import load_engine_config
@@ -141,7 +142,7 @@ def load_model(
     """
     engine, init = load_engine_config(run.engine.deepspeed), run.model.init
     zero3 = stage_of(engine) == 3
-    take = partitioner(engine, run.batch.micro_batch_rows, run.optim.clip_norm, ranks) if zero3 else None
+    partition = partitioner(engine, run.batch.micro_batch_rows, run.optim.clip_norm, ranks) if zero3 else None
     with ranks.fail_together():
         source = source_of(run)
         weights = "" if source is None else fingerprint(source)
@@ -149,7 +150,7 @@ def load_model(
     with ranks.fail_together():
         dtype = torch.bfloat16 if is_bf16(engine) else torch.float32
         family = family_of(config.model_type)
-        model = build(family, config, space, source, run.seed, dtype, ranks.device, take, heartbeat)
+        model = build(family, config, space, source, run.seed, dtype, ranks.device, partition, heartbeat)
     if run.model.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

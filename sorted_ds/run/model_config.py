@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.families import family_of
-from sorted_ds.nested.load import resolve_source
+from sorted_ds.nested.hf_weights import resolve_source
 from sorted_ds.run.config import SCRATCH, Run
 from sorted_ds.tasks import Task, task_of
 

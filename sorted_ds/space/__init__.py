@@ -1,4 +1,4 @@
-"""Sub-networks, the space of those that are trained, and the passes that a step runs. Knows no model."""
+"""Sub-networks, the space of trained sub-networks, and the passes of a step. Nothing here knows a model."""
 
 from sorted_ds.space.axes import AXES, Axis, SubNet
 from sorted_ds.space.sampling import Pass, Sampler

@@ -1,9 +1,10 @@
-"""Which passes a step runs: pure in (seed, step), the same for any number of ranks.
+"""Chooses the passes of a step, as a pure function of (seed, step) that is the same for any number of ranks.
 
 In: the sub-networks in ascending order of cost. Out: the passes of any step, each with its share of the step's rows,
-and how often each sub-network is trained in a run. A step's rows are cut into equal *shares*. Most strategies sample
+and the expected number of visits of each sub-network. A step's rows are cut into equal *shares*. Most strategies sample
 one sub-network for each share; others run several passes on the same share, or a teacher before its student.
-The key strings of the random stream ("draw", "stratum") are part of every run's identity: they stay as they are.
+The key strings of the random stream ("draw", "stratum") must never change: with other strings, a resumed run would
+sample other sub-networks.
 Source of `sandwich`: Universally Slimmable Networks, arXiv 1903.05134, section 3.2.
 """
 
@@ -16,12 +17,12 @@ from sorted_ds.base.shuffle import Shuffle, keyed_number
 from sorted_ds.space.axes import SubNet
 
 Mode = Literal["train", "teach", "evaluate"]
-"""`train`: with a gradient. `teach`: without one, before the passes that learn from it. `evaluate`: without one."""
+"""`train` has a gradient. `teach` has none and runs before the passes that learn from it. `evaluate` has none."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward pass executes. It keys whatever depends on what runs, like ZeRO-3's traces."""
+    """What one forward pass executes. Everything that depends on it, like ZeRO-3's traces, uses it as a key."""
 
     subnet: SubNet
     mode: Mode = "train"
@@ -33,11 +34,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Planned:
-    """One pass of a step."""
+    """One pass of a step, with the share of the step's rows that it runs on."""
 
     run: Pass
     share: int
-    """The number of the share of the step's rows that the pass runs on."""
+    """The number of the share, counted from 0."""
 
     def __str__(self) -> str:
         return f"{self.run.subnet}/{self.run.mode}/{self.share}"
@@ -45,23 +46,23 @@ class Planned:
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a step's passes are chosen."""
+    """A way to choose a step's passes."""
 
     plan: Callable[["Sampler", int], list[Planned]]
-    """The passes of a step, in the order in which they run. Passes with the same share follow each other."""
+    """Returns the passes of a step in the order in which they run. Passes on the same share follow each other."""
     visits: Callable[["Sampler"], dict[SubNet, float]]
-    """How often a step trains each sub-network, on average over seeds. Those that are left out are never trained."""
+    """Returns how often a step trains each sub-network, on average over seeds. A missing one is never trained."""
     fewest: int = 1
-    """The smallest `subnets_per_step`."""
+    """The smallest `subnets_per_step` that the strategy works with."""
     shares: Callable[[int], int] = lambda subnets_per_step: subnets_per_step
-    """Into how many equal shares a step's rows are cut, by `subnets_per_step`."""
+    """Returns the number of equal shares of a step's rows for `subnets_per_step`."""
 
 
 class Sampler:
-    """`sampler.plan(step)` gives the passes of a step."""
+    """Gives the passes of any step of a run."""
 
     def __init__(self, ascending: Sequence[SubNet], subnets_per_step: int, strategy: str, seed: int):
-        """`ascending` in cost, the smallest first and the full one last.
+        """Takes the sub-networks in ascending order of cost, so the full network is the last one.
 
         Raises: UserError for an unknown strategy, or one that needs more sub-networks in a step.
         """
@@ -75,19 +76,19 @@ class Sampler:
 
     @property
     def num_shares(self) -> int:
-        """Into how many equal shares a step's rows are cut."""
+        """The number of equal shares of a step's rows."""
         return self._strategy.shares(self.subnets_per_step)
 
     def plan(self, step: int) -> list[Planned]:
-        """The passes of one optimizer step, in the order in which they run."""
+        """Returns the passes of one optimizer step in the order in which they run."""
         return self._strategy.plan(self, step)
 
     def sample(self, step: int) -> list[SubNet]:
-        """The sub-networks that one optimizer step trains, in the order in which they run."""
+        """Returns the sub-networks that one optimizer step trains, in the order in which they run."""
         return [planned.run.subnet for planned in self.plan(step) if planned.run.has_gradient]
 
     def expected_visits(self, num_steps: int) -> dict[SubNet, float]:
-        """How often each sub-network is trained in `num_steps`, on average over seeds."""
+        """Returns how often each sub-network is trained in `num_steps` steps, on average over seeds."""
         visits = self._strategy.visits(self)
         return {subnet: num_steps * visits.get(subnet, 0.0) for subnet in self.subnets}
 
@@ -97,25 +98,26 @@ class Sampler:
 
     @property
     def others(self) -> Sequence[SubNet]:
-        """All sub-networks but the full one, where there are others."""
+        """All sub-networks except the full one. A space of one sub-network gives that one."""
         return self.subnets[:-1] or self.subnets
 
     def at_random(self, step: int, num: int) -> list[SubNet]:
-        """Independent samples from the whole space, ascending in cost."""
+        """Returns `num` independently sampled sub-networks, in ascending order of cost."""
         positions = [keyed_number(len(self.subnets), self.seed, "draw", step, number) for number in range(num)]
         return [self.subnets[position] for position in sorted(positions)]
 
 
 def one_pass_a_share(subnets: Sequence[SubNet]) -> list[Planned]:
-    """Trains each sub-network on a share of its own."""
+    """Returns one training pass for each sub-network, each on a share of its own."""
     return [Planned(Pass(subnet), share) for share, subnet in enumerate(subnets)]
 
 
 def strata(subnets: Sequence[SubNet], num: int, seed: int, step: int) -> list[SubNet]:
-    """One from each of `num` cost quantiles. In every `len(subnets)` steps each comes exactly `num` times.
+    """Returns one sub-network from each of `num` cost quantiles.
 
-    Cut the n sub-networks into `num` equal pieces each: a quantile is a run of n neighbouring pieces, and in n steps
-    it hands out each of them once, in an order of its own.
+    In every n = `len(subnets)` steps, each sub-network is returned exactly `num` times. To this end each of the n
+    sub-networks is cut into `num` equal pieces, and a quantile consists of n neighbouring pieces. In n steps a quantile
+    returns each of its pieces once, in a shuffled order of its own.
     """
     cycle, position = divmod(step, len(subnets))
     size = len(subnets)
@@ -124,12 +126,12 @@ def strata(subnets: Sequence[SubNet], num: int, seed: int, step: int) -> list[Su
 
 
 def equal_visits(subnets: Sequence[SubNet], num: float) -> dict[SubNet, float]:
-    """`num` visits a step, shared out equally."""
+    """Returns `num` visits a step, divided equally among the sub-networks."""
     return dict.fromkeys(subnets, num / len(subnets))
 
 
 def add_visits(*visits: dict[SubNet, float]) -> dict[SubNet, float]:
-    """The sum of visits that different parts of a strategy give."""
+    """Returns the sum of the visits of a strategy's parts."""
     return {subnet: sum(part.get(subnet, 0.0) for part in visits) for subnet in {s for part in visits for s in part}}
 
 
@@ -172,7 +174,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def strategy_of(name: str) -> Strategy:
-    """Raises: UserError for an unknown strategy; it names the known ones."""
+    """Returns the strategy with this name. Raises: UserError for an unknown name; the message lists the known ones."""
     if name not in STRATEGIES:
         raise UserError(f"sampling.strategy = {name!r} is not known. Known: {', '.join(STRATEGIES)}.")
     return STRATEGIES[name]

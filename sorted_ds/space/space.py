@@ -1,7 +1,7 @@
-"""The space: the sub-networks that are trained, and the order in which depth takes the layers.
+"""The space: the sub-networks that are trained, and the layer order along which depth counts.
 
-In: sizes or names, from the run file or from Python. Out: a `SubNetSpace`, from which a step samples and into which
-`nest` cuts a model. Nothing here knows a model; the costs of a sub-network are in `nested/costs.py`.
+In: sizes or names, from the run file or from Python. Out: a `SubNetSpace`, which `nest` gives to a model and from which
+a step samples. Nothing here knows a model; `nested/costs.py` counts the costs of a sub-network.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,22 +14,22 @@ from sorted_ds.space.axes import AXES, DEPTH, SubNet
 
 @dataclass(frozen=True)
 class Cost:
-    """What one sub-network costs, as counted on the extracted model."""
+    """The costs of one sub-network, counted on the extracted model."""
 
     parameters: int
-    """All weights; tied ones count once."""
+    """The number of all weights. Tied weights count once."""
     non_embedding_parameters: int
-    """The weights of its layers and of the final norm: what depth and width change."""
+    """The number of the weights in the layers and the final norm."""
     flops_per_token: int
-    """Forward matrix products, two per multiply-add, attention over `row_tokens` positions, causal mask not halved."""
+    """Forward FLOPs of matrix products, two per multiply-add. Attention counts all `row_tokens` positions of a row."""
     kv_bytes_per_token: int
-    """Key/value cache at two bytes an element; 0 for a network that has none."""
+    """Bytes of the key/value cache at two bytes an element, or 0 for a network without such a cache."""
 
 
 class SubNetSpace(Sequence[SubNet]):
-    """The sorted sub-networks that are trained; each contains every one that is smaller along all axes.
+    """The sorted sub-networks that are trained. The largest one contains all others.
 
-    `space[3]`, `space["d4-g2-f256"]`, iteration and `in` work. The largest holds all others.
+    `space[3]`, `space["d4-g2-f256"]`, iteration and `in` work.
     """
 
     def __init__(
@@ -38,21 +38,21 @@ class SubNetSpace(Sequence[SubNet]):
         key: Callable[[SubNet], tuple] | None = None,
         layer_order: Sequence[int] | None = None,
     ):
-        """Sorts by `key` (default: by the sizes, in the order of the axes).
+        """Sorts the sub-networks by `key`, by default by the sizes in the order of the axes.
 
-        `layer_order`: a permutation of the full network's layers, counted from 0. Depth n holds the first n layers of
-        this order, and runs them in the network's own sequence. Default: the network's own sequence.
+        `layer_order` is a permutation of the full network's layers, counted from 0. Depth n consists of the first n
+        layers of this order and runs them in the network's own sequence. The default is the network's own sequence.
 
-        Raises: UserError for an empty space, a repeated sub-network, different axes, one without a largest, or an order
-        that is not a permutation.
+        Raises: UserError for an empty space, a repeated sub-network, sub-networks with different axes, a space without
+        a largest sub-network, or a layer order that is not a permutation.
         """
         members = list(subnets)
         if not members:
             raise UserError("space is empty. Name at least one sub-network.")
         self.axes = members[0].axes
-        if other := next((s for s in members if s.axes != self.axes), None):
+        if odd := next((s for s in members if s.axes != self.axes), None):
             raise UserError(
-                f"space has {members[0]} and {other}, which differ in their axes. Name a size for the same axes, "
+                f"space has {members[0]} and {odd}, which differ in their axes. Name a size for the same axes, "
                 "in the same order, in each."
             )
         if DEPTH not in self.axes:
@@ -78,7 +78,7 @@ class SubNetSpace(Sequence[SubNet]):
     def grid(cls, *, layer_order: Sequence[int] | None = None, **sizes: Iterable[int]) -> "SubNetSpace":
         """Returns the space of every combination of sizes: `grid(depths=[4, 8], groups=[2, 4], ffn=[256, 512])`.
 
-        Raises: UserError for a key that is not the `sizes` of an axis, an empty list, or a size that is named twice.
+        Raises: UserError for a key that is not the `sizes` of an axis, an empty list, or a repeated size.
         """
         letters = {axis.sizes: axis.letter for axis in AXES.values()}
         given = {name: list(values) for name, values in sizes.items()}
@@ -95,7 +95,7 @@ class SubNetSpace(Sequence[SubNet]):
 
     @classmethod
     def of(cls, names: Iterable[str], layer_order: Sequence[int] | None = None) -> "SubNetSpace":
-        """Returns the space of an explicit list of names."""
+        """Returns the space of the sub-networks with these names."""
         return cls((SubNet.parse(name) for name in names), layer_order=layer_order)
 
     def sorted_by(self, key: Callable[[SubNet], tuple]) -> "SubNetSpace":
@@ -103,7 +103,7 @@ class SubNetSpace(Sequence[SubNet]):
         return SubNetSpace(self._subnets, key, self.layer_order)
 
     def sizes(self, letter: str) -> tuple[int, ...]:
-        """The sizes along an axis, ascending. Raises: KeyError when the space does not have the axis."""
+        """Returns the sizes along an axis, ascending. Raises: KeyError if the space does not have the axis."""
         return tuple(sorted({subnet[letter] for subnet in self._subnets}))
 
     @property
@@ -112,7 +112,7 @@ class SubNetSpace(Sequence[SubNet]):
         return self.layer_order != tuple(sorted(self.layer_order))
 
     def layers_of(self, subnet: SubNet) -> tuple[int, ...]:
-        """The numbers of the full network's layers that a sub-network runs, ascending."""
+        """Returns the numbers of the full network's layers that a sub-network runs, ascending."""
         return tuple(sorted(self.layer_order[: subnet.depth]))
 
     def __len__(self) -> int:
@@ -124,16 +124,19 @@ class SubNetSpace(Sequence[SubNet]):
     def __contains__(self, subnet: object) -> bool:
         return subnet in self._members
 
-    def __getitem__(self, which):
-        """By position, slice or name. Raises: UserError for a name that is not in the space; it names the nearest."""
-        if not isinstance(which, str):
-            return self._subnets[which]
-        subnet = SubNet.parse(which)
+    def __getitem__(self, key):
+        """Returns a sub-network by position or name, or several by a slice.
+
+        Raises: UserError for a name that is not in the space; the message lists the nearest ones.
+        """
+        if not isinstance(key, str):
+            return self._subnets[key]
+        subnet = SubNet.parse(key)
         if subnet.axes != self.axes:
-            raise UserError(f"{which} is not in the space, whose sub-networks are named like {self.full}.")
+            raise UserError(f"{key} is not in the space, whose sub-networks are named like {self.full}.")
         if subnet not in self:
-            near = sorted(self._subnets, key=subnet.distance)[:3]
-            raise UserError(f"{which} is not in the space. Nearest that are: {', '.join(s.name for s in near)}.")
+            nearest = sorted(self._subnets, key=subnet.distance)[:3]
+            raise UserError(f"{key} is not in the space. Nearest that are: {', '.join(s.name for s in nearest)}.")
         return subnet
 
     def __repr__(self) -> str:

@@ -24,14 +24,14 @@ class FakeEngine:
         self.steps_taken = 0
         self.is_published = False
 
-    def shards(self, owned: bool = False) -> Iterator[Shard]:
+    def shards(self, disjoint: bool = False) -> Iterator[Shard]:
         shard = Shard("w", 0, NUM_ELEMENTS, self.weight, 0)
-        yield shard.share(self._ranks.rank, self._ranks.size) if owned else shard
+        yield shard.share(self._ranks.rank, self._ranks.size) if disjoint else shard
 
     def state_of(self, shard: Shard) -> dict[str, Tensor]:
         return {"exp_avg": shard.view(self.moment)}
 
-    def places(self) -> dict[str, tuple[str, int]]:
+    def weight_positions(self) -> dict[str, tuple[str, int]]:
         return {"w": ("w", 0)}
 
     def buffers(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.engine.modes import check_modes, complete, is_bf16, is_offloaded
+from sorted_ds.engine.modes import check_modes, complete_config, is_bf16, is_offloaded
 from sorted_ds.engine.optimizers import check_implementation
 from tests import cover, exactness
 from tests.cover import FACTORS, NUM_STEPS, Mode
@@ -34,7 +34,7 @@ def test_a_shipped_json_is_a_mode_of_the_cover(path):
     """The JSON is compared as the engine completes it. A key that no mode of the cover sets would not be proven."""
     config = json.loads(path.read_text())
     assert config.keys() <= {"zero_optimization", "bf16"}
-    zero = complete(config, 1, 1, 0.0)["zero_optimization"]
+    zero = complete_config(config, 1, 1, 0.0)["zero_optimization"]
     offloads = [name for key, name in (("offload_optimizer", "optimizer"), ("offload_param", "weights")) if key in zero]
     assert zero.keys() <= {"stage", "overlap_comm", "offload_optimizer", "offload_param"}
     assert all(zero[key] == {"device": "cpu"} for key in zero if key.startswith("offload"))
@@ -48,7 +48,7 @@ def test_a_shipped_json_is_a_mode_of_the_cover(path):
 
 
 def test_no_two_shipped_jsons_are_one_mode():
-    modes = [json.dumps(complete(json.loads(path.read_text()), 1, 1, 0.0), sort_keys=True) for path in SHIPPED]
+    modes = [json.dumps(complete_config(json.loads(path.read_text()), 1, 1, 0.0), sort_keys=True) for path in SHIPPED]
     assert len(set(modes)) == len(SHIPPED) >= 11
 
 

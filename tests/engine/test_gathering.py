@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sorted_ds.engine import Engine
-from sorted_ds.engine.gathering import BUNDLE, _SideBySide, pieces_of
+from sorted_ds.engine.gathering import BUNDLE, _SharedMemoryHandle, copy_ranges
 from sorted_ds.families import nest
 from sorted_ds.nested import layers
-from sorted_ds.nested.bundles import BundledHalf, Parts, parts_of
+from sorted_ds.nested.bundles import BundledHalf, Contents, contents_of
 from sorted_ds.space import Pass, SubNetSpace
 from tests.batches import TASK, batch, blank
 from tests.engine.test_traces import ids, one_pass
@@ -45,15 +45,15 @@ def engine_of(ranks, threshold: int, prefetch: int, live: int = 10**9) -> Engine
     return engine
 
 
-def bundles(engine: Engine) -> list[Parts]:
-    return [parts for parts in parts_of(engine.model).values() if parts.bundle is not None]
+def bundles(engine: Engine) -> list[Contents]:
+    return [contents for contents in contents_of(engine.model).values() if contents.bundle is not None]
 
 
 def gathering(ranks, threshold: int, prefetch: int) -> dict:
     """What three passes and a step do."""
     engine = engine_of(ranks, threshold, prefetch, live=100_000)
     matrices, arrived = [], []
-    are_adjacent, wait = layers.are_adjacent, _SideBySide.wait
+    are_adjacent, wait = layers.are_adjacent, _SharedMemoryHandle.wait
 
     def watched(blocks) -> bool:
         matrices.append((len(blocks), are_adjacent(blocks)))
@@ -65,10 +65,10 @@ def gathering(ranks, threshold: int, prefetch: int) -> dict:
         arrived.extend(number == steps[half] for half, number in of_half.items())
         wait(handle, *args, **kwargs)
 
-    layers.are_adjacent, _SideBySide.wait = watched, waited
+    layers.are_adjacent, _SharedMemoryHandle.wait = watched, waited
     for subnet in (LARGE, SMALL, LARGE):
         one_pass(engine, subnet, training=True)
-    layers.are_adjacent, _SideBySide.wait = are_adjacent, wait
+    layers.are_adjacent, _SharedMemoryHandle.wait = are_adjacent, wait
     with counted() as stepped:
         engine.step(0.0)
     names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
@@ -82,7 +82,8 @@ def gathering(ranks, threshold: int, prefetch: int) -> dict:
         "bytes": stepped.gathered,
         "persistent": {names[id(parameter)]: parameter.nbytes for parameter in persistent},
         "sizes": {
-            name: dict(zip(parts.names, parts.sizes, strict=True)) for name, parts in parts_of(engine.model).items()
+            name: dict(zip(contents.names, contents.numels, strict=True))
+            for name, contents in contents_of(engine.model).items()
         },
         "left": [n for n, p in engine.model.named_parameters() if p.numel() and id(p) not in set(map(id, persistent))],
     }
@@ -99,8 +100,10 @@ def read_while_gathered(ranks, threshold: int, prefetch: int) -> dict:
     masters = gather_masters(engine, ranks)
     engine.evaluate(batch(ids(), ids()), MIDDLE)
     loss = engine.forward(batch(ids(), ids()), Pass(LARGE))
-    there = [parts for parts in bundles(engine) if parts.bundle.weight.numel()]
-    read = {name: block for parts in there for name, block in zip(parts.names, parts.bundle.blocks(), strict=True)}
+    there = [contents for contents in bundles(engine) if contents.bundle.weight.numel()]
+    read = {
+        name: block for contents in there for name, block in zip(contents.names, contents.bundle.blocks(), strict=True)
+    }
     found = {
         "there": len(there),
         "others": sum(not torch.equal(p.bundle.weight, torch.cat(p.bundle.blocks())) for p in there),
@@ -125,7 +128,7 @@ def test_blocks_are_read_right_wherever_they_lie(num_ranks, threshold, prefetch,
 
 
 @pytest.mark.parametrize("num_ranks", range(1, 8))
-def test_the_pieces_of_a_parameter_are_its_elements(num_ranks):
+def test_the_copy_ranges_of_a_parameter_are_its_elements(num_ranks):
     """They are compared with all shares put together, the last ones padded. No number of ranks divides the sizes."""
     sizes, starts = (5, 1, 11), (20, 3, 7)
     share = -(-sum(sizes) // num_ranks)
@@ -134,7 +137,7 @@ def test_the_pieces_of_a_parameter_are_its_elements(num_ranks):
     for rank, own in enumerate(whole.split(share)):
         shares[rank, 2 : 2 + len(own)] = own
     memory = torch.full((40,), -2)
-    for rank, source, target, num in pieces_of(sizes, starts, share):
+    for rank, source, target, num in copy_ranges(sizes, starts, share):
         assert num > 0
         memory[target : target + num] = shares[rank, 2 + source : 2 + source + num]
     expected = torch.full((40,), -2)

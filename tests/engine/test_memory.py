@@ -131,7 +131,7 @@ def owned_layers(ranks) -> list[list[float]]:
     layer_elements = sum(p.numel() for p in model.model.layers[0].parameters())
     engine = Engine(model, TASK, {"zero_optimization": {"stage": 2}}, "test.json", Optim(), ROWS, ranks)
     owned, prefix = [0.0] * DEPTHS[1], f"{LLAMA.layers}."
-    for shard in engine.shards(owned=True):
+    for shard in engine.shards(disjoint=True):
         if shard.name.startswith(prefix):
             owned[int(shard.name.removeprefix(prefix).split(".")[0])] += shard.num / layer_elements
     return [[float(share) for share in text.split()] for text in ranks.gather(" ".join(map(str, owned)))]

@@ -4,7 +4,7 @@ import pytest
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.engine import modes
-from sorted_ds.engine.modes import check_modes, complete, mode_warnings
+from sorted_ds.engine.modes import check_modes, complete_config, mode_warnings
 
 OFFLOAD = {"device": "cpu"}
 REFUSED = [
@@ -14,7 +14,7 @@ REFUSED = [
     ({"zero_optimization": {"stage": True}}, r"zero_optimization\.stage = True"),
     ({"zero_optimization": {"stage": "auto"}}, r"zero_optimization\.stage = 'auto'"),
     ({"zero_optimization": 2}, r"zero_optimization = 2 should be an object"),
-    ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, r"a joined view would read other ones"),
+    ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, r"a joined view would read other weights"),
     (
         {"zero_optimization": {"stage": 3, "offload_param": OFFLOAD}},
         r"offload_param is proven .* with offload_optimizer",
@@ -77,17 +77,17 @@ def test_what_is_proven_passes(zero, bf16):
 
 def test_bf16_accumulates_in_fp32_where_it_can_and_warns_where_not():
     bf16 = {"bf16": {"enabled": True}}
-    assert complete({**bf16, "zero_optimization": {"stage": 2}}, 4, 2, 1.0)["data_types"] == {
+    assert complete_config({**bf16, "zero_optimization": {"stage": 2}}, 4, 2, 1.0)["data_types"] == {
         "grad_accum_dtype": "fp32"
     }
-    assert "data_types" not in complete(bf16, 4, 2, 1.0)
+    assert "data_types" not in complete_config(bf16, 4, 2, 1.0)
     assert mode_warnings({**bf16, "zero_optimization": {"stage": 2}}, is_cuda=False) == []
     assert "accumulates gradients in bf16" in mode_warnings(bf16, is_cuda=False)[0]
     assert "has not been run on GPUs" in mode_warnings({}, is_cuda=True)[0]
 
 
 def test_batch_sizes_follow_from_the_run_and_accumulation_is_our_own():
-    full = complete({"zero_optimization": {"stage": 1}}, micro_batch_rows=4, num_ranks=3, clip_norm=0.5)
+    full = complete_config({"zero_optimization": {"stage": 1}}, micro_batch_rows=4, num_ranks=3, clip_norm=0.5)
     assert full["train_batch_size"] == full["train_micro_batch_size_per_gpu"] * 3 == 12
     assert (full["gradient_accumulation_steps"], full["managed_gradient_accumulation"]) == (1, False)
     assert full["gradient_clipping"] == 0.5

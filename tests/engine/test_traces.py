@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sorted_ds.engine import Engine
-from sorted_ds.engine.modes import complete
+from sorted_ds.engine.modes import complete_config
 from sorted_ds.families import nest
 from sorted_ds.nested import extract
 from sorted_ds.nested.bundles import Bundle, BundledHalf
@@ -87,7 +87,7 @@ def static_bytes(ranks, cases: list[Case]) -> dict[tuple, tuple[int, int]]:
             engine, *_ = deepspeed.initialize(
                 model=loss,
                 optimizer=torch.optim.SGD(loss.parameters(), lr=0.0),
-                config=copy.deepcopy(complete(case.deepspeed(), 2, ranks.size, 0.0)),
+                config=copy.deepcopy(complete_config(case.deepspeed(), 2, ranks.size, 0.0)),
                 dist_init_required=False,
             )
             for _ in range(3):
@@ -173,18 +173,18 @@ def trace_of(engine: Engine) -> tuple[list[int], list[tuple[int, int]]]:
 def recorded_trace(engine: Engine, subnet, training: bool):
     """What DeepSpeed records by itself, when no trace is set."""
     traces = engine._traces
-    before = dict(traces._full), traces._kept.copy()
-    traces._full = {}
-    traces._kept.clear()
+    before = dict(traces._recorded), traces._derived.copy()
+    traces._recorded = {}
+    traces._derived.clear()
     traces._running = None
     one_pass(engine, subnet, training)
-    assert not traces._kept, "this pass ran by a derived trace"
+    assert not traces._derived, "this pass ran by a derived trace"
     traces._coordinator.reset_step()
     assert traces._coordinator.is_complete_trace()
     recorded = trace_of(engine)
     traces._running = None
-    traces._full, kept = before
-    traces._kept.update(kept)
+    traces._recorded, kept = before
+    traces._derived.update(kept)
     return recorded
 
 

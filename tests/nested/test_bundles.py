@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sorted_ds.families import nest
 from sorted_ds.nested.blocks import are_adjacent
-from sorted_ds.nested.bundles import Bundle, BundledHalf, bundle, parts_of
+from sorted_ds.nested.bundles import Bundle, BundledHalf, bundle, contents_of
 from sorted_ds.nested.weights import named_values
 from tests.families import SPACE, VARIANTS, tiny_model
 
@@ -25,7 +25,7 @@ def test_names_and_values_are_those_without_bundles(variant):
     assert all(torch.equal(after[name], value) for name, value in before.items())
     num_halves = sum(isinstance(module, BundledHalf) for module in model.modules())
     assert num_halves == 2 * 4
-    assert sum(parts.bundle is not None for parts in parts_of(model).values()) == 4 * (
+    assert sum(contents.bundle is not None for contents in contents_of(model).values()) == 4 * (
         len(SPACE.sizes("g")) + len(SPACE.sizes("f"))
     )
 
@@ -46,13 +46,13 @@ def test_a_weight_that_the_loss_does_not_depend_on_has_a_gradient_of_zeros(name)
     bundle(model)
     model.set_subnet(name)
     mlp = model.model.layers[0].mlp
-    mlp.half_forward = lambda hidden: mlp.up_proj(hidden)
+    mlp.plain_forward = lambda hidden: mlp.up_proj(hidden)
     x = torch.randn(2, 3, mlp.bundles[0].hidden)
     mlp(x).sum().backward()
-    active = mlp.active()
+    active = mlp.active_bundles()
     assert len(active) == mlp.width.num_steps
     for own in active:
-        gate, up, down = (own.weight.grad[start:stop] for start, stop in own.places)
+        gate, up, down = (own.weight.grad[start:stop] for start, stop in own.row_ranges)
         torch.testing.assert_close(up, x.sum((0, 1)).expand_as(up))
         assert not gate.any()
         assert not down.any()
@@ -66,9 +66,9 @@ def test_a_linear_layer_that_runs_twice_has_the_gradient_of_both_times():
     x = torch.randn(2, 3, model.config.hidden_size)
     plain, mlp = model.model.layers[0].mlp.up_proj, bundled.model.layers[0].mlp
     (plain(x) + plain(2 * x)).sum().backward()
-    mlp.half_forward = lambda hidden: mlp.up_proj(hidden) + mlp.up_proj(2 * hidden)
+    mlp.plain_forward = lambda hidden: mlp.up_proj(hidden) + mlp.up_proj(2 * hidden)
     mlp(x).sum().backward()
-    grad = torch.cat([own.weight.grad[slice(*own.places[1])] for own in mlp.bundles])
+    grad = torch.cat([own.weight.grad[slice(*own.row_ranges[1])] for own in mlp.bundles])
     torch.testing.assert_close(grad, torch.cat([block.weight.grad for block in plain.blocks]))
 
 
@@ -79,9 +79,9 @@ def test_a_bundle_gets_room_beside_those_that_came_before():
     values = [own.blocks() for own in half.bundles]
     like = torch.empty(0)
     for step in (2, 0, 1):  # as a prefetch may bring them
-        memory = half.room(step, like)
+        memory = half.allocate(step, like)
         own = half.bundles[step]
-        for start, block in zip(own.starts, values[step], strict=True):
+        for start, block in zip(own.block_starts, values[step], strict=True):
             memory[start : start + block.numel()] = block.flatten()
     for number in range(3):
         weight = [own.block(number) for own in half.bundles]
@@ -89,14 +89,14 @@ def test_a_bundle_gets_room_beside_those_that_came_before():
         assert all(torch.equal(block, own[number]) for block, own in zip(weight, values, strict=True))
     model.set_subnet("d2-g3-f80")  # narrower: still there
     half.bundles[0].weight.data = torch.empty(0)
-    first = half.room(0, like)
+    first = half.allocate(0, like)
     assert first.data_ptr() == half.bundles[1].weight.data_ptr()
 
 
 def test_blocks_lie_apart_until_the_parameter_gets_other_memory():
     own = Bundle(torch.zeros(5, 2), [2, 3])
     memory = torch.arange(20.0)
-    own.lay_apart(memory, (4, 12), num_steps=2)
+    own.use_shared_memory(memory, (4, 12), memory_steps=2)
     assert torch.equal(own.block(0), torch.arange(4.0, 8.0).view(2, 2))
     assert torch.equal(own.block(1), torch.arange(12.0, 18.0).view(3, 2))
     kept = StorageWeakRef(memory.untyped_storage())

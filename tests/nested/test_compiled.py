@@ -18,7 +18,7 @@ from sorted_ds.engine.modes import check_modes
 from sorted_ds.families import nest
 from sorted_ds.nested import NestedModel, compiled
 from sorted_ds.nested.blocks import NestedModule
-from sorted_ds.nested.layers import joined
+from sorted_ds.nested.layers import join_active
 from sorted_ds.run.run_file import load_run
 from sorted_ds.space import SubNetSpace
 from tests import exactness, families
@@ -202,9 +202,9 @@ def test_compiled_layers_use_the_blocks_own_memory_at_any_offset():
     layers = [module for module in model.modules() if isinstance(module, NestedModule)]
     for layer in (layers[0], layers[-1]):
         layer.width.select(layer.width.sizes[1])
-        for name, whole in joined([layer], compiled._standing_alone)[0].items():
-            assert whole.data_ptr() == layer.values(name)[0].data_ptr()
-            assert torch.equal(whole, torch.cat(layer.values(name)))
+        for name, whole in join_active([layer], compiled._standalone_matrix)[0].items():
+            assert whole.data_ptr() == layer.active_blocks(name)[0].data_ptr()
+            assert torch.equal(whole, torch.cat(layer.active_blocks(name)))
             assert (whole.storage_offset(), whole._is_view()) == (0, False)
 
 

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sorted_ds.base.errors import UserError
 from sorted_ds.families import family_of, nest
 from sorted_ds.nested import Family, extract
+from sorted_ds.nested.hf_weights import resolve_source
 from sorted_ds.nested.layout import is_laid_out
-from sorted_ds.nested.load import build, resolve_source
+from sorted_ds.nested.load import build
 from sorted_ds.space import SubNetSpace
 from tests.batches import LLAMA
 from tests.families import SPACE, SUBNETS, VARIANTS, tiny_config, tiny_model, tokens
@@ -201,7 +202,7 @@ def test_a_damaged_index_is_named(tmp_path):
     source = saved(tmp_path, shards="shards")
     for text in ("{", "{}", "[]"):
         (source / "model.safetensors.index.json").write_text(text)
-        with pytest.raises(UserError, match=r"index\.json is no index of safetensors"):
+        with pytest.raises(UserError, match=r"index\.json is not an index of safetensors"):
             loaded(source)
 
 
@@ -229,6 +230,8 @@ def test_a_hub_id_is_asked_for_once(tmp_path, monkeypatch):
 def test_what_is_neither_directory_nor_hub_id_is_one_line_for_the_user(init, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"is no directory and could not be had from the Hugging Face hub") as refused:
+    with pytest.raises(
+        UserError, match=r"is not a directory and cannot be downloaded from the Hugging Face hub"
+    ) as refused:
         resolve_source(init)
     assert "\n" not in str(refused.value)

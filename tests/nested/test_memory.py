@@ -12,8 +12,8 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.families import nest
 from sorted_ds.nested import NestedModel, extract
 from sorted_ds.nested.blocks import NestedModule, OutputNestedLinear, Width, are_adjacent
-from sorted_ds.nested.bundles import parts_of
-from sorted_ds.nested.layers import joined
+from sorted_ds.nested.bundles import contents_of
+from sorted_ds.nested.layers import join_active
 from sorted_ds.nested.layout import is_laid_out, lay_out
 from sorted_ds.nested.weights import slices_of, subnet_slices
 from sorted_ds.space import SubNet, SubNetSpace
@@ -75,10 +75,10 @@ def test_fresh_blocks_are_neighbours_and_used_as_one_matrix(variant):
     model = tiny_nested(variant)
     assert is_laid_out(model)
     layers = nested_layers(model)
-    for layer, given in zip(layers, joined(layers), strict=True):
-        assert set(given) == set(layer.names)
-        assert given["weight"].data_ptr() == layer.blocks[0].weight.data_ptr()
-        assert len(given["weight"]) == layer.bounds[-1][1]
+    for layer, joined in zip(layers, join_active(layers), strict=True):
+        assert set(joined) == set(layer.parameter_names)
+        assert joined["weight"].data_ptr() == layer.blocks[0].weight.data_ptr()
+        assert len(joined["weight"]) == layer.bounds[-1][1]
 
 
 def named_nested(model: nn.Module) -> list[tuple[str, NestedModule]]:
@@ -92,11 +92,11 @@ def test_inactive_blocks_get_no_gradient_and_no_gradient_holds_more_than_the_act
     for name in SUBNETS:
         subnet = SPACE[name]
         run_nested(model, subnet, tokens())
-        active, parts = subnet_slices(model, subnet), parts_of(model)
-        assert slices_of(model).keys() == {name for own in parts.values() for name in own.names} >= active.keys()
+        active, contents = subnet_slices(model, subnet), contents_of(model)
+        assert slices_of(model).keys() == {name for own in contents.values() for name in own.names} >= active.keys()
         active_rows = {path: sum(layer.active_rows()) for path, layer in named_nested(model)}
         for key, parameter in model.named_parameters():
-            if parts[key].names[0] not in active:
+            if contents[key].names[0] not in active:
                 assert parameter.grad is None, key
                 continue
             assert parameter.grad.shape == parameter.shape
@@ -109,7 +109,7 @@ def test_inactive_blocks_get_no_gradient_and_no_gradient_holds_more_than_the_act
 def test_the_joined_path_saves_weights_for_backward_as_views_of_the_blocks():
     model = tiny_nested()
     model.set_subnet("d4-g3-f80")
-    shapes = {tuple(given["weight"].shape) for given in joined(nested_layers(model))}
+    shapes = {tuple(joined["weight"].shape) for joined in join_active(nested_layers(model))}
     shapes |= {shape[::-1] for shape in shapes}
     inside = [(p.data_ptr(), p.data_ptr() + p.nbytes) for p in model.parameters()]
     views, copies = [], []
@@ -131,7 +131,7 @@ def test_a_layer_holds_joined_weights_only_while_it_runs():
     seen = []
 
     def fail(*args) -> None:
-        seen.extend(len(layer.given) for layer in nested_layers(model.model.layers[1]))
+        seen.extend(len(layer.joined) for layer in nested_layers(model.model.layers[1]))
         raise ZeroDivisionError
 
     handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
@@ -140,7 +140,7 @@ def test_a_layer_holds_joined_weights_only_while_it_runs():
     handle.remove()
     assert seen == [1] * 7
     model(input_ids=tokens())
-    assert all(not layer.given for layer in nested_layers(model))
+    assert all(not layer.joined for layer in nested_layers(model))
 
 
 def equal_to_extracted(model: NestedModel, tolerance: float) -> None:
@@ -214,7 +214,7 @@ def test_a_reordered_buffer_is_not_joined():
     weights = [block.weight.detach().clone() for block in layer.blocks]
     swapped = torch.cat(weights[::-1])
     layer.blocks[0].weight.data, layer.blocks[1].weight.data = swapped[2:], swapped[:2]
-    assert joined([layer]) == [{}]
+    assert join_active([layer]) == [{}]
     torch.testing.assert_close(layer(x), before, rtol=1e-6, atol=1e-6)
 
 

@@ -76,8 +76,8 @@ def test_a_sub_network_is_immutable_and_replace_returns_another():
 
 
 def test_a_part_of_the_name_says_which_sizes_own_something():
-    assert SubNet(d=4, g=2, f=256).only(("d",)) == "d4"
-    assert SubNet(d=4, g=2, f=256).only(("d", "f")) == "d4-f256"
+    assert SubNet(d=4, g=2, f=256).name_along(("d",)) == "d4"
+    assert SubNet(d=4, g=2, f=256).name_along(("d", "f")) == "d4-f256"
 
 
 def test_the_distance_is_the_sum_of_relative_differences():
