@@ -7,11 +7,13 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from sorted_ds.deploy.model_dir import Measured, ModelDir, Sorted
+from sorted_ds.families import family_of
 from sorted_ds.nested import costs_of, sorted_by_cost
+from tests.batches import LLAMA
 from tests.families import SPACE, tiny_config, tiny_model
 
 ROW_TOKENS = 16
-UNIGRAM_NATS = 4.5
+BASELINE = {"unigram model": 4.5}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -23,32 +25,37 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def trained_run(
-    folder: Path, variant: str = "llama", dtype: torch.dtype = torch.float32, tokens_dir: str = "", **changes
+    folder: Path,
+    variant: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    tokens_dir: str = "",
+    layer_order: tuple[int, ...] | None = None,
+    **changes,
 ) -> Path:
-    """RUN_DIR with model/ and no measurements."""
+    """RUN_DIR with model/ and no measurements. Without a layer order sorted.json says as little as an earlier one."""
     tiny_model(variant, **changes).to(dtype).save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
-    space = sorted_by_cost(SPACE, tiny_config(variant))
+    config = tiny_config(variant)
+    space = sorted_by_cost(SPACE, family_of(config.model_type), config)
     names = tuple(subnet.name for subnet in space)
     data: dict[str, object] = {"tokens_dir": tokens_dir}
-    ModelDir(folder, folder / "model").write(Sorted(names, data, row_tokens=ROW_TOKENS, eval_rows=8))
+    contents = Sorted(names, data, row_tokens=ROW_TOKENS, eval_rows=8, layer_order=layer_order)
+    ModelDir(folder, folder / "model").write(contents)
     return folder
 
 
 def measured_run(folder: Path, **kwargs) -> Path:
     """RUN_DIR with a made-up table: the loss falls with the parameters."""
-    ModelDir.find(trained_run(folder, **kwargs)).add_measured(made_up_table(), UNIGRAM_NATS)
+    ModelDir.find(trained_run(folder, **kwargs)).add_measured(made_up_table(), BASELINE)
     return folder
 
 
 def made_up_table() -> list[Measured]:
-    costs = costs_of(SPACE, tiny_config("llama"), ROW_TOKENS)
+    costs = costs_of(SPACE, LLAMA, tiny_config("llama"), ROW_TOKENS)
     return [
         Measured(
             subnet.name,
-            loss=4.0 - costs[subnet].parameters / 1e6,
-            perplexity=50.0,
-            accuracy=0.25,
+            metrics={"loss": 4.0 - costs[subnet].parameters / 1e6, "perplexity": 50.0, "accuracy": 0.25},
             num_targets=128,
             parameters=costs[subnet].parameters,
             non_embedding_parameters=costs[subnet].non_embedding_parameters,

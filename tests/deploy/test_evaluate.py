@@ -2,33 +2,23 @@
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.data.loader import MicroBatch
 from sorted_ds.deploy.evaluate import choose_spread, forward_of, load_nested, measure
 from sorted_ds.nested import costs_of, extract
 from sorted_ds.space import SubNetSpace
+from tests.batches import TASK, batch
 from tests.families import SPACE, SUBNETS, tokens
 from tests.trained import ROW_TOKENS, trained_run
 
 
-@dataclass(frozen=True)
-class Batch:
-    input_ids: Tensor
-    labels: Tensor
-
-    @property
-    def num_targets(self) -> int:
-        return int((self.labels != -100).sum())
-
-
-def batches(number: int = 3) -> list[Batch]:
+def batches(number: int = 3) -> list[MicroBatch]:
     """Unequal numbers of targets; the last has a row without any."""
     made = []
     for seed in range(number):
@@ -37,7 +27,7 @@ def batches(number: int = 3) -> list[Batch]:
         labels[0, : 2 + 3 * seed] = -100
         if seed == number - 1:
             labels[1] = -100
-        made.append(Batch(rows[:, :-1], labels))
+        made.append(MicroBatch(batch(rows[:, :-1], labels), int((labels != -100).sum()), num_rows=2))
     return made
 
 
@@ -47,16 +37,17 @@ def model(tmp_path_factory):
 
 
 def measured(model, names, rows, total=list):
-    costs = costs_of(model.space, model.config, ROW_TOKENS)
-    return measure(forward_of(model), [model.space[name] for name in names], rows, total, costs)
+    costs = costs_of(model.space, model.family, model.config, ROW_TOKENS)
+    subnets = [model.space[name] for name in names]
+    return measure(forward_of(model, TASK), subnets, rows, TASK.metrics, total, costs)
 
 
 def expected(model, name, rows):
     """Loss and accuracy by Hugging Face's logits of the plain model, one row at a time, in double precision."""
     plain = extract(model, name).eval()
     nll = correct = count = 0.0
-    for batch in rows:
-        for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+    for micro_batch in rows:
+        for ids, labels in zip(*micro_batch.inputs.values(), strict=True):
             logits = plain(ids[None]).logits[0].double()
             nll += F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
             correct += (logits.argmax(-1) == labels).sum().item()
@@ -71,9 +62,9 @@ def test_loss_and_accuracy_are_those_of_the_extracted_model(model, name):
     row = measured(model, [name], rows)[0]
     loss, accuracy = expected(model, name, rows)
     assert row.loss == pytest.approx(loss, rel=1e-5)  # fp32 logits, summed in another order
-    assert row.accuracy == accuracy
-    assert row.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
-    assert row.num_targets == sum(batch.num_targets for batch in rows)
+    assert row.metrics["accuracy"] == accuracy
+    assert row.metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert row.num_targets == sum(micro_batch.num_targets for micro_batch in rows)
 
 
 def test_costs_are_those_of_the_sub_network(model):
@@ -85,16 +76,18 @@ def test_costs_are_those_of_the_sub_network(model):
 
 def test_sums_over_ranks_equal_one_process(model):
     rows, names = batches(), SUBNETS[:2]
-    shares = []
-    for share in (rows[:2], rows[2:], []):
-        measured_alone = []
-        measured(model, names, share, lambda sums, keep=measured_alone: keep.extend(sums) or [1.0] * len(sums))
-        shares.append(measured_alone)
-    together = measured(model, names, [], lambda sums: [sum(column) for column in zip(*shares, strict=True)])
+    told = []
+    without_targets = TASK.collate([], size=2, row_tokens=ROW_TOKENS)  # what a rank has when there are too few rows
+    for share in (rows[:2], rows[2:], [without_targets]):
+        own = []
+        measured(model, names, share, lambda sums, own=own: own.append(sums) or [1.0] * len(sums))
+        told.append(own)
+    sums = iter([sum(column) for column in zip(*of_ranks, strict=True)] for of_ranks in zip(*told, strict=True))
+    together = measured(model, names, [without_targets], lambda _: next(sums))
     alone = measured(model, names, rows)
     for ours, theirs in zip(together, alone, strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-12)
-        assert (ours.accuracy, ours.num_targets) == (theirs.accuracy, theirs.num_targets)
+        assert (ours.metrics["accuracy"], ours.num_targets) == (theirs.metrics["accuracy"], theirs.num_targets)
 
 
 def test_a_spread_holds_the_full_and_the_smallest_in_order():

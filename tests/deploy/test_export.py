@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from sorted_ds.base.errors import UserError
 from sorted_ds.deploy import export as export_module
 from sorted_ds.deploy.evaluate import load_nested
-from sorted_ds.deploy.export import LogitsDifferError, compared_ids, export, load_tokenizer
+from sorted_ds.deploy.export import LogitsDifferError, export
 from sorted_ds.nested import extract
 from sorted_ds.space import SubNet
+from tests.batches import TASK
 from tests.families import VARIANTS
 from tests.parity import run_reference
 from tests.trained import made_up_table, measured_run, trained_run
@@ -38,6 +39,23 @@ def test_every_family_loads_as_a_plain_model_with_the_full_models_masked_logits(
     full = AutoModelForCausalLM.from_pretrained(run / "model")
     expected = run_reference(full, SubNet.parse(SUBNET), ids).logits
     assert (plain(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_with_a_layer_order_the_files_hold_the_chosen_layers(variant, tmp_path):
+    order = (3, 1, 0, 2)
+    run = trained_run(tmp_path / "run", variant, layer_order=order)
+    out = exported(run, tmp_path / "small")
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    full = AutoModelForCausalLM.from_pretrained(run / "model")
+    kinds = getattr(full.config, "layer_types", None)
+    assert getattr(plain.config, "layer_types", None) == (kinds and [kinds[1], kinds[3]])
+    ids = torch.arange(40).view(2, 20)
+    expected = run_reference(full, SubNet.parse(SUBNET), ids, order).logits
+    assert (plain(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    prefix = run_reference(full, SubNet.parse(SUBNET), ids).logits
+    assert (plain(ids).logits - prefix).abs().max() > 1e-2 * expected.abs().max()
+    assert "2 layers (numbers 1, 3, counted from 0)" in (out / "README.md").read_text()
 
 
 def test_bf16_weights_are_written_as_they_are_stored(tmp_path):
@@ -64,6 +82,8 @@ def test_the_card_states_the_measured_figures_and_its_snippet_runs(tmp_path):
     row = next(row for row in made_up_table() if row.subnet == SUBNET)
     assert f"| {row.loss:.4f} |" in card
     assert f"| {row.parameters:,} |" in card
+    assert "the first 2 layers, in each the first 3 attention groups and the first 80 ffn channels" in card
+    assert "The loss of a unigram model: 4.5000." in card
     snippet = card.split("```python\n")[1].split("```")[0]
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -101,8 +121,8 @@ def test_a_difference_leaves_nothing_behind(tensor, tmp_path, monkeypatch):
     run, out = trained_run(tmp_path / "run"), tmp_path / "outs" / "small"
     write = export_module._write
 
-    def write_wrongly(model, where, subnet, hidden, name):
-        write(model, where, subnet, hidden, name)
+    def write_wrongly(model, task, where, subnet, hidden, name):
+        write(model, task, where, subnet, hidden, name)
         weights = load_file(hidden / "model.safetensors")
         weights[tensor][0, 0] += 0.01
         save_file(weights, hidden / "model.safetensors", metadata={"format": "pt"})
@@ -132,7 +152,9 @@ def test_several_are_written_each_to_its_place(tmp_path):
 
 def test_the_comparison_uses_text_and_the_whole_vocabulary(tmp_path):
     run = trained_run(tmp_path / "run")
-    ids = compared_ids(load_tokenizer(run / "model"), load_nested(run))
+    probe = TASK.probe(run / "model", load_nested(run).config)
+    assert list(probe) == ["input_ids"]
+    ids = probe["input_ids"]
     assert bytes(ids[0].tolist()).startswith(b"The quick brown fox")
     assert ids.shape == (4, 64)
     assert ids[1:].max() > 120

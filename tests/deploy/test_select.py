@@ -6,11 +6,15 @@ from dataclasses import replace
 import pytest
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.deploy.model_dir import ModelDir
+from sorted_ds.deploy.model_dir import Measured, ModelDir
 from sorted_ds.deploy.select import parse_amount, reason, select
-from tests.trained import made_up_table, measured_run, trained_run
+from tests.trained import BASELINE, made_up_table, measured_run, trained_run
 
 TABLE = made_up_table()
+
+
+def with_loss(row: Measured, loss: float) -> Measured:
+    return replace(row, metrics={**row.metrics, "loss": loss})
 
 
 def test_the_lowest_loss_within_each_budget_is_chosen():
@@ -32,12 +36,12 @@ def test_both_budgets_hold_at_once():
 
 def test_a_larger_sub_network_of_higher_loss_is_not_chosen():
     largest = max(TABLE, key=lambda row: row.parameters)
-    worse = [replace(row, loss=9.0) if row is largest else row for row in TABLE]
+    worse = [with_loss(row, 9.0) if row is largest else row for row in TABLE]
     assert select(worse, max_params=1e9).subnet != largest.subnet
 
 
 def test_of_equal_losses_the_smaller_is_chosen():
-    equal = [replace(row, loss=3.0) for row in reversed(TABLE)]
+    equal = [with_loss(row, 3.0) for row in reversed(TABLE)]
     assert select(equal, max_params=1e9).parameters == min(row.parameters for row in TABLE)
 
 
@@ -91,14 +95,48 @@ def test_the_table_survives_the_disk(tmp_path):
     assert [row.parameters for row in rows] == sorted(row.parameters for row in rows)
     on_its_own = json.loads((run / "subnets.json").read_text())
     assert [row["subnet"] for row in on_its_own["subnets"]] == [row.subnet for row in rows]
+    assert on_its_own["baseline"] == ModelDir.find(run).read().baseline == BASELINE
     assert ModelDir.find(run / "model").table() == rows
+
+
+def test_a_row_in_json_is_flat_and_is_read_back():
+    row = TABLE[0].to_json()
+    assert list(row)[:4] == ["subnet", "loss", "perplexity", "accuracy"]
+    assert Measured.from_json(row) == TABLE[0]
+    assert Measured.from_json(json.loads(json.dumps(row))).loss == TABLE[0].loss
+    other_task = replace(TABLE[0], metrics={"loss": 1.0, "top_5": 0.5})
+    assert Measured.from_json(other_task.to_json()) == other_task
+    with pytest.raises(KeyError):
+        Measured.from_json({key: value for key, value in row.items() if key != "loss"})
+
+
+def test_a_sorted_json_of_an_earlier_version_is_read(tmp_path):
+    """Version 0.1 knew one baseline, one task and no layer order."""
+    run = ModelDir.find(measured_run(tmp_path))
+    path = run.model / "sorted.json"
+    contents = json.loads(path.read_text())
+    for key in ("task", "layer_order", "baseline"):
+        del contents[key]
+    path.write_text(json.dumps({**contents, "unigram_nats": 4.5}))
+    read = run.read()
+    assert read.baseline == BASELINE
+    assert (read.task, read.layer_order) == ("causal_lm", None)
+    assert read.sub_networks.layer_order == (0, 1, 2, 3)
+    assert len(run.table()) == len(TABLE)
+
+
+def test_the_layer_order_survives_the_disk(tmp_path):
+    run = ModelDir.find(trained_run(tmp_path, layer_order=(3, 1, 0, 2)))
+    space = run.read().sub_networks
+    assert space.layer_order == (3, 1, 0, 2)
+    assert space.layers_of(space["d2-g1-f32"]) == (1, 3)
 
 
 def test_rows_measured_on_other_targets_leave_the_table(tmp_path):
     run = ModelDir.find(measured_run(tmp_path))
-    assert len(run.add_measured([replace(TABLE[0], loss=1.0)], 4.5)) == len(TABLE)
+    assert len(run.add_measured([with_loss(TABLE[0], 1.0)], BASELINE)) == len(TABLE)
     assert run.table()[0].loss == 1.0
-    assert len(run.add_measured([replace(TABLE[0], num_targets=64)], 4.5)) == 1
+    assert len(run.add_measured([replace(TABLE[0], num_targets=64)], BASELINE)) == 1
 
 
 def test_without_a_table_the_user_is_told_to_evaluate(tmp_path):
@@ -113,7 +151,18 @@ def test_other_directories_are_refused(tmp_path):
         ModelDir.find(tmp_path / "gone")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"space": ["d1"], "data": {}, "row_tokens": 1, "eval_rows": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"space": ["1"], "data": {}, "row_tokens": 1, "eval_rows": 1}',
+        '{"space": ["d1"], "data": {}, "row_tokens": 1, "eval_rows": 1, "layer_order": [1]}',
+        '{"space": ["d1"], "data": {}, "row_tokens": 1, "eval_rows": 1, "subnets": [{"subnet": "d1"}]}',
+        '{"space": ["d1"], "data": {}, "row_tokens": 1, "eval_rows": 1, "other": 1}',
+    ],
+)
 def test_a_damaged_sorted_json_is_named(tmp_path, text):
     (tmp_path / "sorted.json").write_text(text)
     with pytest.raises(UserError, match=r"sorted\.json is no sorted\.json"):
