@@ -1,23 +1,30 @@
-# `make demo` and `make test` do all their own set-up: Python 3.11 or newer, its headers and a C++ compiler are enough.
+# `make demo` and `make test` do all their own set-up. They need Python 3.11 or newer, its headers and a C++ compiler.
 
 PYTHON ?= python3
 # The version this project is tested with. For another CUDA: make setup TORCH="torch --index-url ...".
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-# Files of tests that go side by side: ranks wait for each other half of the time.
+# Files of tests that run side by side: ranks wait for each other half of the time.
 WORKERS ?= 2
+# What `make test-all` runs: names that contain one of these words. All if empty.
+NAMES ?=
+# Minutes of `make test-all` for the sample of the exactness matrix.
+MINUTES ?= 45
 
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: help setup demo test check bench docs clean
+.PHONY: help setup demo test test-all check bench docs clean
 
 help:
-	@echo "make setup  .venv with everything that is needed"
-	@echo "make demo   train one network on the Python standard library and take a small one out (10 minutes)"
-	@echo "make test   every test"
-	@echo "make check  lint, format and types"
-	@echo "make docs   the site of docs/, in build/docs"
-	@echo "make bench  the parity, communication, memory, time, compile, exactness and checkpoint tables"
+	@echo "make setup     makes .venv with everything that is needed"
+	@echo "make demo      trains one network on the Python standard library and exports a small one (10 minutes)"
+	@echo "make check     checks lint, format and types"
+	@echo "make test      runs the first tier of tests (at most 12 minutes on two cores)"
+	@echo "make test-all  runs the second tier by name (at most 90 minutes) and goes on after a stop:"
+	@echo "               NAMES=\"slurm matrix\" runs these names only, MINUTES=5 shortens the sample of the matrix,"
+	@echo "               RECORD=1 adds the result to docs/benchmarks.md. Needs tests/cluster/install.sh, as root"
+	@echo "make docs      builds the site of docs/ in build/docs"
+	@echo "make bench     prints the parity, communication, memory, time, compile, exactness and checkpoint tables"
 
 setup: .venv/.complete
 
@@ -31,7 +38,10 @@ demo: setup
 	$(BIN)/python tools/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder -m "not long" --durations=10
+
+test-all: setup
+	$(BIN)/python tools/test_all.py $(NAMES) --workers $(WORKERS) --minutes $(MINUTES) $(if $(RECORD),--record)
 
 check: setup
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ def read_rows(file: Path, made_by: Mapping[str, str]) -> list[dict]:
     """
     lines = file.read_text().splitlines() if file.is_file() else []
     if not lines:
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(made_by) + "\n")
         return []
     measured_by = json.loads(lines[0])

@@ -1,15 +1,15 @@
-"""Compares every mode of the engine with plain PyTorch, and sums up in docs/matrix.md. Hours; stop it at will.
+"""Compares every mode of the engine with plain PyTorch, and writes docs/matrix.md. Takes hours; can be stopped anytime.
 
-`python -m benchmarks.matrix --minutes 60` goes on where it stopped, on any machine: what is known is kept in
-docs/matrix.jsonl, of one state of the code and one of each version (`--anew` begins again with others). Modes come in
-random order, so that a part of them is a fair sample. Several go side by side with different `--ranks`.
-`--device cuda` is a matrix of its own, docs/matrix_cuda.md, over NCCL; ranks share a GPU where there are too few.
-`--cover` takes the modes that the tests take.
+`python -m benchmarks.matrix --minutes 60` goes on where it stopped, on any machine. Results are kept in
+docs/matrix.jsonl, for one state of the code and one version of each package; `--anew` begins again with others. Modes
+come in random order, so a part of them is a fair sample. Several can run at once with different `--ranks`.
+`--device cuda` is a matrix of its own, docs/matrix_cuda.md, over NCCL; ranks share a GPU if there are too few.
+`--cover` takes the modes that the tests take. `--sample` is for `make test-all`: modes that change with the code, kept
+in .cache; it fails if one is outside its bounds.
 """
 
 import argparse
-import ast
-import hashlib
+import json
 import platform
 import random
 import tempfile
@@ -22,18 +22,21 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import digest
 from benchmarks.kept import append_rows, read_rows
 from tests import cover, exactness
 from tests.cover import FACTORS, NUM_STEPS, Error, Mode
 from tests.spawn import ROOT, on_ranks
 
 LAUNCH_CASES = 30
-"""Cases of one launch; what a stop can lose."""
+"""Cases of one launch. A stop loses no more than these."""
 CODE = (
-    *("sorted_ds/engine/*.py", "sorted_ds/nested/*.py", "sorted_ds/tasks/losses.py"),
+    *("sorted_ds/engine/*.py", "sorted_ds/nested/*.py", "sorted_ds/families/*.py", "sorted_ds/tasks/losses.py"),
     *("tests/exactness.py", "tests/reference.py", "tests/cover.py"),
 )
-"""What defines a figure, but for comments and docstrings."""
+"""What defines a figure: what these files compute (digest.py)."""
+SAMPLE = ROOT / ".cache" / "sample"
+"""Where the results of `--sample` are kept."""
 COLUMNS = (
     *("stage", "offload", "optimizer", "precision", "modes"),
     *("weights", "static", "moments", "static", "norms", "update", "rms"),
@@ -42,17 +45,18 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Matrix:
-    """What is known of the modes on one kind of device."""
+    """The results on one kind of device, in a folder."""
 
     device: str
+    folder: Path = ROOT / "docs"
 
     @property
     def file(self) -> Path:
-        return ROOT / "docs" / f"matrix{self.suffix}.jsonl"
+        return self.folder / f"matrix{self.suffix}.jsonl"
 
     @property
     def summary(self) -> Path:
-        return ROOT / "docs" / f"matrix{self.suffix}.md"
+        return self.folder / f"matrix{self.suffix}.md"
 
     @property
     def command(self) -> str:
@@ -64,35 +68,22 @@ class Matrix:
 
 
 def versions() -> dict[str, str]:
-    """Of what the weights depend on."""
+    """Returns the versions of all that the weights depend on."""
     packages = {name: version(name) for name in ("deepspeed", "torch", "transformers")}
     return {"python": platform.python_version(), **packages, "code": code_digest()}
 
 
 def code_digest() -> str:
-    files = sorted(path for pattern in CODE for path in ROOT.glob(pattern))
-    return hashlib.sha256("".join(statements(path.read_text()) for path in files).encode()).hexdigest()[:16]
-
-
-def statements(source: str) -> str:
-    """Without comments and docstrings."""
-    return ast.dump(WithoutDocstrings().visit(ast.parse(source)))
-
-
-class WithoutDocstrings(ast.NodeTransformer):
-    """Drops every statement that is a string and nothing else: it computes nothing."""
-
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+    return digest.code_digest(ROOT, CODE)
 
 
 def known(matrix: Matrix) -> dict[str, Error]:
-    """What an earlier run measured, by a mode's name."""
+    """Returns what an earlier run measured, by the mode's name."""
     return {row.pop("name"): Error(**row) for row in read_rows(matrix.file, versions())}
 
 
 def measure(modes: Sequence[Mode], device: str) -> dict[str, Error]:
-    """Of modes on one number of ranks, in one launch."""
+    """Returns the errors of modes with the same number of ranks, by name. Starts the ranks once."""
     call = (modes[0].num_ranks, exactness.run_cases, [mode.case for mode in modes], NUM_STEPS)
     with tempfile.TemporaryDirectory() as folder:
         trained = on_ranks(*call, folder=Path(folder), device=device)
@@ -100,7 +91,7 @@ def measure(modes: Sequence[Mode], device: str) -> dict[str, Error]:
 
 
 def run(matrix: Matrix, modes: Iterable[Mode], minutes: float) -> None:
-    """Measures what is not known yet, until the time is over; twins of bf16 modes too."""
+    """Measures the modes that are not known yet, and the twins of those in bf16, until the time is over."""
     found, end = known(matrix), time.monotonic() + 60 * minutes
     waiting: dict[int, dict[str, Mode]] = defaultdict(dict)
     for mode in modes:
@@ -117,7 +108,7 @@ def run(matrix: Matrix, modes: Iterable[Mode], minutes: float) -> None:
 
 
 def kept(matrix: Matrix, modes: Sequence[Mode]) -> dict[str, Error]:
-    """Measured, and written down."""
+    """Measures the modes, keeps the results in the file, and returns them."""
     measured = measure(modes, matrix.device)
     append_rows(matrix.file, ({"name": name, **_rounded(error)} for name, error in measured.items()))
     print(f"{len(modes)} more, largest {max(error.weights for error in measured.values()):.1e}", flush=True)
@@ -128,8 +119,27 @@ def _rounded(error: Error) -> dict[str, float]:
     return {key: float(f"{value:.4g}") for key, value in asdict(error).items()}
 
 
+def sample(matrix: Matrix, modes: Sequence[Mode], minutes: float) -> str:
+    """Measures modes in an order that follows from the code, and returns a line that says how many. Exits with an error
+    if one is outside its bounds, or if there was no time for any.
+    """
+    of_other_code = not matrix.file.is_file() or json.loads(matrix.file.read_text().splitlines()[0]) != versions()
+    if of_other_code:
+        matrix.file.unlink(missing_ok=True)
+    shuffled = list(modes)
+    random.Random(code_digest()).shuffle(shuffled)
+    run(matrix, shuffled, minutes)
+    found = known(matrix)
+    done = [mode for mode in modes if mode.name in found]
+    outside = [mode.name for mode in done if is_outside(mode, found)]
+    told = f"{len(done)} of {len(modes)} modes, {len(outside)} outside their bounds"
+    if outside or not done:
+        raise SystemExit("\n".join([f"error: {told}", *outside]))
+    return told
+
+
 def page(matrix: Matrix, modes: Sequence[Mode], found: dict[str, Error]) -> str:
-    """A Markdown page: one line for each stage, offload, optimizer and precision."""
+    """Returns a Markdown page with one line for each stage, offload, optimizer and precision."""
     groups: dict[tuple, list[Mode]] = defaultdict(list)
     for mode in modes:
         case = mode.case
@@ -158,7 +168,7 @@ def page(matrix: Matrix, modes: Sequence[Mode], found: dict[str, Error]) -> str:
 
 
 def is_outside(mode: Mode, found: dict[str, Error]) -> bool:
-    """Beyond its bounds, or in bf16 too far from its twin."""
+    """Whether a mode is beyond its bounds, or in bf16 too far from its twin."""
     twin = found.get(mode.twin.name) if mode.case.precision == "bf16" else None
     is_beyond = cover.exceeds(found[mode.name], cover.bounds(mode))
     return is_beyond or (twin is not None and cover.exceeds_static(found[mode.name], twin))
@@ -198,12 +208,16 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cover", action="store_true", help="only the modes of tests/engine/test_cover.py")
     parser.add_argument("--anew", action="store_true", help="throw away what is known")
+    parser.add_argument("--sample", action="store_true", help="modes that change with the code, for make test-all")
     args = parser.parse_args()
+    settings = [setting for setting in cover.settings() if cover.is_allowed(setting)]
+    modes = [cover.mode_of(setting) for setting in settings]
+    if args.sample:
+        print(sample(Matrix(args.device, SAMPLE), modes, args.minutes))
+        return
     matrix = Matrix(args.device)
     if args.anew:
         matrix.file.unlink(missing_ok=True)
-    settings = [setting for setting in cover.settings() if cover.is_allowed(setting)]
-    modes = [cover.mode_of(setting) for setting in settings]
     random.Random(0).shuffle(modes)
     wanted = [cover.mode_of(setting) for setting in cover.cover(settings)] if args.cover else modes
     run(matrix, [mode for mode in wanted if mode.num_ranks in args.ranks], args.minutes)

@@ -1,32 +1,40 @@
-"""What goes side by side, and one whole run that the tests of training share."""
+"""Which files run side by side, and one whole run that the tests of training share."""
 
 from pathlib import Path
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.launched import train_by_command
+from tests import tiers
+from tests.launched import SAID, train_by_command
 from tests.runs import run_file
+
+CLUSTER_FILES = ("test_launchers.py", "test_slurm.py")
+"""They share one cluster, so they run in one process."""
 
 
 class ByFile(LoadScopeScheduling):
-    """With `-n`: a file's tests share fixtures, and there is one cluster.
+    """With `-n`: the tests of a file share fixtures, so a file runs in one process.
 
-    Source: pytest-xdist's manual, pytest_xdist_make_scheduler. Its own groups are not seen by pytest 9.2.
+    Source: pytest-xdist's manual, pytest_xdist_make_scheduler. pytest 9.2 does not see the groups of xdist itself.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = Path(nodeid.split("::")[0])
-        return "cluster" if file.name in ("test_launchers.py", "test_slurm.py") else str(file)
+        return "cluster" if file.name in CLUSTER_FILES else str(file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> ByFile:
     return ByFile(config, log)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    tiers.pytest_configure(config)
+
+
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory) -> Path:
-    """The run file of a run of 8 steps on 2 ranks, uninterrupted."""
+    """Returns the run file of a run of 8 steps on 2 ranks that was not interrupted."""
     run = run_file(tmp_path_factory.mktemp("whole"))
-    train_by_command(run)
+    (run.parent / SAID).write_text(train_by_command(run))
     return run

@@ -1,8 +1,9 @@
 """Every mode of the engine: the factors, which combinations are allowed, and a small set that covers them.
 
-The cover has, for any two factors and any two of their values that go together, a case with both, and for each ZeRO
-stage with each offload and precision (each accumulates in its own way) every value of any other factor: most defects
-need no more settings to show. The whole product is `python -m benchmarks.matrix`.
+The cover has a case for every two values of two factors that go together. Gradients are accumulated in a way of its own
+for each combination of ZeRO stage, offload and precision, so the cover also has a case for each of these combinations
+with every value of every other factor. Most defects need no more settings to show. `python -m benchmarks.matrix` runs
+the whole product.
 """
 
 import math
@@ -19,7 +20,7 @@ from tests import exactness
 from tests.exactness import Case
 
 NUM_STEPS = 4
-"""Of the schedule: parts are used early, last, not at all, and otherwise."""
+"""Steps of the schedule that a mode trains. Within them, parts of the network are used early, last and not at all."""
 
 FACTORS: dict[str, tuple] = {
     "num_ranks": (1, 2, 3, 4),
@@ -34,14 +35,14 @@ FACTORS: dict[str, tuple] = {
     "evaluate_between": (False, True),
 }
 CANDIDATES = 400
-"""Random combinations that a step of the cover chooses among."""
+"""How many random combinations the cover compares each time that it adds one."""
 
 Setting = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A case on a number of ranks."""
+    """A case and the number of ranks that train it."""
 
     num_ranks: int
     case: Case
@@ -52,16 +53,16 @@ class Mode:
 
     @property
     def twin(self) -> "Mode":
-        """The same rounding, with the full network in every sample: what bf16 is compared with.
+        """The mode that bf16 is compared with: it rounds alike, but every sample is the full network.
 
-        Overlap, checkpointing and evaluation change no number, so modes share twins.
+        Overlap, checkpointing and evaluation change no number, so several modes have the same twin.
         """
         plain = replace(self.case, overlap=False, checkpointing=False, evaluate_between=False, static=True)
         return replace(self, case=plain)
 
 
 def is_allowed(setting: Setting) -> bool:
-    """Whether it is a mode; all others are refused at the start."""
+    """Whether the engine accepts these settings. It refuses all others at the start."""
     stage, offload = setting["stage"], setting["offload"]
     if setting["overlap"] and stage < 2:
         return False
@@ -71,7 +72,7 @@ def is_allowed(setting: Setting) -> bool:
 
 
 def settings() -> Iterator[Setting]:
-    """The whole product, allowed or not."""
+    """Yields the whole product of the factors, allowed or not."""
     for values in product(*FACTORS.values()):
         yield dict(zip(FACTORS, values, strict=True))
 
@@ -84,7 +85,7 @@ def mode_of(setting: Setting) -> Mode:
 
 
 def wanted(setting: Setting) -> set[tuple]:
-    """What a setting covers: its pairs, and what accumulates (stage, offload, precision) with any value."""
+    """Returns what a setting covers: its pairs of values, and its (stage, offload, precision) with each value."""
     accumulator = tuple((key, setting[key]) for key in ("stage", "offload", "precision"))
     return {
         *combinations(setting.items(), 2),
@@ -93,7 +94,7 @@ def wanted(setting: Setting) -> set[tuple]:
 
 
 def cover(candidates: Sequence[Setting], seed: int = 0) -> list[Setting]:
-    """A few of them, with everything that any of them covers. The same for a seed."""
+    """Returns a few candidates that together cover all that any candidate covers. Depends on nothing but the seed."""
     left = set().union(*map(wanted, candidates))
     chosen: list[Setting] = []
     generator = random.Random(seed)
@@ -108,7 +109,7 @@ def cover(candidates: Sequence[Setting], seed: int = 0) -> list[Setting]:
 
 
 def expected(mode: Mode) -> dict:
-    """What plain PyTorch makes of it in one process: the same for many modes."""
+    """Returns the weights, norms and moments of plain PyTorch in one process. Many modes share them."""
     case = mode.case
     optimizer = "sgd" if case.optimizer == "sgd" else "adamw"
     same = Case(0, case.precision, optimizer, clip_norm=case.clip_norm, tied=case.tied, static=case.static)
@@ -125,20 +126,21 @@ class Error:
     """How far a mode is from the reference."""
 
     weights: float
-    """Largest difference."""
+    """The largest difference of a weight."""
     moments: float
-    """Of AdamW's two moments, sums of gradients and of their squares: largest difference relative to the largest of
-    each, of the squares half of it. 0 for SGD."""
+    """The largest difference of an AdamW moment, relative to the largest value of that moment. For the second moment, a
+    sum of squares, half of it. 0 for SGD."""
     norms: float
-    """Of the gradients' norms: largest relative difference."""
+    """The largest relative difference of a gradient norm."""
     update: float
-    """Of AdamW's last step from its formula on the mode's own moments, see `update_error`. 0 for SGD."""
+    """How far AdamW's last step is from its formula on the mode's own moments: see `update_error`. 0 for SGD."""
     rms: float
-    """Root mean square: of SGD's weights; for AdamW of each moment relative to the right one's, the larger."""
+    """The root mean square of the difference: for SGD of the weights; for AdamW of the moments, each relative to the
+    root mean square of the right moment, and the larger of the two."""
 
 
 def error(trained: dict, mode: Mode) -> Error:
-    """From the reference."""
+    """Returns how far a trained mode is from the reference."""
     right = expected(mode)
     # A square has twice the relative rounding of what is squared.
     powers = [(kind, power) for kind, power in zip(exactness.MOMENTS, (1, 2), strict=True) if kind in trained]
@@ -155,11 +157,11 @@ def error(trained: dict, mode: Mode) -> Error:
 
 
 def update_error(trained: dict, mode: Mode) -> float:
-    """How far the last AdamW step is from its formula on the mode's own moments: largest difference over the rate.
+    """Returns the largest difference of the last AdamW step from its formula on the mode's own moments, over the rate.
 
-    In bf16 weights and the reference's agree within the rate whatever the update does. A weight of about 1 is held to
-    6e-8: over the rate, 6e-6 in fp32, and 6e-4 in bf16, where the rate is 1e-4. Source: Loshchilov & Hutter, arXiv
-    1711.05101, algorithm 2.
+    In bf16 the weights agree with the reference's within the rate, whatever the update does, so they show no wrong
+    update. A weight of about 1 is stored to 6e-8. Over the rate that is 6e-6 in fp32, and 6e-4 in bf16, where the rate
+    is 1e-4. Source: Loshchilov & Hutter, arXiv 1711.05101, algorithm 2.
     """
     optim, largest = mode.case.optim, 0.0
     correct_first, correct_second = (1 - beta**NUM_STEPS for beta in optim.betas)
@@ -174,19 +176,19 @@ def update_error(trained: dict, mode: Mode) -> float:
 
 
 def _relative(found: dict, right: dict) -> float:
-    """The largest difference, in units of the largest value."""
+    """Returns the largest difference, relative to the largest right value."""
     return exactness.largest_difference(found, right) / max(float(value.abs().max()) for value in right.values())
 
 
 def _rms(found: dict, right: dict | None = None) -> float:
-    """Of the difference, or of the values themselves."""
+    """Returns the root mean square of the difference, or of the values themselves."""
     parts = [value.float() - (right[name].float() if right else 0) for name, value in found.items()]
     return float(torch.cat([part.flatten() for part in parts]).square().mean().sqrt())
 
 
-# fp32. SGD rounds to about 1e-7; AdamW divides by the root of a second moment that can be near zero, so the same
-# rounding becomes up to 1e-5. Every part of the fix that is off costs over 1e-3. bf16 holds 8 bits; there AdamW's
-# weights, at so small a rate, say little, and its moments and its update say more.
+# In fp32 SGD rounds to about 1e-7. AdamW divides by the root of a second moment that can be near zero, so the same
+# rounding becomes up to 1e-5. Each part of the fix that is switched off costs over 1e-3. bf16 holds 8 bits: at so small
+# a rate AdamW's weights show little there, and its moments and its update show more.
 FP32_BOUNDS = {
     "sgd": Error(1e-6, 0.0, 1e-5, 0.0, math.inf),
     "adamw": Error(5e-5, 1e-5, 1e-5, 1e-4, math.inf),
@@ -196,8 +198,8 @@ BF16_BOUNDS = {
     "adamw": Error(1e-3, 1e-2, 1e-2, 5e-3, math.inf),
 }
 STATIC_BOUND = 1.25
-"""How much further than a static network in the same mode bf16 may be, in root mean square: the largest difference of a
-few thousand is chance."""
+"""How much further from the reference than its twin a bf16 mode may be, in root mean square. The largest difference of
+a few thousand weights would be chance."""
 
 
 def bounds(mode: Mode) -> Error:
@@ -206,11 +208,11 @@ def bounds(mode: Mode) -> Error:
 
 
 def exceeds_static(found: Error, static: Error) -> bool:
-    """In bf16: whether it is more than rounding. `static`: of the mode's twin."""
+    """Whether the error of a bf16 mode is more than rounding. `static` is the error of its twin."""
     return not found.rms <= STATIC_BOUND * static.rms
 
 
 def exceeds(found: Error, bound: Error) -> bool:
-    """What is not a number exceeds every bound."""
+    """Whether an error exceeds a bound. What is not a number exceeds every bound."""
     pairs = zip(astuple(found), astuple(bound), strict=True)
     return not all(value <= limit for value, limit in pairs)

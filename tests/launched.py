@@ -17,6 +17,8 @@ from tests import forked
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
+SAID = "said.txt"
+"""Beside the run file of the run that tests share: what it said on stderr."""
 SETTINGS = [f"train.steps={STEPS}", "checkpoint.every_steps=4", "checkpoint.keep_last=9", "log.every_steps=1"]
 SETTINGS += ["eval.every_steps=3", "optim.learning_rate=0.01", "optim.eps=1e-6", "optim.warmup_steps=3"]
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -76,37 +77,71 @@ def test_every_benchmark_imports(path):
     importlib.import_module(f"benchmarks.{path.stem}")
 
 
-@pytest.fixture(scope="module")
-def measured():
-    """The matrix's modes and what is committed of them, in the versions of then."""
+MODES = [cover.mode_of(setting) for setting in cover.settings() if cover.is_allowed(setting)]
+
+
+def test_the_matrixs_page_is_of_its_committed_rows_and_none_is_outside():
+    """The matrix takes hours, so a part of it may be committed. Its versions are those of then."""
     committed = matrix.Matrix("cpu")
     versions = json.loads(committed.file.read_text().splitlines()[0])
-    modes = [cover.mode_of(setting) for setting in cover.settings() if cover.is_allowed(setting)]
     with mock.patch.object(matrix, "versions", return_value=versions):
         found = matrix.known(committed)
-        yield modes, found, matrix.page(committed, modes, found)
+        assert committed.summary.read_text() == matrix.page(committed, MODES, found)
+    assert found.keys() <= {name for mode in MODES for name in (mode.name, mode.twin.name)}
+    assert not [mode.name for mode in MODES if mode.name in found and matrix.is_outside(mode, found)]
 
 
-def test_the_matrixs_page_is_of_its_committed_rows_and_none_is_outside(measured):
-    modes, found, page = measured
-    assert (ROOT / "docs" / "matrix.md").read_text() == page
-    assert not [mode.name for mode in modes if mode.name in found and matrix.is_outside(mode, found)]
+def at_bounds(mode: cover.Mode) -> dict[str, cover.Error]:
+    """Errors of a mode and its twin that are just allowed."""
+    error = replace(cover.bounds(mode), rms=cover.STATIC_BOUND)
+    return {mode.twin.name: replace(error, rms=1.0), mode.name: error}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_mode_beyond_a_bound_is_outside(measured, precision):
-    modes, found, _ = measured
-    mode = next(m for m in modes if m.name in found and (m.case.precision, m.case.optimizer) == (precision, "adamw"))
+def test_a_mode_beyond_a_bound_is_outside(precision, optimizer):
+    mode = next(m for m in MODES if (m.case.precision, m.case.optimizer) == (precision, optimizer))
+    found = at_bounds(mode)
+    assert not matrix.is_outside(mode, found)
     for kind, bound in asdict(cover.bounds(mode)).items():
-        for value in (1.01 * bound, math.nan) if bound < math.inf else (math.nan,):
+        for value in (1.01 * bound or 1e-9, math.nan) if bound < math.inf else (math.nan,):
             assert matrix.is_outside(mode, {**found, mode.name: replace(found[mode.name], **{kind: value})}), kind
 
 
-def test_a_mode_further_from_the_reference_than_its_twin_is_outside(measured):
-    modes, found, _ = measured
-    mode = next(m for m in modes if m.name in found and m.case.precision == "bf16")
-    near = replace(found[mode.twin.name], rms=found[mode.name].rms / (1.01 * cover.STATIC_BOUND))
-    assert matrix.is_outside(mode, {**found, mode.twin.name: near})
+def test_a_mode_further_from_the_reference_than_its_twin_is_outside():
+    mode = next(m for m in MODES if m.case.precision == "bf16" and not m.case.static)
+    found = at_bounds(mode)
+    further = replace(found[mode.name], rms=1.01 * cover.STATIC_BOUND)
+    assert matrix.is_outside(mode, {**found, mode.name: further})
+
+
+def sampled(folder: Path, error: cover.Error | None = None, code: str = "ab") -> tuple[str, list[str]]:
+    """What a sample of the matrix says, if every mode has this error, and the modes that it measured."""
+    names: list[str] = []
+
+    def measure(modes, device):
+        names.extend(mode.name for mode in modes)
+        return {mode.name: error or replace(at_bounds(mode)[mode.name], rms=1.0) for mode in modes}
+
+    with mock.patch.multiple(matrix, measure=measure, code_digest=lambda: code):
+        return matrix.sample(matrix.Matrix("cpu", folder), MODES[:100], minutes=1), names
+
+
+def test_a_sample_of_the_matrix_changes_with_the_code_and_goes_on_where_it_stopped(tmp_path):
+    told, first = sampled(tmp_path)
+    assert told == "100 of 100 modes, 0 outside their bounds"
+    assert sampled(tmp_path)[1] == []
+    other = sampled(tmp_path, code="cd")[1]
+    assert sorted(other) == sorted(first)
+    assert other != first
+
+
+def test_a_sample_with_a_mode_outside_its_bounds_or_without_any_fails(tmp_path):
+    far = cover.Error(1.0, 1.0, 1.0, 1.0, 1.0)
+    with pytest.raises(SystemExit, match="100 of 100 modes, 100 outside their bounds\n"):
+        sampled(tmp_path, far)
+    with pytest.raises(SystemExit, match="0 of 100 modes"), mock.patch.object(matrix, "run"):
+        sampled(tmp_path / "none")
 
 
 def test_what_other_code_measured_is_refused_and_not_thrown_away(tmp_path):

@@ -49,7 +49,7 @@ def replaced(path: Path, *, durable: bool = False, overwrite: bool = True) -> It
             for part in (*hidden.rglob("*"), hidden):
                 sync(part)
         if overwrite:
-            _move_over(hidden, path)
+            move_over(hidden, path)
         else:
             _move_to_free(hidden, path)
         if durable:
@@ -58,7 +58,8 @@ def replaced(path: Path, *, durable: bool = False, overwrite: bool = True) -> It
         remove(hidden)
 
 
-def _move_over(hidden: Path, path: Path) -> None:
+def move_over(hidden: Path, path: Path) -> None:
+    """Renames a hidden file or folder to `path`. An earlier one goes when the new one has come. Raises: OSError."""
     if not path.is_dir():
         hidden.replace(path)
         return

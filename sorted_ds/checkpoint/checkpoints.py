@@ -16,7 +16,6 @@ saved. Nothing is pickled.
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,16 +25,14 @@ from pathlib import Path
 from torch import Tensor
 
 from sorted_ds.base.errors import AgreedError
-from sorted_ds.base.files import sync
+from sorted_ds.base.files import move_over, remove, remove_unfinished, sync
 from sorted_ds.checkpoint.background import Staging, Task, wait_for_ranks
 from sorted_ds.checkpoint.buffer_file import BUFFERS_FILE, copy_buffers, read_buffers
 from sorted_ds.checkpoint.finding import find_newest_intact
 from sorted_ds.checkpoint.folders import (
     checkpoint_name,
     delete,
-    delete_leftovers,
     num_blocks,
-    publish,
     published_checkpoints,
     writing_folder,
 )
@@ -248,7 +245,7 @@ class Checkpoints:
 
     def _failed(self, save: _PendingSave, began: float, error: str) -> SaveResult:
         if self._ranks.is_first:
-            shutil.rmtree(save.hidden, ignore_errors=True)
+            remove(save.hidden)
         self._count_pause(save, began)
         self._failures += 1
         if self._failures == MAX_FAILURES_IN_A_ROW:
@@ -271,7 +268,7 @@ class Checkpoints:
         def write_index_and_publish() -> None:
             wait_for_files(save.hidden, files)
             index.write(save.hidden)
-            publish(save.hidden, save.folder)
+            move_over(save.hidden, save.folder)
             with suppress(OSError):  # the checkpoint is published; what may fail now costs only space
                 sync(self.folder)
                 for old in published_checkpoints(self.folder)[: -self._keep_last]:
@@ -292,7 +289,7 @@ class Checkpoints:
         """
         with self._ranks.fail_together():
             if self._ranks.is_first:
-                delete_leftovers(self.folder)
+                remove_unfinished(self.folder)
         index, folder, self.warnings = find_newest_intact(
             self.folder, self._identity, self._ranks, self._strict, self._heartbeat
         )

@@ -11,12 +11,12 @@ In: the folder of checkpoints. Out: the published ones. Folders change by renami
 
 import os
 import re
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from sorted_ds.base.files import REPLACED, UNFINISHED, remove
+
 PUBLISHED = re.compile(r"step_\d{8,}")
-WRITING, DELETING = ".writing_", ".deleting_"
 
 
 def checkpoint_name(step: int) -> str:
@@ -38,36 +38,15 @@ def published_checkpoints(folder: Path) -> list[Path]:
 
 def writing_folder(checkpoint: Path, process_id: str) -> Path:
     """Returns the hidden folder in which a checkpoint is written. No killed run has left one of this name."""
-    return checkpoint.with_name(f"{WRITING}{checkpoint.name}_{process_id}")
-
-
-def publish(hidden: Path, checkpoint: Path) -> None:
-    """Renames the hidden folder. An earlier checkpoint of the same step is deleted only after that. Raises: OSError."""
-    if not checkpoint.exists():
-        hidden.rename(checkpoint)
-        return
-    earlier = checkpoint.with_name(f"{DELETING}{checkpoint.name}")
-    checkpoint.rename(earlier)
-    try:
-        hidden.rename(checkpoint)
-    except OSError:
-        earlier.rename(checkpoint)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
+    return checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}_{process_id}")
 
 
 def delete(checkpoint: Path) -> None:
     """Hides the checkpoint, then deletes it, so that a kill leaves no half checkpoint. A failure only costs space."""
-    hidden = checkpoint.with_name(f"{DELETING}{checkpoint.name}")
+    hidden = checkpoint.with_name(f"{REPLACED}{checkpoint.name}")
     with suppress(OSError):
         checkpoint.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def delete_leftovers(folder: Path) -> None:
-    """Deletes the hidden folders that killed runs have left."""
-    for leftover in (*folder.glob(f"{WRITING}*"), *folder.glob(f"{DELETING}*")):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(hidden)
 
 
 def rename_damaged(checkpoint: Path) -> Path:

@@ -63,7 +63,9 @@ def uninterrupted(tmp_path_factory) -> dict:
     return on_ranks(2, resumed.train, Leg(), str(folder / "run"), 0, STEPS, folder=folder)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "num_ranks", [1, pytest.param(2, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)]
+)
 def test_a_run_resumes_with_other_ranks_stages_and_micro_batches_on_the_same_rows_and_equal_to_rounding(
     sources, uninterrupted, tmp_path, num_ranks
 ):
@@ -112,7 +114,7 @@ def extend(ranks, stage: int, folder: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_space_grows_only_if_asked_and_keeps_its_weights_and_moments(tmp_path, stage):
     found = on_ranks(2, extend, stage, str(tmp_path / "run"), folder=tmp_path)
     for kind in ("weights", *MOMENTS):

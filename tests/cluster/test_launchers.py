@@ -12,6 +12,8 @@ from sorted_ds.checkpoint.folders import published_checkpoints
 from tests.cluster.machines import Cluster, wait_until
 from tests.launched import ROOT, SETTINGS, copied, masters, one_error, run_dir
 
+pytestmark = [pytest.mark.long, pytest.mark.ci]
+
 PYTHON = sys.executable
 SCRIPT = str(ROOT / "launch" / "train.py")
 HOSTFILE = "h1 slots=1\nh2 slots=1\n"

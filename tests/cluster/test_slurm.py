@@ -13,6 +13,8 @@ from tests.cluster.machines import Cluster
 from tests.launched import ROOT, SETTINGS, copied, masters, metrics, run_dir, train
 from tests.runs import run_file
 
+pytestmark = [pytest.mark.long, pytest.mark.ci]
+
 STEPS = 40
 LONGER = [*SETTINGS, f"train.steps={STEPS}", "checkpoint.every_steps=10", "eval.every_steps=0"]
 SHORT = [*SETTINGS, "train.steps=2"]

@@ -48,8 +48,8 @@ BF16 = [
 STATIC = [replace(case, static=True, compile=False) for case in BF16]
 EAGER = [replace(case, compile=False) for case in FP32]
 
-# As in tests/engine/test_exact.py: AdamW divides by the root of a second moment that can be near zero, so rounding to 1e-7
-# becomes up to 1e-5; a layer that took another one's weights, or lost a gradient, is over 1e-3 away.
+# As in tests/engine/test_exact.py: AdamW divides by the root of a second moment that can be near zero, so rounding
+# to 1e-7 becomes up to 1e-5; a layer that took the weights of another one, or lost a gradient, is over 1e-3 away.
 TOLERANCE = 5e-5
 
 
@@ -119,28 +119,33 @@ def names(case: Case) -> str:
     return case.name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", FP32, ids=names)
 def test_weights_and_norms_equal_the_reference(trained, case):
     assert error(trained, case) <= TOLERANCE
     assert trained[case.name]["norms"] == pytest.approx(expected(case)["norms"], rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("case", "eager"), list(zip(FP32, EAGER, strict=True)), ids=names)
 def test_weights_equal_the_eager_engines(trained, case, eager):
     weights = [trained[one.name]["weights"] for one in (case, eager)]
     assert 0 < exactness.largest_difference(*weights) <= TOLERANCE  # not 0, or nothing was compiled
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("case", "static"), list(zip(BF16, STATIC, strict=True)), ids=names)
 def test_bf16_is_as_close_as_a_static_network_that_is_not_compiled(trained, case, static):
     assert error(trained, case) <= 2 * error(trained, static)
 
 
+@pytest.mark.long
 def test_stages_offload_and_checkpointing_share_the_graphs(trained):
     """Graphs of one head and of several in fp32, of several alone in bf16."""
     assert [trained[case.name]["graphs"] for case in FP32 + BF16] == [2] * len(FP32) + [3] * len(BF16)
 
 
+@pytest.mark.long
 def test_the_warm_up_compiles_all_that_the_run_needs(tmp_path):
     case = Case(2, compile=True, checkpointing=True, evaluate_between=True)
     assert on_ranks(1, graphs_of_the_warm_up, case, folder=tmp_path) == (GRAPHS, GRAPHS)

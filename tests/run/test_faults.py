@@ -6,6 +6,8 @@
 import random
 import time
 
+import pytest
+
 from benchmarks.injuries import fresh
 from benchmarks.lives import MOMENTS, live, settings
 from tests import launched
@@ -15,6 +17,7 @@ STEPS = 400
 KINDS = ["kill -9 of a rank", "a flipped bit", "kill -9 of all ranks", "kill -9 of a launcher", "kill -9 of everything"]
 
 
+@pytest.mark.long
 def test_five_kills_at_random_moments_cost_nothing(tmp_path):
     original = run_file(tmp_path / "original")
     launched.train_by_command(original, *settings(STEPS), "train.hang_minutes=30")

@@ -23,6 +23,7 @@ from sorted_ds.run.run_file import load_run
 from tests import reference
 from tests.launched import (
     LAUNCHERS,
+    SAID,
     SETTINGS,
     STEPS,
     by_launcher,
@@ -119,10 +120,14 @@ def test_tensorboard_shows_the_same_numbers(whole):
     assert found == expected
 
 
-ENGINES = [{}, *({"zero_optimization": {"stage": stage}} for stage in (2, 3))]
+ENGINES = [
+    pytest.param({}, marks=pytest.mark.long, id="stage 0"),
+    pytest.param({"zero_optimization": {"stage": 2}}, marks=pytest.mark.long, id="stage 2"),
+    pytest.param({"zero_optimization": {"stage": 3}}, id="stage 3"),
+]
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=["stage 0", "stage 2", "stage 3"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_every_stage_ends_with_the_same_weights_to_rounding(whole, tmp_path, engine):
     run = copied(whole, tmp_path, keep_steps=0)
     (tmp_path / "zero.json").write_text(json.dumps(engine))
@@ -169,13 +174,15 @@ def test_a_checkpoint_has_the_bytes_that_were_planned(whole):
     assert max(sizes) <= planned / 2 * 1.05
 
 
-def test_before_training_the_plan_and_its_warnings_are_told(whole, tmp_path):
-    said = train(run_file(tmp_path), "train.steps=1")
+def test_before_training_the_plan_and_its_warnings_are_told(whole):
+    said = (whole.parent / SAID).read_text()
     assert "8 of 8 sub-networks are expected to get fewer than 100 visits" in said
     assert all(name in said for name in ("d1-g1-f32", "d3-g2-f64", "rows that are padding: 0.0%"))
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param("deepspeed", marks=pytest.mark.long), *(n for n in LAUNCHERS if n != "deepspeed")]
+)
 def test_the_script_of_a_cluster_gives_the_same_weights_under_each_launcher(whole, tmp_path, name):
     run = copied(whole, tmp_path, keep_steps=0)
     done = by_launcher(name, "launch/train.py", str(run), *SETTINGS, port=(port := free_port()))

@@ -144,9 +144,9 @@ OTHER_STRATEGY = 'rank 1 has sampling.strategy = "uniform", rank 0 has "stratifi
     ("stage", "prepare", "settings", "told"),
     [
         (2, Path.mkdir, ["sampling.strategy=uniform"], OTHER_STRATEGY),
-        (3, Path.mkdir, ["sampling.strategy=uniform"], OTHER_STRATEGY),
+        pytest.param(3, Path.mkdir, ["sampling.strategy=uniform"], OTHER_STRATEGY, marks=pytest.mark.long),
         (2, other_code, [], "rank 1 has code = "),
-        (3, other_torch, [], "rank 1 has torch = 0.1, rank 0 has "),
+        pytest.param(3, other_torch, [], "rank 1 has torch = 0.1, rank 0 has ", marks=pytest.mark.long),
     ],
     ids=["run file, stage 2", "run file, stage 3", "code", "versions"],
 )
@@ -177,7 +177,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_ranks_that_sample_otherwise_at_a_later_step_are_one_error_within_seconds(whole, tmp_path, stage):
     run = copied(whole, tmp_path, keep_steps=0)
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))

@@ -51,7 +51,7 @@ def without_speeds(row: dict) -> dict:
     return {key: value for key, value in row.items() if not key.startswith("speed/")}
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_another_number_of_ranks_ends_equal_to_rounding(whole, tmp_path, ranks):
     run = copied(whole, tmp_path, keep_steps=4)
     train(run, ranks=ranks)
@@ -59,7 +59,7 @@ def test_another_number_of_ranks_ends_equal_to_rounding(whole, tmp_path, ranks):
     assert max(float((before[name] - after[name]).abs().max()) for name in before) <= 5e-5
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_ends_the_step_and_saves_and_the_run_goes_on_bit_equal(whole, tmp_path, number):
     run = copied(whole, tmp_path, keep_steps=0)
     process = subprocess.Popen(command(run), cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=hears_all)
@@ -103,6 +103,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.long
 def test_a_run_that_is_to_end_in_its_last_evaluation_goes_on_with_it(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=STEPS)
     model, table = run_dir(run) / "model", run_dir(run) / "subnets.json"
@@ -157,6 +158,7 @@ def test_a_run_that_is_to_end_in_an_evaluation_saves_before_and_measures_again_w
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.long
 def test_the_model_of_another_checkpoint_does_not_stay(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=STEPS)
     train(run)
@@ -178,13 +180,14 @@ def test_a_run_can_be_moved_and_goes_on(whole, tmp_path):
     assert len(json.loads((moved / "subnets.json").read_text())["subnets"]) == 8
 
 
+@pytest.mark.long
 def test_a_changed_precision_is_told(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=4)
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}))
     assert "changed since the last start: zero.json.bf16.enabled: not set before, true now" in train(run)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_rank_that_is_killed_takes_the_others_down_and_is_named(whole, tmp_path, victim):
     run = copied(whole, tmp_path, keep_steps=0)
     process = subprocess.Popen(command(run, "train.steps=4000"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -230,6 +233,7 @@ def test_a_space_grows_on_purpose_and_is_refused_otherwise(whole, tmp_path):
     assert any(name.endswith("-f16") for name in trained)
 
 
+@pytest.mark.long
 def test_a_time_limit_saves_before_it_and_the_run_goes_on(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=0)
     said = train(run, "train.steps=100000", "--time-limit", "0:15")

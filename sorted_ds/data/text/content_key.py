@@ -7,15 +7,14 @@ time, so that a second start reads no text.
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import file_digest, sha256
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.base.files import replaced
 from sorted_ds.data.text.sources import Source
 
 FORMAT = 1
@@ -91,12 +90,5 @@ def _read_hash_cache(cache_dir: Path) -> dict[str, list]:
 
 def _write_hash_cache(cache_dir: Path, known: dict[str, list]) -> None:
     """Writes the hashes of known files. A read-only or full disk is no error, because the cache only saves time."""
-    with contextlib.suppress(OSError):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile("w", dir=cache_dir, prefix=f".writing_{HASHES_FILE}_", delete=False) as file:
-            try:
-                json.dump(known, file, indent=0)
-                file.close()
-                os.replace(file.name, cache_dir / HASHES_FILE)
-            except OSError:
-                os.unlink(file.name)
+    with contextlib.suppress(OSError), replaced(cache_dir / HASHES_FILE) as hidden:
+        hidden.write_text(json.dumps(known, indent=0))

@@ -7,14 +7,13 @@ In: a `DataSpec`. Out: `TokenizedText`, its tokens mapped from disk. A folder is
 when it is complete. So it is complete or invisible, even if other processes prepare the same text at the same time.
 """
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.base.files import sync
+from sorted_ds.base.files import replaced
 from sorted_ds.data.text.content_key import content_key, tokenizer_identity
 from sorted_ds.data.text.encode import Encoding, OnProgress, token_dtype, write_tokens
 from sorted_ds.data.text.sources import Source, documents, find_files
@@ -91,17 +90,12 @@ def _key(spec: DataSpec, sources: Sequence[Source], cache_dir: Path, workers: in
 def _prepare_folder(
     spec: DataSpec, sources: Sequence[Source], folder: Path, workers: int, on_progress: OnProgress
 ) -> None:
-    hidden = folder.parent / f".writing_{folder.name}_{os.getpid()}"
-    shutil.rmtree(hidden, ignore_errors=True)
-    try:
-        hidden.mkdir(parents=True)
+    # If the folder has come meanwhile, another process was faster and has written the same bytes.
+    with suppress(FileExistsError), replaced(folder, durable=True, overwrite=False) as hidden:
+        hidden.mkdir()
         _write_contents(spec, sources, hidden, workers, on_progress)
         if _key(spec, sources, folder.parent, workers) != folder.name:
             raise UserError("data: the text changed while it was being prepared. Start again.")
-        _sync_all(hidden)
-        _publish(hidden, folder)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _write_contents(
@@ -124,18 +118,3 @@ def _write_contents(
 
 def _all_documents(sources: Sequence[Source]) -> Iterator[str]:
     return (text for source in sources for text in documents(source))
-
-
-def _sync_all(folder: Path) -> None:
-    """Syncs every file and folder, so that the contents are on the disk before the name appears."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
-
-
-def _publish(hidden: Path, folder: Path) -> None:
-    try:
-        hidden.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise  # If the folder exists, another process was faster and has written the same bytes.
-    sync(folder.parent)
