@@ -29,7 +29,7 @@ from sorted_ds.checkpoint.folders import checkpoint_name
 from sorted_ds.checkpoint.identity import MODEL, Identity, flat, with_current_keys
 from sorted_ds.checkpoint.index import checkpoint_fingerprint
 from sorted_ds.cluster.ranks import Ranks
-from sorted_ds.deploy.evaluate import save, stored_dtype
+from sorted_ds.deploy.evaluate import baseline_of, save_table, stored_dtype
 from sorted_ds.deploy.model_dir import (
     FROM_RUN_DIR,
     MODEL_FOLDER,
@@ -73,8 +73,7 @@ class RunDir:
     @property
     def baseline(self) -> Mapping[str, float] | None:
         """The name and the loss of the task's baseline, if it has one."""
-        baseline = self.task.baseline(self.data)
-        return None if baseline is None else {baseline.name: baseline.loss}
+        return baseline_of(self.task, self.data)
 
     def checkpoints(self) -> Checkpoints:
         """Returns the checkpoints in RUN_DIR, which must have this run's identity."""
@@ -205,7 +204,7 @@ class RunDir:
                 where = ModelDir.find(self.run.run_dir)
                 # Without new rows the figure is drawn too: an earlier start may have been killed before it drew it.
                 if rows := measured or where.read().subnets:
-                    table = save(where, rows, self.task, self.data).measured
+                    table = save_table(where, rows, self.task, self.data).measured
         return table
 
 

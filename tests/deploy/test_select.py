@@ -76,7 +76,7 @@ def test_amounts_read_as_written(text, amount):
 
 @pytest.mark.parametrize("text", ["", "many", "-3M", "0", "3MB", "1e999", "nan"])
 def test_what_is_no_amount_is_refused(text):
-    with pytest.raises(UserError, match="is no amount"):
+    with pytest.raises(UserError, match="is not an amount"):
         parse_amount(text)
 
 
