@@ -41,8 +41,8 @@ def select(
     if not fitting:
         smallest = min(rows, key=lambda row: row.parameters)
         raise UserError(
-            f"none of {len(rows)} sub-networks is within the budget. Allow at least the {smallest.parameters:,} "
-            f"parameters and {smallest.flops_per_token:,} FLOPs per token of the smallest one, {smallest.subnet}."
+            f"none of {len(rows)} sub-networks is within the budget. The smallest, {smallest.subnet}, has "
+            f"{smallest.parameters:,} parameters and {smallest.flops_per_token:,} FLOPs per token. Allow at least that."
         )
     return min(fitting, key=lambda row: (row.loss, row.parameters))
 

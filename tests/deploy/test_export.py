@@ -82,8 +82,9 @@ def test_the_card_states_the_measured_figures_and_its_snippet_runs(tmp_path):
     row = next(row for row in made_up_table() if row.subnet == SUBNET)
     assert f"| {row.loss:.4f} |" in card
     assert f"| {row.parameters:,} |" in card
-    assert "the first 2 layers of `d4-g4-f112`, and in each of them the first 3 attention groups and the first 80" in card
-    assert "The loss of a unigram model: 4.5000." in card
+    assert "It has the first 2 layers of `d4-g4-f112`, and in each of them the first 3 attention groups" in card
+    assert " and the first 80 ffn channels." in card
+    assert "The loss of a unigram model is 4.5000." in card
     snippet = card.split("```python\n")[1].split("```")[0]
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
