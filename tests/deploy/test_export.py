@@ -185,5 +185,5 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path):
     run = trained_run(tmp_path / "run")
     for path in (run / "model").glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         exported(run, tmp_path / "small")
