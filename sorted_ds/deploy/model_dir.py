@@ -27,8 +27,6 @@ SUBNETS_JSON = "subnets.json"
 PARETO_PNG = "pareto.png"
 TOKENS_DIR, FROM_RUN_DIR = "tokens_dir", "from_run_dir"
 """Keys of `Sorted.data`: the absolute path of the prepared data, and its path relative to the run's directory."""
-UNIGRAM_MODEL = "unigram model"
-"""The name of the baseline of a language model."""
 LOSS = "loss"
 """The name of the metric that every task has (`tasks.LOSS`, which this module cannot import without torch)."""
 
@@ -120,7 +118,7 @@ class ModelDir:
             contents = json.loads(path.read_text(encoding="utf-8"))
             rows = tuple(Measured.from_json(row) for row in contents.pop("subnets", ()))
             nats = contents.pop("unigram_nats", None)  # files of earlier versions, which had no other baseline
-            contents = {"baseline": None if nats is None else {UNIGRAM_MODEL: nats}, **contents}
+            contents = {"baseline": None if nats is None else {"unigram model": nats}, **contents}
             found = Sorted(**{**contents, "space": tuple(contents["space"])}, subnets=rows)
             _ = found.sub_networks
         except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
