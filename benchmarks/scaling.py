@@ -19,7 +19,7 @@ from sorted_ds.engine import Engine
 from sorted_ds.nested import costs_of, sorted_by_cost, union_parameters
 from sorted_ds.run.config import Optim
 from sorted_ds.run.plan import FORWARD_AND_BACKWARD, state_bytes
-from sorted_ds.run.traffic import Samples, Traffic, step_traffic
+from sorted_ds.run.traffic import StepSizes, Traffic, step_traffic
 from sorted_ds.space import Pass, SubNet, SubNetSpace
 from sorted_ds.space.sampling import Sampler
 from tests.batches import LLAMA, TASK, batch, blank
@@ -76,7 +76,7 @@ def told(stage: int, bf16: bool) -> Traffic:
     costs = costs_of(model.space, model.family, model.config, TINY.row_tokens)
     subnets = [model.space[name] for name in SUBNETS]
     union = union_parameters([subnets], model.family, model.config)[0]
-    samples = Samples([costs[s].parameters for s in subnets], union, forwards=1)
+    samples = StepSizes([costs[s].parameters for s in subnets], union, forwards=1)
     return step_traffic(stage, bf16, costs[model.space.full].parameters, samples)
 
 
@@ -181,7 +181,9 @@ def print_many(gb_per_second: float, peak_tflops: float, mfu: float) -> None:
 
 def sent(stage: int, full: int, steps: list[list[SubNet]], unions: list[int], costs, forwards: int, gpus: int) -> float:
     """Bytes a rank sends in a step, on average."""
-    sampled = [Samples([costs[s].parameters for s in step], u, forwards) for step, u in zip(steps, unions, strict=True)]
+    sampled = [
+        StepSizes([costs[s].parameters for s in step], u, forwards) for step, u in zip(steps, unions, strict=True)
+    ]
     return sum(step_traffic(stage, True, full, samples).sent(gpus) for samples in sampled) / len(sampled)
 
 

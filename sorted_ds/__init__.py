@@ -1,4 +1,4 @@
-"""One large language model that holds many smaller ones: `SubNetSpace`, `nest` and `extract` are where to begin."""
+"""Trains one large network that holds many smaller ones. Start with `SubNetSpace`, `nest` and `extract`."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 
 __all__ = ["NestedModel", "SubNet", "SubNetSpace", "UserError", "extract", "nest"]
 
-_HOMES = {"nest": "families", "SubNet": "space", "SubNetSpace": "space", "UserError": "base.errors"}
+_MODULES = {"nest": "families", "SubNet": "space", "SubNetSpace": "space", "UserError": "base.errors"}
+"""Names -> the modules that define them. The others are in `nested`."""
 
 
 def __getattr__(name: str) -> object:
-    """Loads torch only when it is needed: `sorted-ds --help` is quick."""
+    """Imports a public name when it is first used, so that `sorted-ds --help` does not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module 'sorted_ds' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"sorted_ds.{_HOMES.get(name, 'nested')}"), name)
+    return getattr(importlib.import_module(f"sorted_ds.{_MODULES.get(name, 'nested')}"), name)

@@ -98,9 +98,9 @@ def _script(script: Path, arguments: list[str], environment: dict[str, str], log
 def _rank(place: dict[str, str], work: Callable[[], int]) -> None:
     """Does what `python -m sorted_ds.commands.rank` does."""
     from sorted_ds.cluster import stop
-    from sorted_ds.run import train
+    from sorted_ds.run import parts
 
     os.environ.update(place)
-    stop.START_TIME, train.PARENT_PID = time.monotonic(), os.getppid()  # as if imported now
+    stop.START_TIME, parts.PARENT_PID = time.monotonic(), os.getppid()  # as if imported now
     stop.listen()
     leave(work)

@@ -237,7 +237,7 @@ def train_here(ranks: Ranks, run_file: Path, overrides: Sequence[str] = (), dies
             os._exit(9)
         return norm
 
-    parent = mock.patch("sorted_ds.run.train.PARENT_PID", os.getppid())  # the process that forks is this one's launcher
+    parent = mock.patch("sorted_ds.run.parts.PARENT_PID", os.getppid())  # the process that forks is this one's launcher
     engine_step = mock.patch.object(Engine, "step", dying if dies_after else step)
     with registered(), parent, engine_step:
         run = load_run(run_file, list(overrides))

@@ -1,8 +1,8 @@
-"""Loads an exported model with plain transformers, in a process that cannot import sorted_ds or deepspeed.
+"""Checks an exported model with plain transformers: `python tools/check_export.py DIR [PROMPT]`.
 
-`python tools/check_export.py DIR [PROMPT]`: compares the logits with those that `sorted-ds export --store-logits`
-stored beside the model (the nested model's own), prints the largest difference, and generates a line of text. Fails
-when the difference is over 1e-5 of the largest logit.
+In: a directory that `sorted-ds export --store-logits` wrote. The process cannot import sorted_ds or deepspeed. It
+compares the model's logits with the nested model's, which stand beside the model, and generates a line of text. Out:
+the largest difference, and the text. It fails if the difference is more than 1e-5 of the largest logit.
 """
 
 import sys
@@ -27,13 +27,13 @@ def main(folder: Path, prompt: str) -> None:
         logits = model(stored["input_ids"]).logits
     difference = ((logits - stored["logits"]).abs().max() / stored["logits"].abs().max()).item()
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{type(model).__name__} of {size:,} parameters; largest difference of its logits from the nested model's:")
-    print(f"{difference:.1e} of the largest logit (at most {LARGEST_RELATIVE_DIFFERENCE:.0e})")
+    print(f"The {type(model).__name__} has {size:,} parameters. Its logits differ from the nested model's by at most")
+    print(f"{difference:.1e} of the largest logit; {LARGEST_RELATIVE_DIFFERENCE:.0e} is allowed.")
     if not difference <= LARGEST_RELATIVE_DIFFERENCE:
-        sys.exit("error: the logits differ")
+        sys.exit("error: the exported model has other logits than the nested model. Please report this.")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     text = tokenizer.decode(model.generate(**inputs, max_new_tokens=24, do_sample=False)[0], skip_special_tokens=True)
-    print(f"it writes: {text!r}")
+    print(f"It generates: {text!r}")
 
 
 if __name__ == "__main__":

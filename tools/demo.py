@@ -1,8 +1,9 @@
-"""The demo: trains one network on the Python standard library, then takes a small one out of it. `make demo` runs it.
+"""Runs the demo: trains one network on the Python standard library, then exports a small one. `make demo` runs it.
 
-Everything is real: the text that came with the interpreter, a SentencePiece tokenizer trained from it, two ranks under
-the deepspeed launcher with ZeRO, every sub-network evaluated, one picked by budget, exported, and loaded by plain
-transformers in a process that cannot import sorted_ds. Fails where a result is not what README promises.
+In: the modules of the interpreter's standard library. On disk: demo/ with the text, the run and the exported model. The
+demo trains a SentencePiece tokenizer on the text, and the network on two ranks under the deepspeed launcher with ZeRO.
+It evaluates every sub-network, selects one by a budget, exports it, and loads it with plain transformers in a process
+that cannot import sorted_ds. It fails if a result is not what README promises.
 """
 
 import json
@@ -15,45 +16,49 @@ import time
 from pathlib import Path
 
 from sorted_ds.cluster.launcher import num_devices
+from sorted_ds.deploy.model_dir import PARETO_PNG, SUBNETS_JSON
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"
 RUN_FILE = "launch/runs/demo.toml"
 RUN_DIR = "demo/run"
-LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data", "turtledemo"}
+FOLDERS_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data", "turtledemo"}
 BUDGET = "700k"
+"""The largest number of parameters of the exported sub-network."""
 RANKS = 2
-"""On a machine with one GPU it is one."""
-
+"""A machine with one GPU runs one rank."""
 NATS_UNDER_UNIGRAM = 1.0
+"""The worst sub-network has a loss that is lower than the unigram model's by at least this."""
 LARGEST_CORRELATION = -0.9
+"""The largest rank correlation of parameters and loss."""
 FULL_WITHIN = 0.02
+"""The largest relative difference between the loss of the full network and the lowest loss."""
 
 
 def main() -> None:
     start = time.perf_counter()
     copy_standard_library()
     run("sorted-ds", "train", RUN_FILE, "--ranks", str(min(RANKS, num_devices() or RANKS)))
-    check_table(json.loads((ROOT / RUN_DIR / "subnets.json").read_text()))
+    check_table(json.loads((ROOT / RUN_DIR / SUBNETS_JSON).read_text()))
     name = run("sorted-ds", "select", RUN_DIR, "--max-params", BUDGET, capture=True).strip()
     print(name)
     out = f"demo/{name}"
     shutil.rmtree(ROOT / out, ignore_errors=True)
     run("sorted-ds", "export", RUN_DIR, "--subnet", name, "--out", out, "--store-logits")
     run("python", "tools/check_export.py", out, "def __init__(self, ")
-    print(f"\nfigure:      {RUN_DIR}/pareto.png")
+    print(f"\nfigure:      {RUN_DIR}/{PARETO_PNG}")
     print(f"curves:      tensorboard --logdir {RUN_DIR}/tensorboard")
     print(f"sub-network: {out}, an ordinary Hugging Face model")
-    print(f"The demo took {time.perf_counter() - start:.0f} s, without installation.")
+    print(f"The demo took {time.perf_counter() - start:.0f} s, not counting the installation.")
 
 
 def copy_standard_library() -> None:
-    """The interpreter's own modules, without tests and generated tables."""
+    """Copies the modules of the standard library to demo/text, without tests and generated tables."""
     source, target = Path(sysconfig.get_paths()["stdlib"]), DEMO / "text"
     shutil.rmtree(target, ignore_errors=True)
     for path in sorted(source.rglob("*.py")):
         inside = path.relative_to(source)
-        if not LEFT_OUT & set(inside.parts) and is_utf8(path):
+        if not FOLDERS_LEFT_OUT & set(inside.parts) and is_utf8(path):
             (target / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / inside)
     files = list(target.rglob("*.py"))
@@ -69,35 +74,35 @@ def is_utf8(path: Path) -> bool:
 
 
 def run(program: str, *arguments: str, capture: bool = False) -> str:
-    """One command of README, shown and run; returns its output where captured."""
+    """Prints and runs a command of README. Returns its output if `capture` is set, otherwise an empty string."""
     print(f"\n$ {shlex.join([program, *arguments])}", flush=True)
     path = sys.executable if program == "python" else str(Path(sys.executable).parent / program)
     done = subprocess.run(
         [path, *arguments], cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True, check=False
     )
     if done.returncode:
-        sys.exit(f"error: the demo stopped: {program} ended with code {done.returncode}.")
+        sys.exit(f"error: the demo stopped, because {program} ended with exit code {done.returncode}.")
     return done.stdout or ""
 
 
 def check_table(table: dict) -> None:
-    """What README promises of the trained network."""
+    """Checks what README promises of the trained network, and exits with an error if it is not so."""
     rows = table["subnets"]
     losses = [row["loss"] for row in rows]
     margin = table["baseline"]["unigram model"] - max(losses)
     correlation = rank_correlation([row["parameters"] for row in rows], losses)
     over_best = losses[-1] / min(losses) - 1
     smallest = rows[0]["non_embedding_parameters"] / rows[-1]["non_embedding_parameters"]
-    print(f"\n{len(rows)} sub-networks; the smallest has {smallest:.1%} of the full one's non-embedding parameters.")
-    print(f"The worst is {margin:.2f} nats under the unigram model (at least {NATS_UNDER_UNIGRAM}).")
-    print(f"Rank correlation of parameters and loss: {correlation:.3f} (at most {LARGEST_CORRELATION}).")
-    print(f"The full network is {over_best:.2%} over the best (at most {FULL_WITHIN:.0%}).")
+    print(f"\n{len(rows)} sub-networks: the smallest has {smallest:.1%} of the full one's non-embedding parameters.")
+    print(f"The highest loss is {margin:.2f} nats below the unigram model's (at least {NATS_UNDER_UNIGRAM}).")
+    print(f"The rank correlation of parameters and loss is {correlation:.3f} (at most {LARGEST_CORRELATION}).")
+    print(f"The loss of the full network is {over_best:.2%} above the lowest one (at most {FULL_WITHIN:.0%}).")
     if margin < NATS_UNDER_UNIGRAM or correlation > LARGEST_CORRELATION or over_best > FULL_WITHIN:
-        sys.exit("error: the trained network is not what README promises. Please report it.")
+        sys.exit("error: the trained network is not what README promises. Please report this.")
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
-    """Spearman's."""
+    """Returns Spearman's rank correlation."""
     ranks = [[sorted(values).index(value) for value in values] for values in (a, b)]
     means = [sum(values) / len(values) for values in ranks]
     x, y = ([value - mean for value in values] for values, mean in zip(ranks, means, strict=True))

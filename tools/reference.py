@@ -1,7 +1,7 @@
 """Writes docs/run-file.md, the reference of the run file: `python tools/reference.py`.
 
-In: the sections and docstrings of sorted_ds/run/config.py, and the DeepSpeed keys of sorted_ds/engine/modes.py. Out:
-the whole page. A test says when it is not current.
+In: the sections and docstrings of sorted_ds/run/config.py, and the DeepSpeed keys of sorted_ds/engine/modes.py. On
+disk: the whole page. A test fails when the page is not up to date.
 """
 
 from pathlib import Path
@@ -79,7 +79,7 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _kind(annotation: Any) -> str:
-    """How a value of this type is written in TOML."""
+    """Returns how a value of this type is written in TOML."""
     names = {str: "string", int: "integer", float: "number", bool: "true or false", Path: "path"}
     if annotation in names:
         return names[annotation]
@@ -117,7 +117,7 @@ def _one_line(text: str | None) -> str:
 
 
 def _deepspeed_table() -> str:
-    """The keys of the JSON that are compared with the reference, and their values."""
+    """Returns the table of the keys that a DeepSpeed JSON may have, with their values."""
     keys = {f"{section}.{key}": values for section, own in SECTION_KEYS.items() for key, values in own.items()}
     keys |= {key: values for key, values in TOP_KEYS.items() if key not in SECTION_KEYS}
     rows = [(f"`{key}`", _allowed(values)) for key, values in keys.items() if key not in SECTION_KEYS]

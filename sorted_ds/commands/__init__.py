@@ -1,1 +1,1 @@
-"""One module for each command of `sorted-ds`: `run(args)` does it and returns the exit code."""
+"""Holds one module for each command of `sorted-ds`, whose `run(args)` returns the exit code; and the parser, cli.py."""

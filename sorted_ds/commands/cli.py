@@ -1,8 +1,8 @@
-"""The command line: `sorted-ds plan | prepare | train | launch | eval | select | export`.
+"""Parses the command line of `sorted-ds`, and runs one of its commands.
 
-In: arguments. Out: an exit code: 0, 1 for a failure of the program, 2 for what the user can mend (one line on stderr,
-no traceback), 130 after Ctrl-C. Each command's work is in `commands/`, imported when it is called: `--help` loads no
-torch.
+In: arguments. Out: an exit code. 0 is success, 1 a defect of the program, 2 an error that the user can correct (one
+line on stderr, without a traceback), and 130 means that Ctrl-C ended the command. The module of a command is imported
+when the command is called, so that `--help` does not wait for torch.
 """
 
 import argparse
@@ -17,13 +17,14 @@ from pathlib import Path
 from sorted_ds.base.errors import UserError
 
 INTERRUPTED = 130
+EXAMPLE_RUN_FILE, EXAMPLE_RUN_DIR = "launch/runs/demo.toml", "demo/run"
 LIGHT = ("select",)
-"""Commands that need no torch, so no accelerator."""
+"""The commands that do not use torch, and so need no environment for an accelerator."""
 Commands = argparse._SubParsersAction
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code. Usage errors leave through argparse with code 2."""
+    """Runs one command and returns its exit code. For a usage error argparse exits with code 2."""
     args = _parse(_parser(), argv)
     try:
         if args.command not in LIGHT:
@@ -37,39 +38,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_main() -> None:
-    """One rank, started by any launcher: what launch/train.py calls. deepspeed adds --local_rank=N, which we know.
+    """Runs one rank and exits. Any launcher may start it; launch/train.py and commands/rank.py call this.
 
-    Leaves without the interpreter's shutdown: under MPI a rank that fails would wait in it for all others, and gloo's
-    threads sometimes abort it, after all is done.
+    It skips the interpreter's shutdown, in which a rank that failed under MPI would wait for all others, and which
+    gloo's threads sometimes abort after all work is done.
     """
-    importlib.import_module("sorted_ds.cluster.stop").listen()  # before the slow imports: a signal may come in them
-    parser = argparse.ArgumentParser(prog="train.py", description="One rank of a run, started by any launcher.")
+    importlib.import_module("sorted_ds.cluster.stop").listen()  # a signal may arrive during the slow imports
+    parser = argparse.ArgumentParser(prog="train.py", description="Run one rank of a training run under any launcher.")
     _add_run_file(parser)
-    _add_life(parser)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    _add_run_options(parser)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = _parse(parser)
     try:
         code = importlib.import_module("sorted_ds.run.train").main([str(args.run_file), *args.overrides])
-    except SystemExit as left:
-        code = left.code
+    except SystemExit as system_exit:
+        code = system_exit.code
     except BaseException:
         traceback.print_exc()
         code = 1
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody may be there to read it
+        with suppress(OSError):  # the reader may have closed it
             stream.flush()
     if not code and "mpi4py.MPI" in sys.modules:
-        sys.modules["mpi4py.MPI"].Finalize()  # or mpirun takes the rank for one that failed
+        sys.modules["mpi4py.MPI"].Finalize()  # otherwise mpirun treats the rank as failed
     os._exit(code)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Overrides may also follow the flags: argparse leaves those over."""
-    args, left = parser.parse_known_args(argv)
-    if left and (not hasattr(args, "overrides") or any(text.startswith("-") for text in left)):
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
-    if left:
-        args.overrides += left
+    """Parses the arguments. Overrides may also follow the options, where argparse does not recognize them."""
+    args, unrecognized = parser.parse_known_args(argv)
+    if unrecognized and (not hasattr(args, "overrides") or any(text.startswith("-") for text in unrecognized)):
+        parser.error(f"unrecognized arguments: {' '.join(unrecognized)}")
+    if unrecognized:
+        args.overrides += unrecognized
     if getattr(args, "time_limit", None):
         args.overrides.append(f"train.time_limit={args.time_limit}")
     if getattr(args, "extend_space", False):
@@ -80,7 +81,9 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sorted-ds",
-        description="Train one large language model that holds many smaller ones, and take out the one that fits.",
+        description="Train one large network that holds many smaller ones, and export the one that fits your budget.",
+        epilog=f"example:\n  sorted-ds plan {EXAMPLE_RUN_FILE}\n\n`sorted-ds COMMAND --help` explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
@@ -93,11 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: Commands, name: str, does: str, more: str, example: str) -> argparse.ArgumentParser:
+def _add(commands: Commands, name: str, summary: str, details: str, example: str) -> argparse.ArgumentParser:
     return commands.add_parser(
         name,
-        help=does,
-        description=f"{does[0].upper()}{does[1:]}. {more}",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.\n{details}",
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -107,13 +110,13 @@ def _add_plan(commands: Commands) -> None:
     parser = _add(
         commands,
         "plan",
-        "show and check what a run will cost, before it costs anything",
-        "Trains nothing, needs no GPU.",
-        "sorted-ds plan launch/runs/demo.toml train.steps=1000 --ranks 8",
+        "check a run file, and show what the run will do and cost",
+        "The command trains nothing and needs no GPU.",
+        f"sorted-ds plan {EXAMPLE_RUN_FILE} train.steps=1000 --ranks 8",
     )
     _add_run_file(parser)
     _add_ranks(parser)
-    help_tflops = "TFLOP/s that one rank is expected to reach: prints the hours (default: no estimate)"
+    help_tflops = "also estimate the hours of the run, if each rank computes N TFLOP/s"
     parser.add_argument("--tflops", type=float, metavar="N", help=help_tflops)
     _add_json(parser)
 
@@ -122,12 +125,12 @@ def _add_prepare(commands: Commands) -> None:
     parser = _add(
         commands,
         "prepare",
-        "turn a run's text into tokens on disk",
-        "Does nothing where they are there already. `train` prepares by itself.",
-        "sorted-ds prepare launch/runs/demo.toml",
+        "prepare the data of a run, for example turn its text into tokens",
+        "Data that is prepared already is used again. `sorted-ds train` also prepares the data.",
+        f"sorted-ds prepare {EXAMPLE_RUN_FILE}",
     )
     _add_run_file(parser)
-    _add_life(parser)  # the job scripts hand on what `train` gets
+    _add_run_options(parser)  # the job scripts pass the arguments of `train` to `prepare`
     _add_json(parser)
 
 
@@ -135,14 +138,14 @@ def _add_train(commands: Commands) -> None:
     parser = _add(
         commands,
         "train",
-        "train on this machine, through the deepspeed launcher",
-        "Goes on from the run's last checkpoint.\nOn Ctrl-C, SIGTERM or SIGUSR1 the step ends and is saved; a "
-        "Ctrl-C after it kills.",
-        "sorted-ds train launch/runs/demo.toml optim.learning_rate=1e-3 --ranks 2",
+        "train on this machine, with the deepspeed launcher",
+        "The run resumes from its last checkpoint, if it has one. After Ctrl-C, SIGTERM or SIGUSR1 it ends the step,\n"
+        "saves and stops; another Ctrl-C kills it.",
+        f"sorted-ds train {EXAMPLE_RUN_FILE} optim.learning_rate=1e-3 --ranks 2",
     )
     _add_run_file(parser)
     _add_ranks(parser)
-    _add_life(parser)
+    _add_run_options(parser)
 
 
 def _add_launch(commands: Commands) -> None:
@@ -150,22 +153,22 @@ def _add_launch(commands: Commands) -> None:
         commands,
         "launch",
         "train as a job of a Slurm cluster",
-        "Writes the job's script into the run's directory, submits it, and says how to follow it.\nPreempted or at its "
-        "time limit, the job saves, is started again, and goes on.",
+        "The command writes the job's script into the run's directory, submits it, and prints how to follow the job.\n"
+        "A job that is preempted or reaches its time limit saves, is started again, and resumes.",
         "sorted-ds launch slurm my.toml --nodes 2 --gpus-per-node 8 --time 1-00:00:00",
     )
-    parser.add_argument("cluster", choices=("slurm",), metavar="slurm", help="what the cluster is run by")
+    parser.add_argument("cluster", choices=("slurm",), metavar="slurm", help="the scheduler of the cluster")
     _add_run_file(parser)
-    parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="nodes (default: 1)")
-    help_ranks = "ranks on a node, each with a GPU (default: 8)"
+    parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="number of nodes (default: 1)")
+    help_ranks = "number of ranks on a node, each of which uses one GPU (default: 8)"
     parser.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help=help_ranks)
-    parser.add_argument("--no-gpus", action="store_true", help="as many ranks, on CPUs")
-    parser.add_argument("--time", default="24:00:00", metavar="TIME", help="time limit (default: 24:00:00)")
-    help_sbatch = "any other option of sbatch, like --sbatch=--partition=a100; may be given again"
+    parser.add_argument("--no-gpus", action="store_true", help="run these ranks on CPUs")
+    parser.add_argument("--time", default="24:00:00", metavar="TIME", help="time limit of the job (default: 24:00:00)")
+    help_sbatch = "another option of sbatch, like --sbatch=--partition=a100; --sbatch can be repeated"
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=help_sbatch)
-    parser.add_argument("--after", metavar="JOB", help="start when this job has ended, however it did")
-    parser.add_argument("--dry-run", action="store_true", help="write the script, submit nothing")
-    _add_life(parser)
+    parser.add_argument("--after", metavar="JOB", help="start after this job has ended, with or without success")
+    parser.add_argument("--dry-run", action="store_true", help="write the script, but do not submit it")
+    _add_run_options(parser)
 
 
 def _add_eval(commands: Commands) -> None:
@@ -173,13 +176,13 @@ def _add_eval(commands: Commands) -> None:
         commands,
         "eval",
         "measure sub-networks on the validation rows",
-        "Writes subnets.json, pareto.png and the table in model/sorted.json.",
-        "sorted-ds eval demo/run --subnets d8-g4-f384,d2-g1-f96",
+        "The command prints the table, and writes it to subnets.json, model/sorted.json and, as a figure, pareto.png.",
+        f"sorted-ds eval {EXAMPLE_RUN_DIR} --subnets d6-g4-f384,d2-g1-f96",
     )
     _add_dir(parser)
-    parser.add_argument("--subnets", metavar="NAME,NAME", help="these alone (default: all of the space)")
-    parser.add_argument("--rows", type=_positive, metavar="N", help="validation rows (default: the run's eval.rows)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--subnets", metavar="NAME,NAME", help="measure only these sub-networks (default: all)")
+    parser.add_argument("--rows", type=_positive, metavar="N", help="number of validation rows (default: eval.rows)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
     _add_json(parser)
 
 
@@ -187,13 +190,13 @@ def _add_select(commands: Commands) -> None:
     parser = _add(
         commands,
         "select",
-        "name the best measured sub-network within a budget",
-        "A look-up in the measured table. Prints the name alone on stdout, the reason on stderr.",
-        "sorted-ds select demo/run --max-params 1.5M",
+        "find the best measured sub-network within a budget",
+        "The command looks it up in the measured table. It prints the name on stdout and the reason on stderr.",
+        f"sorted-ds select {EXAMPLE_RUN_DIR} --max-params 1.5M",
     )
     _add_dir(parser)
-    parser.add_argument("--max-params", metavar="N", help="parameters at most, like 2.5B, 300M or 1e6")
-    parser.add_argument("--max-flops", metavar="N", help="forward FLOPs per token at most, like 5G")
+    parser.add_argument("--max-params", metavar="N", help="largest number of parameters, like 2.5B, 300M or 1e6")
+    parser.add_argument("--max-flops", metavar="N", help="largest number of forward FLOPs per token, like 5G")
     _add_json(parser)
 
 
@@ -202,44 +205,45 @@ def _add_export(commands: Commands) -> None:
         commands,
         "export",
         "write a sub-network as an ordinary Hugging Face model directory",
-        "Refuses to write when its logits differ from the nested model's. Prints the path.",
-        "sorted-ds export demo/run --subnet d4-g2-f96 --out exported/small",
+        "The command compares the logits with those of the full network's sub-network, and writes nothing if they\n"
+        "differ. It prints the path of the directory.",
+        f"sorted-ds export {EXAMPLE_RUN_DIR} --subnet d4-g2-f96 --out exported/small",
     )
     _add_dir(parser)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--subnet", metavar="NAME", help="which one")
-    which.add_argument("--all", action="store_true", help="each of the space, into OUT/NAME")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
-    parser.add_argument("--store-logits", action="store_true", help="also write logits.safetensors, to compare with")
+    which.add_argument("--subnet", metavar="NAME", help="export this sub-network")
+    which.add_argument("--all", action="store_true", help="export every sub-network, into OUT/NAME")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write, which must not exist")
+    parser.add_argument("--store-logits", action="store_true", help="also write logits.safetensors, for a comparison")
 
 
 def _add_run_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", type=Path, metavar="RUN.toml", help="the run file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys of the run file to replace")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a key of the run file")
 
 
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
-    text = "processes, one per GPU (default: the number of GPUs, else 1)"
+    text = "number of processes, one for each GPU (default: the number of GPUs, or 1)"
     parser.add_argument("--ranks", type=_positive, metavar="N", help=text)
 
 
-def _add_life(parser: argparse.ArgumentParser) -> None:
-    text = "save and end before so long has passed, like 90 (minutes) or 1:30:00 (default: train.time_limit)"
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    text = "save and stop before this time has passed, like 90 (minutes) or 1:30:00 (default: train.time_limit)"
     parser.add_argument("--time-limit", metavar="TIME", help=text)
-    text = "go on from checkpoints whose space is a part of this one, with the same weights"
+    text = "resume with the same weights after the space has grown (checkpoint.extend_space)"
     parser.add_argument("--extend-space", action="store_true", help=text)
 
 
 def _add_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dir", type=Path, metavar="DIR", help="the run's directory, or the model directory in it")
+    parser.add_argument("dir", type=Path, metavar="DIR", help="directory of a run, or the model directory in it")
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="machine-readable output on stdout")
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
 
 
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+        raise argparse.ArgumentTypeError(f"{text} should be at least 1")
     return number

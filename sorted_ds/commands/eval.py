@@ -1,4 +1,7 @@
-"""`sorted-ds eval`: measures sub-networks, prints the table, writes it and the figure."""
+"""`sorted-ds eval`: measures sub-networks, prints the table, and writes it with its figure.
+
+In: the directory of a trained model. Out: the table on stdout. On disk: subnets.json, pareto.png and model/sorted.json.
+"""
 
 import argparse
 import json
@@ -15,6 +18,7 @@ from sorted_ds.deploy.table import console, measured_table
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code. Raises: UserError for what the user can correct."""
     where = ModelDir.find(args.dir)
     names = [name.strip() for name in args.subnets.split(",")] if args.subnets else None
     evaluation = _evaluate(args, names, len(names or where.read().space))
@@ -28,13 +32,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace, names: list[str] | None, num_subnets: int) -> Evaluation:
-    """A progress bar on a terminal, a line for each sub-network elsewhere; both on stderr."""
-    errors = Console(stderr=True)
-    with Progress(console=errors, disable=not errors.is_terminal) as progress:
+    """Evaluates, and shows the progress on stderr: as a bar on a terminal, otherwise as a line for each sub-network."""
+    stderr = Console(stderr=True)
+    with Progress(console=stderr, disable=not stderr.is_terminal) as progress:
         task = progress.add_task("evaluating", total=num_subnets, start=True)
 
         def report(name: str) -> None:
-            if errors.is_terminal:
+            if stderr.is_terminal:
                 progress.update(task, advance=1, description=f"evaluating {name}")
             else:
                 print(f"evaluating {name}", file=sys.stderr)
@@ -46,7 +50,9 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise UserError(f"--device {name} is no device. Write cpu, cuda or cuda:1.") from error
+        raise UserError(f"--device {name} is not a device. Write cpu, cuda or cuda:1.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs. Write cpu.")
+        raise UserError(
+            f"--device {name} does not exist: this machine has {torch.cuda.device_count()} GPUs. Write cpu."
+        )
     return device

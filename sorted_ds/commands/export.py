@@ -1,4 +1,7 @@
-"""`sorted-ds export`: one or all sub-networks as ordinary Hugging Face directories."""
+"""`sorted-ds export`: writes one or all sub-networks as ordinary Hugging Face directories.
+
+In: the directory of a trained model. On disk: a directory for each sub-network. Out: their paths on stdout.
+"""
 
 import argparse
 import sys
@@ -10,6 +13,7 @@ from sorted_ds.deploy.model_dir import ModelDir
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code. Raises: UserError for what the user can correct."""
     disable_progress_bar()
     names = list(ModelDir.find(args.dir).read().space) if args.all else [args.subnet]
     outs = [args.out / name for name in names] if args.all else [args.out]

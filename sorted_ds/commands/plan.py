@@ -1,4 +1,7 @@
-"""`sorted-ds plan`: prints what a run will do and cost, and checks what can be checked."""
+"""`sorted-ds plan`: checks a run file, and prints what the run will do and cost.
+
+In: a run file and a number of ranks. Out: tables and sentences on stdout, or the numbers as JSON. Nothing is on disk.
+"""
 
 import argparse
 import json
@@ -13,6 +16,7 @@ from sorted_ds.run.run_file import load_run
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code. Raises: UserError for what the user can correct."""
     settings = load_run(args.run_file, args.overrides)
     config, space = check_run(settings)
     plan = make_plan(settings, space, config, args.ranks or num_devices() or 1)

@@ -1,4 +1,7 @@
-"""`sorted-ds prepare`: a run's text into tokens on disk."""
+"""`sorted-ds prepare`: prepares the data of a run.
+
+In: a run file. On disk: the prepared data, in a folder of `data.cache_dir`. Out: a summary, or facts as JSON.
+"""
 
 import argparse
 import json
@@ -11,6 +14,7 @@ from sorted_ds.tasks import task_of
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code. Raises: UserError for what the user can correct."""
     settings = load_run(args.run_file, args.overrides)
     data = prepare_data(settings, Console(stderr=True))
     if args.json:

@@ -1,4 +1,7 @@
-"""`sorted-ds train`: checks the run file, prepares its data, and starts the ranks."""
+"""`sorted-ds train`: checks the run file, prepares its data, and starts the ranks on this machine.
+
+In: a run file. Out: what the ranks print, and their exit code. On disk: the prepared data, and RUN_DIR (run/train.py).
+"""
 
 import argparse
 
@@ -10,10 +13,11 @@ from sorted_ds.run.run_file import load_run
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code. Raises: UserError for what the user can correct."""
     settings = load_run(args.run_file, args.overrides)
     check_run(settings)
     console, num_ranks = Console(stderr=True, soft_wrap=True), args.ranks or num_devices() or 1
     prepare_data(settings, console)
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
-    console.print(f"starting {ranks} (at the first start DeepSpeed compiles its operations: a minute)")
+    console.print(f"starting {ranks}; at the first start DeepSpeed compiles its operations for a minute")
     return launch(["sorted_ds.commands.rank", str(args.run_file), *args.overrides], num_ranks)

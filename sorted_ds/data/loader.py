@@ -1,8 +1,8 @@
-"""Rows to this rank's micro-batches; which rows is a pure function of (seed, step).
+"""Turns rows into the micro-batches of one rank. Which rows a step uses is a pure function of (seed, step).
 
-In: rows, a step, a rank. Out: for each share of the step's rows the micro-batches of this rank. A share is dealt over
-the ranks: every rank runs the same number of forwards of the same shape, short ones filled up by rows without targets.
-Nothing is on disk, and nothing needs saving: the step is the only cursor.
+In: rows, a step and a rank. Out: for each share of the step's rows, the micro-batches of this rank. A share is divided
+among the ranks, and every rank runs the same number of forward passes of the same shape, some with padding rows, which
+have no targets. Nothing is on disk, because the step number is the only cursor.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,25 +15,25 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.base.shuffle import Shuffle
 
 NO_TARGET = -100
-"""The label that torch's losses leave out, and ours."""
+"""The label of a position without a target. The losses of torch and of this package ignore it."""
 
 Batch = dict[str, Tensor]
-"""What a forward pass gets, by the names that its task gives: for text `input_ids` and `labels`."""
+"""The tensors of a forward pass by the names that the task gives them: for text `input_ids` and `labels`."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The rows of one forward pass of one rank."""
+    """The rows of one forward pass on one rank."""
 
     inputs: Batch
-    """Each tensor's first dimension is the rows."""
+    """The first dimension of each tensor counts the rows."""
     num_targets: int
     num_rows: int
-    """How many of the rows are real; the rest fill up and have no targets."""
+    """The number of rows that are not padding."""
 
 
 class Rows(Protocol):
-    """The rows of one side of the data, by number."""
+    """The training or validation rows of the data, by their number."""
 
     def __len__(self) -> int: ...
 
@@ -41,25 +41,26 @@ class Rows(Protocol):
 
 
 Collate = Callable[[Sequence[Any], int], MicroBatch]
-"""Makes a micro-batch of rows, filled up to a number of rows by some without targets."""
+"""Makes a micro-batch of the given size from at most as many rows; the others are padding rows without targets."""
 
 
 @dataclass(frozen=True)
 class Dealt:
-    """How the rows of one share are dealt over the ranks."""
+    """How the rows of one share are divided among the ranks."""
 
     rows_per_share: int
     forwards: int
-    """Forward passes of each rank over one share."""
+    """Forward passes on each rank for one share."""
     rows_per_forward: int
     padded_fraction: float
-    """The part of the rows that run, on all ranks, that have no targets."""
+    """The fraction of the rows in the forward passes of all ranks that are padding."""
 
 
 def deal(step_rows: int, num_shares: int, micro_batch_rows: int, world_size: int) -> Dealt:
-    """The fewest forwards of at most `micro_batch_rows`, and the smallest shape that so many need.
+    """Divides the rows of a share among the ranks, for the fewest forward passes of at most `micro_batch_rows` rows.
 
-    Raises: UserError when the shares cannot have equally many rows.
+    With so many forward passes, it takes the smallest number of rows for each. Raises: UserError when the step's rows
+    cannot be cut into equal shares.
     """
     if step_rows % num_shares:
         below = step_rows - step_rows % num_shares
@@ -81,7 +82,7 @@ def _divide_up(number: int, parts: int) -> int:
 
 
 class Loader:
-    """The training rows of one rank. Each row comes once an epoch, in another order each epoch."""
+    """The training rows of one rank. An epoch has each row once, and each epoch has another order."""
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class Loader:
         rank: int,
         world_size: int,
     ):
-        """Raises: UserError when the shares cannot have equally many rows."""
+        """Raises: UserError when the step's rows cannot be cut into equal shares."""
         self.rows, self.collate = rows, collate
         self.seed = seed
         self.num_shares = num_shares
@@ -103,7 +104,10 @@ class Loader:
         self.dealt = deal(step_rows, num_shares, micro_batch_rows, world_size)
 
     def batches(self, step: int) -> list[list[MicroBatch]]:
-        """For each share of the step's rows, this rank's micro-batches: as many, of the same shape, on every rank."""
+        """Returns this rank's micro-batches, for each share of the step's rows.
+
+        Every rank gets the same number of micro-batches, and all have the same shape.
+        """
         size = self.dealt.rows_per_share
         starts = ((step * self.num_shares + share) * size for share in range(self.num_shares))
         return [list(self._share(range(start, start + size))) for start in starts]
@@ -113,17 +117,17 @@ class Loader:
         return _micro_batches(self.rows, self.collate, mine, self.dealt)
 
     def row_at(self, position: int) -> int:
-        """The row at a position of the whole training, counted over all steps and shares."""
-        epoch, place = divmod(position, len(self.rows))
-        return Shuffle(len(self.rows), (self.seed, "rows", epoch))(place)
+        """Returns the number of the row at a position, which counts the rows of all steps and shares from 0."""
+        epoch, position_in_epoch = divmod(position, len(self.rows))
+        return Shuffle(len(self.rows), (self.seed, "rows", epoch))(position_in_epoch)
 
 
 def validation_batches(
     rows: Rows, collate: Collate, num_rows: int, micro_batch_rows: int, rank: int, world_size: int
 ) -> Iterator[MicroBatch]:
-    """This rank's share of `num_rows` rows (at most all) at equal distances over the whole data.
+    """Yields this rank's part of `num_rows` rows, or of all if there are fewer, evenly spread over the whole data.
 
-    Every rank gets as many micro-batches of the same shape, because collectives run in them.
+    Every rank gets the same number of micro-batches, because their forward passes issue collectives.
     """
     num_rows = min(num_rows, len(rows))
     mine = [number * len(rows) // num_rows for number in range(rank, num_rows, world_size)]

@@ -1,1 +1,1 @@
-"""What a trained family is used for: evaluate, select, export. No DeepSpeed."""
+"""Uses a trained family: evaluates, selects and exports its sub-networks, without DeepSpeed."""

@@ -1,4 +1,7 @@
-"""The README.md of an exported model: what it is, how it was cut, how good it is, how to use it."""
+"""Writes the README.md of an exported model: what it is, how it was cut, how good it is, and how to use it.
+
+In: the contents of sorted.json and a sub-network. Out: Markdown.
+"""
 
 from collections.abc import Sequence
 
@@ -18,14 +21,14 @@ tags: [sorted_ds, sortednet, {family}]
 
 # {name}
 
-An ordinary {family} model: sub-network `{subnet}` of a larger network that was trained so that its prefixes work on
-their own (SortedNet, arXiv 2309.00255). It needs `transformers` alone.
+This is an ordinary {family} model. It is the sub-network `{subnet}` of a larger network, which was trained so that its
+sub-networks work on their own (SortedNet, arXiv 2309.00255). It needs only `transformers`.
 
 ## How it was cut
 
-From `{full}`: {layers}, in each {widths}; everything else is shared. Nothing was trained or rounded afterwards. Its
-logits were compared with the nested model's before it was written: the largest difference is below 1e-5 of the largest
-logit, computed in fp32.
+It has {layers} of `{full}`, and in each of them {widths}. Nothing was trained or rounded after the cut. Before the
+model was written, its logits were compared with those of the larger network: in fp32, the largest difference is below
+{difference:.0e} of the largest logit.
 
 ## Measured
 """
@@ -45,8 +48,19 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 """
 
 
-def model_card(trained: Sorted, subnet: SubNet, family: Family, config: PreTrainedConfig, task: Task, name: str) -> str:
-    """Markdown; the figures come from the measured table, or say that there are none."""
+def model_card(
+    trained: Sorted,
+    subnet: SubNet,
+    family: Family,
+    config: PreTrainedConfig,
+    task: Task,
+    name: str,
+    largest_difference: float,
+) -> str:
+    """Returns the card as Markdown. Its figures come from the measured table, if the sub-network was measured.
+
+    `largest_difference`: how far the logits may be from the nested model's, divided by the largest logit.
+    """
     widths = [f"the first {size:,} {AXES[letter].label}" for letter, size in subnet.sizes]
     header = HEADER.format(
         name=name,
@@ -55,6 +69,7 @@ def model_card(trained: Sorted, subnet: SubNet, family: Family, config: PreTrain
         family=config.model_type,
         layers=_layers(trained.sub_networks.layers_of(subnet)),
         widths=" and ".join(widths[1:]),
+        difference=largest_difference,
     )
     rows = {row.subnet: row for row in trained.subnets}
     usage = USAGE.format(name=name, auto_class=family.auto_class.__name__)
@@ -62,7 +77,7 @@ def model_card(trained: Sorted, subnet: SubNet, family: Family, config: PreTrain
 
 
 def _layers(numbers: Sequence[int]) -> str:
-    """The first n layers, or their numbers."""
+    """Returns which layers the sub-network has, in words."""
     if list(numbers) == list(range(len(numbers))):
         return f"the first {len(numbers)} layers"
     return f"{len(numbers)} layers (numbers {', '.join(map(str, numbers))}, counted from 0)"
@@ -70,20 +85,20 @@ def _layers(numbers: Sequence[int]) -> str:
 
 def _figures(rows: dict[str, Measured], name: str, trained: Sorted, task: Task) -> str:
     if name not in rows:
-        return "Not measured. `sorted-ds eval` on the run's directory measures it.\n"
+        return "The sub-network was not measured. `sorted-ds eval` on the run's directory measures it.\n"
     shown = [rows[key] for key in dict.fromkeys((name, trained.space[-1])) if key in rows]
     lines = [
         "| | " + " | ".join(f"`{row.subnet}`" for row in shown) + " |",
         "|---" + "|---:" * len(shown) + "|",
         *(_line(f"validation {m.title}", [m.text(row.metrics[m.name]) for row in shown]) for m in task.metrics),
         _line("parameters", [f"{row.parameters:,}" for row in shown]),
-        _line("of them in layers and final norm", [f"{row.non_embedding_parameters:,}" for row in shown]),
+        _line("parameters in layers and final norm", [f"{row.non_embedding_parameters:,}" for row in shown]),
         _line("forward FLOPs per token", [f"{row.flops_per_token:,}" for row in shown]),
         _line("key/value cache, bytes per token (2 per element)", [f"{row.kv_bytes_per_token:,}" for row in shown]),
     ]
-    note = f"\nOn {shown[0].num_targets:,} validation targets, in rows of {trained.row_tokens}."
+    note = f"\nThe loss is measured on {shown[0].num_targets:,} validation targets, in rows of {trained.row_tokens}."
     for baseline, loss in (trained.baseline or {}).items():
-        note += f" The loss of a {baseline}: {loss:.4f}."
+        note += f" The loss of a {baseline} is {loss:.4f}."
     return "\n".join(lines) + "\n" + note + "\n"
 
 

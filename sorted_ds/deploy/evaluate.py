@@ -1,8 +1,9 @@
-"""Evaluation: the metrics of every sub-network on the same validation rows.
+"""Evaluates sub-networks: the metrics of each one on the same validation rows.
 
-In: micro-batches of validation rows and something that runs a sub-network on one. Out: `Measured` for each, during
-training (through the engine, on all ranks) or afterwards (`sorted-ds eval DIR`, one process, a model from disk); then
-also on disk: the table in sorted.json and subnets.json, and pareto.png. Sums travel, means are made at the end.
+In: micro-batches of validation rows, and a function that runs a sub-network on one. Out: a `Measured` for each one.
+During training the function runs the engine, on all ranks. Afterwards `sorted-ds eval DIR` runs a model from disk in
+one process. On disk: the table in sorted.json and subnets.json, and pareto.png. Ranks exchange sums; means are computed
+at the end.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import MicroBatch, validation_batches
 from sorted_ds.deploy.figures import draw_pareto
-from sorted_ds.deploy.model_dir import SORTED_JSON, Measured, ModelDir, Sorted
+from sorted_ds.deploy.model_dir import FROM_RUN_DIR, SORTED_JSON, TOKENS_DIR, Measured, ModelDir, Sorted
 from sorted_ds.families import family_of
 from sorted_ds.nested import NestedModel, costs_of
 from sorted_ds.nested.load import build
@@ -24,10 +25,10 @@ from sorted_ds.tasks import LOSS, Metric, Prepared, SummedLoss, Task, task_of
 from sorted_ds.tasks.task import Sums
 
 MICRO_BATCH_TOKENS = 8192
-"""Tokens of one forward pass of `sorted-ds eval`: enough for full speed, little memory at any depth."""
+"""The tokens of one forward pass of `sorted-ds eval`: enough for full speed, and little memory at any depth."""
 
 Forward = Callable[[MicroBatch, SubNet], Sums]
-"""The task's sums of one micro-batch through one sub-network."""
+"""Runs a sub-network on a micro-batch and returns the task's sums."""
 
 
 def measure(
@@ -38,9 +39,9 @@ def measure(
     sum_over_ranks: Callable[[list[float]], list[float]],
     costs: Mapping[SubNet, Cost],
 ) -> list[Measured]:
-    """Measures every sub-network on the same rows. With several ranks, `batches` are this rank's: a collective.
+    """Measures every sub-network on the same rows. Every rank must call this, with its own part of the rows.
 
-    Every rank must have a batch.
+    `batches`: this rank's rows, at least one micro-batch.
     """
     return [
         _measured(subnet, _totals(forward, subnet, batches, sum_over_ranks), metrics, costs[subnet])
@@ -54,11 +55,11 @@ def _totals(
     batches: Sequence[MicroBatch],
     sum_over_ranks: Callable[[list[float]], list[float]],
 ) -> dict[str, tuple[float, float]]:
-    """The sums and counts of all batches on all ranks, by name."""
-    each = [forward(batch, subnet) for batch in batches]
-    flat = [torch.stack([value.double() for pair in sums.values() for value in pair]) for sums in each]
+    """Returns the sums and counts of all batches on all ranks, by name."""
+    sums_of_batches = [forward(batch, subnet) for batch in batches]
+    flat = [torch.stack([value.double() for pair in sums.values() for value in pair]) for sums in sums_of_batches]
     totals = sum_over_ranks(torch.stack(flat).sum(0).tolist())
-    return dict(zip(each[0], zip(totals[::2], totals[1::2], strict=True), strict=True))
+    return dict(zip(sums_of_batches[0], zip(totals[::2], totals[1::2], strict=True), strict=True))
 
 
 def _measured(
@@ -76,7 +77,7 @@ def _measured(
 
 
 def choose_spread(space: SubNetSpace, number: int = 9) -> list[SubNet]:
-    """About `number` sub-networks at equal distances in the space's order, the smallest and the full one among them."""
+    """Returns about `number` sub-networks, evenly spread over the space, with the smallest and the full one."""
     if len(space) <= number:
         return list(space)
     positions = {round(k * (len(space) - 1) / (number - 1)) for k in range(number)}
@@ -84,9 +85,9 @@ def choose_spread(space: SubNetSpace, number: int = 9) -> list[SubNet]:
 
 
 def load_nested(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> NestedModel:
-    """The nested model of a run's directory, or of a Hugging Face directory with a sorted.json, for evaluation.
+    """Returns the nested model of a run's directory, or of a model directory with a sorted.json, in evaluation mode.
 
-    `dtype` None keeps the stored precision. Raises: UserError when files are missing, damaged or of another model.
+    `dtype`: None keeps the stored precision. Raises: UserError when files are missing, damaged, or of another model.
     """
     where = ModelDir.find(folder)
     space, config = where.read().sub_networks, _config(where)
@@ -95,14 +96,14 @@ def load_nested(folder: Path, dtype: torch.dtype | None = None, device: torch.de
 
 
 def stored_dtype(where: ModelDir) -> torch.dtype:
-    """The precision of the weights on disk, as the config says."""
+    """Returns the precision of the weights on disk, which the config states."""
     dtype = _config(where).dtype or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _config(where: ModelDir) -> PreTrainedConfig:
     if not (where.model / "config.json").is_file():
-        raise UserError(f"{where.model} has a {SORTED_JSON} but no config.json. Get the model's files again.")
+        raise UserError(f"{where.model} has a {SORTED_JSON} but no config.json. Copy the model's files again.")
     return AutoConfig.from_pretrained(where.model, local_files_only=True, trust_remote_code=False)
 
 
@@ -111,11 +112,11 @@ class Evaluation:
     """What `sorted-ds eval` measured."""
 
     measured: tuple[Measured, ...]
-    """The whole table, ascending in parameters."""
+    """The whole table, in ascending order of parameters."""
     baseline: Mapping[str, float] | None
-    """Name and loss of something trivial to compare with."""
+    """The name and the loss of the task's baseline, if it has one."""
     metrics: tuple[Metric, ...]
-    """The columns of the table."""
+    """The metrics of the task, which are columns of the table."""
 
 
 def evaluate_directory(
@@ -125,11 +126,12 @@ def evaluate_directory(
     device: torch.device | str = "cpu",
     report: Callable[[str], None] = lambda name: None,
 ) -> Evaluation:
-    """Measures all (or the named) sub-networks of a trained model on its validation rows; writes table and figure.
+    """Measures the named sub-networks of a trained model, or all, on its validation rows. Writes table and figure.
 
-    `rows` overrides the run's number of validation rows; `report` hears each sub-network's name before it starts.
+    `rows`: replaces the run's number of validation rows. `report`: called with the name of each sub-network before it
+    is measured.
 
-    Raises: UserError for a name that is not in the space, or files that are missing.
+    Raises: UserError for a name that is not in the space, or for files that are missing.
     """
     where = ModelDir.find(folder)
     contents = where.read()
@@ -144,21 +146,21 @@ def evaluate_directory(
     for subnet in subnets:
         report(subnet.name)
         measured += measure(forward_of(model, task), [subnet], batches, task.metrics, list, costs)
-    return save(where, measured, task, data)
+    return save_table(where, measured, task, data)
 
 
 def _check_rows(contents: Sorted, names: Sequence[str] | None, num_targets: int) -> None:
-    """Raises: UserError when measuring some on other rows would cost the table those that it has."""
+    """Raises: UserError when the new rows of the table could not be compared with rows that it already has."""
     others = {row.subnet for row in contents.subnets if row.num_targets != num_targets} - set(names or contents.space)
     if others:
         raise UserError(
-            f"the table holds {len(others)} sub-networks that were measured on other rows, which cannot be compared. "
-            "Leave out --rows, or measure all: leave out --subnets."
+            f"the table holds {len(others)} sub-networks that were measured on another number of validation rows, so "
+            "they cannot be compared. Leave out --rows, or leave out --subnets to measure all again."
         )
 
 
 def forward_of(model: NestedModel, task: Task) -> Forward:
-    """Runs a nested model in this process. The model's head becomes a loss head."""
+    """Returns a function that runs the nested model in this process. The model's head becomes a loss head."""
     loss, device = SummedLoss(model, task, model.family), model.device
 
     @torch.no_grad()
@@ -169,26 +171,34 @@ def forward_of(model: NestedModel, task: Task) -> Forward:
     return forward
 
 
-def save(where: ModelDir, measured: Sequence[Measured], task: Task, data: Prepared) -> Evaluation:
-    """Writes the table (sorted.json, subnets.json) and the figure, and returns the whole table."""
-    trivial = task.baseline(data)
-    baseline = None if trivial is None else {trivial.name: trivial.loss}
+def save_table(where: ModelDir, measured: Sequence[Measured], task: Task, data: Prepared) -> Evaluation:
+    """Adds rows to the table (sorted.json, subnets.json), draws the figure, and returns the whole table."""
+    baseline = baseline_of(task, data)
     table = where.add_measured(measured, baseline)
     draw_pareto(table, baseline, len(where.read().space), where.root)
     return Evaluation(table, baseline, task.metrics)
 
 
+def baseline_of(task: Task, data: Prepared) -> dict[str, float] | None:
+    """Returns the name and the loss of the task's baseline, if it has one."""
+    baseline = task.baseline(data)
+    return None if baseline is None else {baseline.name: baseline.loss}
+
+
 def _data_folder(where: ModelDir, data: Mapping[str, object]) -> Path:
-    """Where the data was at training, or at the same place as seen from the run's directory, if both were moved."""
-    folder = data.get("tokens_dir")
+    """Returns the folder of the prepared data.
+
+    It is where it was at training, or, if run and data were moved together, at the same place relative to the run.
+    """
+    folder = data.get(TOKENS_DIR)
     if not isinstance(folder, str):
-        raise UserError(f"{where.model / SORTED_JSON} names no data.tokens_dir. Train again, or get the file again.")
-    for found in (Path(folder), where.root / str(data.get("from_run_dir", folder))):
+        raise UserError(f"{where.model / SORTED_JSON} has no data.{TOKENS_DIR}. Train again, or copy the file again.")
+    for found in (Path(folder), where.root / str(data.get(FROM_RUN_DIR, folder))):
         if found.is_dir():
             return found
     raise UserError(
-        f"the prepared data of {where.root} is not in {folder}. Put it there, or run `sorted-ds prepare RUN.toml` "
-        "with the same data.cache_dir."
+        f"the prepared data of {where.root} should be in {folder}, which does not exist. Put it there, or run "
+        "`sorted-ds prepare RUN.toml` with the same data.cache_dir."
     )
 
 
@@ -196,8 +206,8 @@ def _validation_batches(task: Task, data: Prepared, row_tokens: int, num_rows: i
     rows = task.rows(data, row_tokens, is_validation=True)
     micro_batch_rows = max(1, MICRO_BATCH_TOKENS // row_tokens)
 
-    def collate(chosen: Sequence, size: int) -> MicroBatch:
-        return task.collate(chosen, size, row_tokens)
+    def collate(chosen_rows: Sequence, size: int) -> MicroBatch:
+        return task.collate(chosen_rows, size, row_tokens)
 
     num_rows = min(num_rows, len(rows))
     return list(validation_batches(rows, collate, num_rows, micro_batch_rows, rank=0, world_size=1))

@@ -1,13 +1,11 @@
-"""Export: a sub-network as an ordinary Hugging Face model directory, proven equal before it appears.
+"""Exports a sub-network as an ordinary Hugging Face model directory, after a proof that both give equal logits.
 
-In: a trained model's directory and a sub-network's name. Out: OUT/ with safetensors, config, generation config,
-tokenizer, model card; with `store_logits` also logits.safetensors (the inputs and `logits`), for another process to
-compare with. Written to a hidden sibling, loaded back by plain transformers, compared, then renamed: OUT is complete
-and equal, or absent.
+In: a trained model's directory and a sub-network's name. On disk: OUT/ with safetensors, config, generation config,
+tokenizer and model card; with `store_logits` also logits.safetensors (the inputs and their logits), with which another
+process can compare. The model is written into a hidden folder, loaded back by plain transformers, and compared. Then
+the folder is renamed. So OUT is complete and equal, or does not exist.
 """
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.base.files import share
+from sorted_ds.base.files import replaced, share
 from sorted_ds.data.loader import Batch
 from sorted_ds.deploy.card import model_card
 from sorted_ds.deploy.evaluate import load_nested, stored_dtype
@@ -27,24 +25,26 @@ from sorted_ds.space import SubNet
 from sorted_ds.tasks import Task, task_of
 
 LARGEST_RELATIVE_DIFFERENCE = 1e-5
-"""Of the largest logit. Both models compute in fp32, also where the weights are stored in bf16: widening them is exact,
-so the bound is the same. What is left is the order of sums: input-side weights are stored transposed when nested."""
+"""The largest difference between the logits of an exported model and the nested model, divided by the largest logit.
+
+Both models compute in fp32, also if the weights are stored in bf16, because every bf16 number is a fp32 number. So the
+difference comes only from the order of sums: nested models store input-side weights transposed."""
 
 LOGITS_FILE = "logits.safetensors"
 
 
 class LogitsDifferError(Exception):
-    """The written model is not the nested one: nothing is left of it."""
+    """The written model has other logits than the nested model. It was deleted. This is a defect of the program."""
 
 
 def export(folder: Path, names: Sequence[str], outs: Sequence[Path], store_logits: bool = False) -> list[Path]:
-    """Writes each named sub-network of the trained model in `folder` to the `outs` of the same place.
+    """Writes each named sub-network of the trained model in `folder` to its directory in `outs`. Returns `outs`.
 
-    Raises: UserError for an unknown name, an `out` that exists or cannot be written; LogitsDifferError.
+    Raises: UserError for an unknown name, or a directory that exists or cannot be written; LogitsDifferError.
     """
     for out in outs:
         if out.exists():
-            raise UserError(f"{out} exists already. Name another --out, or delete it.")
+            raise UserError(f"{out} already exists. Name another --out, or delete it.")
     where = ModelDir.find(folder)
     task = task_of(where.read().task)
     model = load_nested(folder, dtype=torch.float32)
@@ -58,34 +58,31 @@ def export(folder: Path, names: Sequence[str], outs: Sequence[Path], store_logit
 def _export_one(
     model: NestedModel, task: Task, where: ModelDir, subnet: SubNet, out: Path, probe: Batch, store_logits: bool
 ) -> None:
-    hidden = out.parent / f".writing_{out.name}_{os.getpid()}"
     try:
-        hidden.mkdir(parents=True)
-        _write(model, task, where, subnet, hidden, out.name)
-        logits = _compare(model, task, subnet, hidden, probe)
-        if store_logits:
-            save_file({**probe, "logits": logits}, hidden / LOGITS_FILE)
-        share(hidden)
-        hidden.rename(out)
+        with replaced(out, overwrite=False) as hidden:
+            hidden.mkdir()
+            _write(model, task, where, subnet, hidden, out.name)
+            logits = _compare(model, task, subnet, hidden, probe)
+            if store_logits:
+                save_file({**probe, "logits": logits}, hidden / LOGITS_FILE)
+            share(hidden)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} could not be written: {error}. Free the space, or name another --out.") from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _write(model: NestedModel, task: Task, where: ModelDir, subnet: SubNet, hidden: Path, name: str) -> None:
-    """The files, in the precision in which the full network is stored."""
+    """Writes the files of the model, in the precision in which the full network is stored."""
     plain = extract(model, subnet)
     nn.Module.to(plain, stored_dtype(where))
     plain.save_pretrained(hidden)
     task.copy_processor(where.model, hidden)
-    card = model_card(where.read(), subnet, model.family, plain.config, task, name)
+    card = model_card(where.read(), subnet, model.family, plain.config, task, name, LARGEST_RELATIVE_DIFFERENCE)
     (hidden / "README.md").write_text(card, encoding="utf-8")
 
 
 @torch.no_grad()
 def _compare(model: NestedModel, task: Task, subnet: SubNet, hidden: Path, probe: Batch) -> Tensor:
-    """The nested model's outputs. Raises: LogitsDifferError when those of the written files differ."""
+    """Returns the nested model's logits. Raises: LogitsDifferError when those of the written files differ."""
     model.set_subnet(subnet)
     expected = task.logits(model, probe)
     model.set_subnet(model.space.full)
@@ -95,7 +92,7 @@ def _compare(model: NestedModel, task: Task, subnet: SubNet, hidden: Path, probe
     difference = ((task.logits(written, probe) - expected).abs().max() / expected.abs().max()).item()
     if not difference <= LARGEST_RELATIVE_DIFFERENCE:
         raise LogitsDifferError(
-            f"{subnet} was not exported: the written model's logits differ from the nested one's by {difference:.1e} "
-            f"of the largest logit ({LARGEST_RELATIVE_DIFFERENCE:.0e} is allowed). Please report it."
+            f"{subnet} was not exported: the written model's logits differ from the nested model's by {difference:.1e} "
+            f"of the largest logit; {LARGEST_RELATIVE_DIFFERENCE:.0e} is allowed. Please report this."
         )
     return expected

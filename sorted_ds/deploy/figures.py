@@ -1,8 +1,8 @@
-"""pareto.png: what each sub-network's size buys.
+"""Draws pareto.png, which shows the loss and the size of each measured sub-network.
 
-In: the measured table. Out: one picture, a point per sub-network: validation loss against parameters, coloured by
-its first axis (depth), shaped by the axis in the middle (attention groups), as large as its last (feed-forward
-channels), and the Pareto frontier as a line.
+In: the measured table. On disk: one picture with a point for each sub-network, validation loss against parameters. The
+first axis (depth) gives the colour, the second (attention groups) the shape, the last (feed-forward channels) the area.
+A line is the Pareto frontier.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from sorted_ds.base.files import replaced
 from sorted_ds.deploy.model_dir import PARETO_PNG, Measured
 from sorted_ds.deploy.table import human
 from sorted_ds.space import AXES, SubNet
@@ -21,16 +22,19 @@ from sorted_ds.space import AXES, SubNet
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
 SMALLEST_AREA, LARGEST_AREA = 55.0, 165.0
 DARKEST, BRIGHTEST = 0.05, 0.88
-"""The stretch of viridis that is used: its yellow end is too light on white."""
+"""The part of the viridis colours that is used, because their yellow end is too light on white."""
 LEGEND_ENTRIES = 8
-"""A dimension with more sizes shows this many of them."""
+"""The legend shows at most this many sizes of an axis."""
 BASELINE_MARGIN = 0.6
-"""The baseline is drawn when it lies within this share of the losses' range above them, else it is text."""
+"""The baseline is a line if it is above the losses by at most this fraction of their range; otherwise it is a text."""
 INK, PALE = "#222222", "#8a8a8a"
 
 
 def draw_pareto(table: Sequence[Measured], baseline: Mapping[str, float] | None, space_size: int, folder: Path) -> Path:
-    """Writes `folder`/pareto.png, 1800 x 1125 pixels, and returns its path. The space holds `space_size` of them."""
+    """Writes `folder`/pareto.png, 1800 x 1125 pixels, and returns its path.
+
+    `space_size`: the number of sub-networks in the space, of which the table may hold a part.
+    """
     figure = Figure(figsize=(12, 7.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     style = _Style([SubNet.parse(row.subnet) for row in table])
@@ -50,7 +54,7 @@ def draw_pareto(table: Sequence[Measured], baseline: Mapping[str, float] | None,
     _annotate_ends(axes, table, "" if len(table) == space_size else " measured")
     _label(axes, table)
     of_all = "" if len(table) == space_size else f" of {space_size}"
-    title = f"One network: {len(table)}{of_all} sub-networks, measured"
+    title = f"{len(table)}{of_all} measured sub-networks of one network"
     axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK, pad=26)
     _draw_baseline(axes, table, baseline or {})
     figure.legend(
@@ -61,14 +65,17 @@ def draw_pareto(table: Sequence[Measured], baseline: Mapping[str, float] | None,
         labelcolor=INK,
         labelspacing=0.65,
     )
-    path, hidden = folder / PARETO_PNG, folder / f".writing_{PARETO_PNG}"
-    figure.savefig(hidden, format="png")
-    hidden.replace(path)
+    path = folder / PARETO_PNG
+    with replaced(path) as hidden:
+        figure.savefig(hidden, format="png")
     return path
 
 
 def frontier(table: Sequence[Measured]) -> list[Measured]:
-    """The sub-networks that none with fewer or as many parameters beats, ascending in parameters."""
+    """Returns the sub-networks to which no other one with at most as many parameters has a lower or equal loss.
+
+    They are in ascending order of parameters.
+    """
     best: list[Measured] = []
     for row in sorted(table, key=lambda row: (row.parameters, row.loss)):
         if not best or row.loss < best[-1].loss:
@@ -77,7 +84,7 @@ def frontier(table: Sequence[Measured]) -> list[Measured]:
 
 
 class _Style:
-    """Which colour, shape and area a sub-network has: by its first axis, one in the middle, and its last."""
+    """The colour, shape and area of points: from the first axis of a sub-network, its second, and its last."""
 
     def __init__(self, subnets: Sequence[SubNet]):
         letters = subnets[0].axes
@@ -86,7 +93,7 @@ class _Style:
         self._sizes = {letter: sorted({subnet[letter] for subnet in subnets}) for letter in letters}
 
     def _share(self, letter: str, size: int) -> float:
-        """Where a size stands among those of its axis, from 0 to 1."""
+        """Returns the rank of a size among those of its axis, from 0 to 1."""
         return self._sizes[letter].index(size) / max(1, len(self._sizes[letter]) - 1)
 
     def color(self, subnet: SubNet) -> tuple[float, float, float, float]:
@@ -122,7 +129,7 @@ class _Style:
 
 
 def _some(sizes: list[int]) -> list[int]:
-    """At most `LEGEND_ENTRIES` of them, the first and the last included."""
+    """Returns at most `LEGEND_ENTRIES` sizes, among them the first and the last."""
     if len(sizes) <= LEGEND_ENTRIES:
         return sizes
     return [sizes[round(k * (len(sizes) - 1) / (LEGEND_ENTRIES - 1))] for k in range(LEGEND_ENTRIES)]
@@ -144,7 +151,7 @@ def _draw_frontier(axes: Axes, table: Sequence[Measured]) -> None:
 
 
 def _annotate_ends(axes: Axes, table: Sequence[Measured], measured: str) -> None:
-    """Names the largest and the smallest, away from the cloud of points and inside the axes."""
+    """Labels the largest and the smallest sub-network. The labels stand inside the axes, away from the points."""
     full, smallest = max(table, key=lambda row: row.parameters), min(table, key=lambda row: row.parameters)
     ends = (
         (full, "largest measured" if measured else "full", (-14, -34), "right"),
@@ -188,7 +195,7 @@ def _label(axes: Axes, table: Sequence[Measured]) -> None:
 
 
 def _draw_baseline(axes: Axes, table: Sequence[Measured], baseline: Mapping[str, float]) -> None:
-    """Shows the baseline's loss as a line where that leaves the points their room, else in the line under the title."""
+    """Draws the baseline's loss as a line if it is near the points; otherwise the text under the title states it."""
     caption = f"{table[0].num_targets:,} validation targets, the same for all"
     low, high = axes.get_ylim()
     for name, loss in baseline.items():

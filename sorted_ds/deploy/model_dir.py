@@ -1,11 +1,14 @@
-"""What lies in a trained model's directory beside Hugging Face's own files.
+"""Reads and writes what a trained model's directory holds beside Hugging Face's own files.
 
-    RUN_DIR/model/           the full network as an ordinary Hugging Face directory
+In: a directory, and measured sub-networks. Out: the space, the settings and the measured table. On disk:
+
+    RUN_DIR/model/              the full network as an ordinary Hugging Face directory
     RUN_DIR/model/sorted.json   the space, the data it was trained on, and the measured table
-    RUN_DIR/subnets.json     the measured table alone
-    RUN_DIR/pareto.png       the table as a figure
+    RUN_DIR/subnets.json        the measured table alone
+    RUN_DIR/pareto.png          the table as a figure
 
-Training writes sorted.json, evaluation the table; selection and export read them. No torch here: a look-up is quick.
+Training writes sorted.json, and evaluation writes the table. Selection and export read them. This module does not
+import torch, so `sorted-ds select` is quick.
 """
 
 import json
@@ -15,20 +18,26 @@ from pathlib import Path
 from typing import Any
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.base.files import replaced
 from sorted_ds.space import SubNetSpace
 
+MODEL_FOLDER = "model"
 SORTED_JSON = "sorted.json"
 SUBNETS_JSON = "subnets.json"
 PARETO_PNG = "pareto.png"
+TOKENS_DIR, FROM_RUN_DIR = "tokens_dir", "from_run_dir"
+"""Keys of `Sorted.data`: the absolute path of the prepared data, and its path relative to the run's directory."""
+LOSS = "loss"
+"""The name of the metric that every task has (`tasks.LOSS`, which this module cannot import without torch)."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One sub-network on the validation rows, and what it costs."""
+    """The metrics of one sub-network on the validation rows, and its costs."""
 
     subnet: str
     metrics: dict[str, float]
-    """The task's metrics by name; in JSON they stand beside the other fields."""
+    """The task's metrics by name. In JSON they stand beside the other fields."""
     num_targets: int
     parameters: int
     non_embedding_parameters: int
@@ -38,19 +47,18 @@ class Measured:
     @property
     def loss(self) -> float:
         """The mean loss in nats per target, which every task has."""
-        return self.metrics["loss"]
+        return self.metrics[LOSS]
 
     def to_json(self) -> dict[str, object]:
-        """The fields of the row in subnets.json and sorted.json."""
+        """Returns the fields of the row in subnets.json and sorted.json."""
         costs = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
         return {"subnet": self.subnet, **self.metrics, **costs}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Measured":
-        """Raises: KeyError when a field is missing."""
-        names = [field.name for field in fields(cls)]
-        own = {name: row[name] for name in names if name != "metrics"}
-        return cls(metrics={key: row[key] for key in ("loss", *row) if key not in own}, **own)
+        """Returns the row that `to_json` wrote. Raises: KeyError when a field is missing."""
+        own = {field.name: row[field.name] for field in fields(cls) if field.name != "metrics"}
+        return cls(metrics={key: row[key] for key in (LOSS, *row) if key not in own}, **own)
 
 
 @dataclass(frozen=True)
@@ -58,78 +66,81 @@ class Sorted:
     """The contents of sorted.json."""
 
     space: tuple[str, ...]
-    """Names of the sub-networks, ascending in parameters."""
+    """The names of the sub-networks, in ascending order of parameters."""
     data: Mapping[str, object]
-    """The run's data settings, and `tokens_dir`, where the prepared tokens are."""
+    """Where the prepared data is, by the keys `tokens_dir` and `from_run_dir`."""
     row_tokens: int
     eval_rows: int
-    """Validation rows that an evaluation uses at most."""
+    """The largest number of validation rows that an evaluation uses."""
     task: str = "causal_lm"
-    """What the network was trained for."""
+    """The name of the task that the network was trained for."""
     layer_order: tuple[int, ...] | None = None
-    """The order in which depth takes the layers; None in files that do not say: the network's own sequence."""
+    """The order in which a depth takes the layers; None for the network's own sequence."""
     checkpoint: str | None = None
-    """Fingerprint of the checkpoint whose weights these are; None in files that do not say."""
+    """The fingerprint of the checkpoint that the weights are from; None in files of earlier versions."""
     subnets: tuple[Measured, ...] = ()
-    """The measured table; empty before the first evaluation."""
+    """The measured table, which is empty before the first evaluation."""
     baseline: Mapping[str, float] | None = None
-    """Name and validation loss of something trivial to compare with, like a unigram model; set with the table."""
+    """The name and the validation loss of the task's baseline. The evaluation writes it with the table."""
 
     @property
     def sub_networks(self) -> SubNetSpace:
-        """The space. Raises: UserError when the names or the layer order make none."""
+        """The space as an object. Raises: UserError when the names or the layer order are not valid."""
         return SubNetSpace.of(self.space, self.layer_order)
 
 
 @dataclass(frozen=True)
 class ModelDir:
-    """Where a trained model lies: `model` holds the Hugging Face files, `root` the table and the figure."""
+    """The directory of a trained model."""
 
     root: Path
+    """The folder of the table and the figure."""
     model: Path
+    """The folder of the Hugging Face files and sorted.json."""
 
     @classmethod
     def find(cls, folder: Path) -> "ModelDir":
-        """A run's directory, or a model directory by itself. Raises: UserError when it is neither."""
-        for found in (cls(folder, folder / "model"), cls(folder, folder)):
+        """Returns the model of a run's directory, or of a model directory. Raises: UserError for any other folder."""
+        for found in (cls(folder, folder / MODEL_FOLDER), cls(folder, folder)):
             if (found.model / SORTED_JSON).is_file():
                 return found
         if not folder.is_dir():
-            raise UserError(f"{folder} is no directory. Name a run's directory, or the model directory in it.")
+            raise UserError(f"{folder} is not a directory. Name a run's directory, or the model directory in it.")
         raise UserError(
-            f"{folder} has no {SORTED_JSON}, neither itself nor in model/. Name a run's directory whose training ended."
+            f"{folder} has no {SORTED_JSON}, and no {MODEL_FOLDER}/{SORTED_JSON}. Name the directory of a run whose "
+            "training has ended."
         )
 
     def read(self) -> Sorted:
-        """Raises: UserError when sorted.json is damaged."""
+        """Returns the contents of sorted.json. Raises: UserError when it is damaged."""
         path = self.model / SORTED_JSON
         try:
             contents = json.loads(path.read_text(encoding="utf-8"))
             rows = tuple(Measured.from_json(row) for row in contents.pop("subnets", ()))
-            nats = contents.pop("unigram_nats", None)  # from before there were other baselines
+            nats = contents.pop("unigram_nats", None)  # files of earlier versions, which had no other baseline
             contents = {"baseline": None if nats is None else {"unigram model": nats}, **contents}
             found = Sorted(**{**contents, "space": tuple(contents["space"])}, subnets=rows)
             _ = found.sub_networks
         except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
-            raise UserError(f"{path} is no {SORTED_JSON} ({error}). Train again, or get the file again.") from error
+            raise UserError(f"{path} is not a valid {SORTED_JSON} ({error}). Train again, or copy it again.") from error
         return found
 
     def write(self, contents: Sorted) -> None:
-        """Complete or not at all: readers never see half a file."""
+        """Writes sorted.json, complete or not at all."""
         rows = [row.to_json() for row in contents.subnets]
         _write_json(self.model / SORTED_JSON, {**asdict(contents), "subnets": rows})
 
     def table(self) -> tuple[Measured, ...]:
-        """The measured sub-networks. Raises: UserError before the first evaluation."""
+        """Returns the measured table. Raises: UserError before the first evaluation."""
         rows = self.read().subnets
         if not rows:
             raise UserError(f"{self.root} has no measured sub-networks. Run `sorted-ds eval {self.root}` first.")
         return rows
 
     def add_measured(self, rows: Sequence[Measured], baseline: Mapping[str, float] | None) -> tuple[Measured, ...]:
-        """Puts rows into the table in sorted.json and subnets.json, and returns the whole table in the space's order.
+        """Adds rows to the table in sorted.json and subnets.json. Returns the whole table in the order of the space.
 
-        Rows from before are kept where they were measured on as many targets; others cannot be compared.
+        Earlier rows that were measured on another number of targets are removed, because they cannot be compared.
         """
         contents = self.read()
         kept = [row for row in contents.subnets if row.num_targets == rows[0].num_targets]
@@ -141,6 +152,5 @@ class ModelDir:
 
 
 def _write_json(path: Path, fields: dict[str, object]) -> None:
-    hidden = path.with_name(f".writing_{path.name}")
-    hidden.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-    hidden.replace(path)
+    with replaced(path) as hidden:
+        hidden.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")

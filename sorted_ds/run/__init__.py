@@ -1,1 +1,1 @@
-"""A run: its file, what follows from it, the plan, the loop, and what it writes."""
+"""A run: its file, what follows from it, the plan, the training loop, and what it writes."""

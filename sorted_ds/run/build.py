@@ -1,7 +1,7 @@
-"""What follows from a run file: its task, space, config and data; and what training builds from them.
+"""Builds what follows from a run file: the space, the sampler, the data, and for training the model and the engine.
 
 In: a `Run`. Out: values that `plan`, `prepare` and `train` share, or one error that says what to change; then the model
-with its first weights, DeepSpeed's engine around it, and this rank's rows.
+with its first weights, DeepSpeed's engine around it, and this rank's rows. On disk: the prepared data.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,27 +37,29 @@ PROGRESS_COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeRemaining
 
 
 def space_of(run: Run, family: Family, config: PreTrainedConfig) -> SubNetSpace:
-    """The run's space in ascending order of parameters. Raises: UserError when the model cannot hold it."""
-    space, order = run.space, run.space.layer_order or None
-    if space.subnets and space.sizes:
-        raise UserError("space sets both subnets and sizes. Keep the list, or the sizes along each axis.")
-    named = (
-        SubNetSpace.of(space.subnets, order) if space.subnets else SubNetSpace.grid(layer_order=order, **space.sizes)
-    )
-    check_space(named, family, config)
-    return sorted_by_cost(named, family, config)
+    """Returns the run's space in ascending order of parameters. Raises: UserError when the model cannot hold it."""
+    settings, order = run.space, run.space.layer_order or None
+    if settings.subnets and settings.sizes:
+        given = ", ".join(f"space.{key}" for key in settings.sizes)
+        raise UserError(f"space.subnets and {given} are both set. Remove space.subnets, or all sizes.")
+    if settings.subnets:
+        space = SubNetSpace.of(settings.subnets, order)
+    else:
+        space = SubNetSpace.grid(layer_order=order, **settings.sizes)
+    check_space(space, family, config)
+    return sorted_by_cost(space, family, config)
 
 
 def sampler_of(run: Run, costs: Mapping[SubNet, Cost]) -> Sampler:
-    """What samples the run's sub-networks, which it gets in ascending order of FLOPs."""
+    """Returns the sampler of the run's sub-networks. It gets them in ascending order of FLOPs."""
     ascending = sorted(costs, key=lambda subnet: (costs[subnet].flops_per_token, subnet))
     return Sampler(ascending, run.sampling.subnets_per_step, run.sampling.strategy, run.seed)
 
 
 def check_run(run: Run) -> tuple[PreTrainedConfig, SubNetSpace]:
-    """Makes every check that needs neither a GPU nor tokens; returns the model's config and the space.
+    """Checks all that needs neither a GPU nor tokens. Returns the full network's config and the space.
 
-    Raises: UserError for the first thing that training would trip over.
+    Raises: UserError for the first setting that training could not use.
     """
     task = task_of(run.task)
     config = model_config(run)
@@ -78,9 +80,10 @@ def check_run(run: Run) -> tuple[PreTrainedConfig, SubNetSpace]:
 
 
 def prepare_data(run: Run, console: Console) -> Prepared:
-    """The run's data on disk, made where it is not there yet, with a progress bar, and a line about it.
+    """Returns the run's prepared data. Prepares it if it is not on disk yet. Prints a progress bar and a summary.
 
-    Raises: UserError when the data or its tokenizer cannot be used, or one side of it is shorter than a row.
+    Raises: UserError when the data or its tokenizer cannot be used, or when the training or the validation part has no
+    complete row.
     """
     task = task_of(run.task)
     with Progress(*PROGRESS_COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -91,7 +94,7 @@ def prepare_data(run: Run, console: Console) -> Prepared:
 
 
 def collate_of(run: Run, task: Task) -> Collate:
-    """Makes the task's micro-batches of rows of the run's length."""
+    """Returns a function that makes micro-batches from rows of the run's length."""
 
     def collate(rows: Sequence, size: int) -> MicroBatch:
         return task.collate(rows, size, run.batch.row_tokens)
@@ -100,32 +103,40 @@ def collate_of(run: Run, task: Task) -> Collate:
 
 
 def training_loader(run: Run, task: Task, data: Prepared, num_shares: int, ranks: Ranks) -> Loader:
-    """This rank's rows of any step."""
-    rows, batch = task.rows(data, run.batch.row_tokens, is_validation=False), run.batch
-    how = (batch.step_rows, num_shares, batch.micro_batch_rows, ranks.rank, ranks.size)
-    return Loader(rows, collate_of(run, task), run.seed, *how)
+    """Returns the loader of this rank's rows. A step's rows are cut into `num_shares` equal shares."""
+    return Loader(
+        task.rows(data, run.batch.row_tokens, is_validation=False),
+        collate_of(run, task),
+        run.seed,
+        run.batch.step_rows,
+        num_shares,
+        run.batch.micro_batch_rows,
+        ranks.rank,
+        ranks.size,
+    )
 
 
 def validation_of(run: Run, task: Task, data: Prepared, ranks: Ranks) -> list[MicroBatch]:
-    """This rank's validation rows."""
+    """Returns this rank's validation rows."""
     rows = task.rows(data, run.batch.row_tokens, is_validation=True)
-    num_rows, each = min(run.eval.rows, len(rows)), run.batch.micro_batch_rows
-    return list(validation_batches(rows, collate_of(run, task), num_rows, each, ranks.rank, ranks.size))
+    num_rows, micro_batch_rows = min(run.eval.rows, len(rows)), run.batch.micro_batch_rows
+    return list(validation_batches(rows, collate_of(run, task), num_rows, micro_batch_rows, ranks.rank, ranks.size))
 
 
 def eval_subnets(run: Run, space: SubNetSpace) -> list[SubNet]:
-    """The sub-networks that are evaluated during training; the full network is always one of them."""
-    named = {space[name] for name in run.eval.subnets} | {space.full}
-    return sorted(named, key=space.index) if run.eval.subnets else choose_spread(space)
+    """Returns the sub-networks that are evaluated during training. The full network is always one of them."""
+    if not run.eval.subnets:
+        return choose_spread(space)
+    return sorted({space[name] for name in run.eval.subnets} | {space.full}, key=space.index)
 
 
 # Model and engine
 
 
 def source_of(run: Run) -> Path | None:
-    """Where the first weights lie, on this host: downloaded where they are not. None for random ones.
+    """Returns the folder of the first weights on this host, after a download if needed; None for random weights.
 
-    Raises: UserError when they are nowhere.
+    Raises: UserError when they cannot be found.
     """
     return None if run.model.init == SCRATCH else resolve_source(run.model.init)
 
@@ -133,12 +144,12 @@ def source_of(run: Run) -> Path | None:
 def load_model(
     run: Run, config: PreTrainedConfig, space: SubNetSpace, ranks: Ranks, heartbeat: Callable[[], None] = lambda: None
 ) -> NestedModel:
-    """The nested model with its first weights, in the training precision. A collective.
+    """Returns the nested model with its first weights, in the training precision. Every rank must call this.
 
-    Under ZeRO-3 each rank keeps its part of a parameter as soon as it is filled, and never holds the model.
-    `heartbeat` is called for each.
+    Under ZeRO-3 each rank keeps only its part of a parameter as soon as the parameter is filled, so no rank ever holds
+    the whole model. `heartbeat` is called for each parameter.
 
-    Raises: UserError, on all ranks, for weights that cannot be read or that ranks see differently.
+    Raises: UserError, on all ranks, for weights that cannot be read, or that are not the same on every rank.
     """
     engine, init = load_engine_config(run.engine.deepspeed), run.model.init
     zero3 = stage_of(engine) == 3
@@ -157,6 +168,6 @@ def load_model(
 
 
 def engine_of(run: Run, task: Task, model: NestedModel, ranks: Ranks) -> Engine:
-    """DeepSpeed's engine around the model. A collective."""
+    """Returns DeepSpeed's engine around the model. Every rank must call this."""
     config, where = load_engine_config(run.engine.deepspeed), str(run.engine.deepspeed)
     return Engine(model, task, config, where, run.optim, run.batch.micro_batch_rows, ranks, run.engine.compile)

@@ -1,7 +1,7 @@
-"""What a run is: the sections and keys of a run file, with meaning, unit and default.
+"""Defines the sections and keys of a run file, with their meaning, unit and default.
 
-In: nothing. Out: the frozen `Run` that `run_file.py` reads from TOML. A key's meaning stands under it and nowhere else:
-tools/reference.py makes docs/run-file.md from here. Each number is stated once; `build.py` derives what follows.
+Out: the frozen `Run` that `run_file.py` reads from TOML. The meaning of a key is documented under the key and nowhere
+else: tools/reference.py writes docs/run-file.md from it. Each number is stated once, and `build.py` derives the others.
 """
 
 from pathlib import Path
@@ -15,10 +15,14 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 SCRATCH = "scratch"
+"""The value of `model.init` for random weights."""
 TRAIN_TOKENIZER = "train"
+"""The value of `data.tokenizer` for a tokenizer that is trained on the run's text."""
 
 
 class Section(BaseModel):
+    """A section of a run file. An unknown key is an error, and the values cannot be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
@@ -45,14 +49,14 @@ class SpaceBase(Section):
     """The sub-networks: every combination of sizes along the axes of the model's family, or the list `subnets`."""
 
     subnets: list[str] = []
-    """Names instead of sizes, like `["d4-g2-f256", "d8-g4-f512"]`."""
+    """The names of the sub-networks, like `["d4-g2-f256", "d8-g4-f512"]`, instead of sizes along the axes."""
     layer_order: list[Annotated[int, Field(ge=0)]] = []
     """A permutation of the layers, counted from 0. A sub-network of depth n has the first n layers of this order, and
     runs them in the network's own sequence. Default: the network's own sequence."""
 
     @property
     def sizes(self) -> dict[str, list[int]]:
-        """The lists of sizes that are given, by their keys."""
+        """Returns the lists of sizes that are set, by their keys."""
         return {axis.sizes: given for axis in AXES.values() if (given := getattr(self, axis.sizes))}
 
 
@@ -74,15 +78,16 @@ class Sampling(Section):
     """Which sub-networks a step trains."""
 
     subnets_per_step: Positive = 4
-    """How many sub-networks an optimizer step samples. They share the step's rows equally. Does not depend on the
-    ranks."""
+    """How many sub-networks an optimizer step samples. Each one gets an equal share of the step's rows. The number of
+    ranks does not matter."""
     strategy: str = "stratified"
-    """`stratified`: one from each cost quantile, all equally often. `uniform`: independent samples. `sandwich`: the
-    full, the smallest, the rest at random. `full_plus`: the full one, the rest stratified."""
+    """How a step samples its sub-networks. `stratified`: one from each cost quantile, so that all are sampled equally
+    often. `uniform`: each one at random from the whole space. `sandwich`: the full one, the smallest one, and the rest
+    at random. `full_plus`: the full one, and the rest stratified."""
 
 
 class Data(Section):
-    """The text."""
+    """The text that the network learns from."""
 
     text: list[Path] = []
     """Text files and folders. Each file is one document. A folder is searched for files with one of the `suffixes`."""
@@ -104,7 +109,7 @@ class Data(Section):
 
 
 class Batch(Section):
-    """Rows of a step."""
+    """How many rows a step has, and how long a row is."""
 
     step_rows: Positive
     """The number of rows of one optimizer step, over all its sub-networks and all ranks."""
@@ -155,7 +160,7 @@ class Optim(Section):
 
 
 class Eval(Section):
-    """Validation."""
+    """How sub-networks are validated."""
 
     every_steps: Annotated[int, Field(ge=0)] = 500
     """The number of steps between evaluations of `subnets`; 0 means none. All sub-networks are evaluated at the end."""
@@ -166,7 +171,7 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
-    """Saving. A run that is started again continues from its last checkpoint."""
+    """When checkpoints are saved. A run that is started again resumes from its last checkpoint."""
 
     every_steps: Positive = 500
     """The number of steps between checkpoints. One more is saved at the end, and when the run is ended early."""
@@ -176,13 +181,14 @@ class Checkpoint(Section):
     """Writes a checkpoint while training goes on, from a copy in host memory. With AdamW the copy takes 12 bytes a
     parameter, summed over all ranks."""
     strict: bool = False
-    """Refuses to start if the newest checkpoint is damaged. Otherwise the run continues from the newest whole one."""
+    """Refuses to start if the newest checkpoint is damaged. Otherwise the run resumes from the newest one that is not
+    damaged."""
     extend_space: bool = False
-    """Lets a run continue with a space that has grown since its checkpoint, from the same weights."""
+    """Lets a run resume with the same weights after its space has grown."""
 
 
 class Log(Section):
-    """What is reported."""
+    """What a run reports while it trains."""
 
     every_steps: Positive = 10
     """The number of steps between two reports."""
@@ -191,7 +197,7 @@ class Log(Section):
 
 
 class Engine(Section):
-    """DeepSpeed."""
+    """How DeepSpeed runs the training."""
 
     deepspeed: Path
     """The DeepSpeed JSON. It holds engine keys only: batch sizes, clipping and the optimizer belong to the run file."""
@@ -201,15 +207,15 @@ class Engine(Section):
 
 
 class Run(Section):
-    """A run file."""
+    """The contents of a run file."""
 
     seed: int = 0
     """The seed of the first weights, of the order of the rows and of the sampled sub-networks."""
     run_dir: Path = Path("runs/{name}")
-    """The folder that everything is written to. `{name}` is the name of the run file without its suffix, `{seed}` the
-    seed."""
+    """The folder that the run writes to. `{name}` is replaced by the name of the run file without its suffix, and
+    `{seed}` by the seed."""
     task: str = "causal_lm"
-    """What the network is trained for. `causal_lm`: predict the next token."""
+    """What the network is trained for. `causal_lm`: it predicts the next token."""
     model: Model
     space: Space
     sampling: Sampling = Sampling()

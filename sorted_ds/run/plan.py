@@ -1,8 +1,9 @@
-"""The plan: what a run will do and cost, before any of it is spent.
+"""Computes the plan of a run: what it will do and cost, before it uses any GPU time.
 
-In: a run file and a number of ranks. Out: a `Plan`: each sub-network with its expected visits and tokens; the step's
-arithmetic; training FLOPs against training every size by itself; memory of the model states for each ZeRO stage; and
-warnings. Nothing is tokenised or trained, and no weight gets memory.
+In: a checked run file and a number of ranks. Out: a `Plan`, which holds each sub-network with its expected visits and
+tokens; the rows and forward passes of a step; the training FLOPs, and those of training every sub-network separately;
+the memory of the model states at each ZeRO stage; and warnings. Nothing is tokenised or trained, and no memory is
+allocated for weights.
 """
 
 from collections.abc import Sequence
@@ -17,20 +18,22 @@ from sorted_ds.nested import costs_of, union_parameters
 from sorted_ds.run.build import sampler_of
 from sorted_ds.run.config import Run
 from sorted_ds.run.run_file import load_engine_config
-from sorted_ds.run.traffic import REUSE_DISTANCE, Samples, step_traffic
+from sorted_ds.run.traffic import REUSE_DISTANCE, StepSizes, step_traffic
 from sorted_ds.space import Cost, Sampler, SubNet, SubNetSpace
 
 FEWEST_VISITS = 100
-"""Below this many expected samples a sub-network's own weights have hardly been trained."""
+"""With fewer expected visits, the weights that only this sub-network and larger ones have are hardly trained."""
 SAMPLED_STEPS = 100
-"""Steps whose samples stand for all in the expected traffic."""
+"""The expected traffic is the mean over the first steps, at most so many."""
 FORWARD_AND_BACKWARD = 3
-"""Times the forward pass's FLOPs: the backward pass costs two, and with activation checkpointing one more."""
+"""FLOPs of a forward and a backward pass, in forward passes. Activation checkpointing adds one more."""
+WEIGHT_BYTES, MOMENT_BYTES = 4, {"adamw": 8, "sgd": 0}
+"""Bytes per parameter of the fp32 weights, and of the optimizer's fp32 moments."""
 
 
 @dataclass(frozen=True)
 class PlannedSubNet:
-    """One sub-network, what it costs, and how often it will be active."""
+    """One sub-network, what it costs, and how often the run is expected to train it."""
 
     subnet: str
     parameters: int
@@ -38,59 +41,65 @@ class PlannedSubNet:
     flops_per_token: int
     kv_bytes_per_token: int
     share_of_samples: float
+    """The share of this sub-network among all that the run samples."""
     visits: float
-    """Expected samples over the run."""
+    """How many steps of the run are expected to sample it."""
     tokens: float
-    """Expected training tokens over the run."""
+    """How many tokens of the run are expected to train it."""
 
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """Forward and backward passes of the whole run, without the optimizer; expected values."""
+    """The expected FLOPs of all forward and backward passes of a run, without the optimizer."""
 
     forwards: int
-    """What a micro-batch costs, in forward passes: 3, and with activation checkpointing 4."""
+    """The cost of training on a micro-batch, in forward passes: 3, or 4 with activation checkpointing."""
     run: float
-    """This run: `forwards` x forward FLOPs x tokens, summed over the expected samples. Training each sub-network alone
-    for as many tokens as this run samples it costs exactly as much."""
+    """This run: `forwards` x forward FLOPs x tokens, summed over the sub-networks. Training each sub-network separately
+    on as many tokens as it has in this run costs the same."""
     full_alone: float
-    """The full network by itself on all of the run's tokens."""
+    """Training only the full network on all tokens of the run."""
     each_alone: float
-    """Every sub-network by itself, each on all of the run's tokens."""
+    """Training every sub-network separately, each on all tokens of the run."""
 
 
 @dataclass(frozen=True)
 class StateBytes:
     """Bytes per parameter of the model states: ZeRO's formula with this project's settings.
 
-    Stage 0 keeps all of it on each rank; 1 shares out the optimizer's part, 2 the gradients too, 3 the weights too.
-    Source: ZeRO, arXiv 1910.02054, section 5.
+    At stage 0 each rank keeps all model states. Stage 1 divides the optimizer's part among the ranks, stage 2 also the
+    gradients, stage 3 also the weights. Source: ZeRO, arXiv 1910.02054, section 5.
     """
 
     weights: int
     gradients: int
     optimizer: int
-    """fp32 master weights (none at stage 0 in fp32) and the moments."""
+    """The optimizer's moments, and the fp32 master weights, which stage 0 in fp32 does not have."""
 
     def per_rank(self, stage: int, num_parameters: int, num_ranks: int) -> float:
+        """Returns the bytes on each rank."""
         parts = (self.optimizer, self.gradients, self.weights)
         shared, kept = sum(parts[:stage]), sum(parts[stage:])
         return num_parameters * (kept + shared / num_ranks)
 
     def between_steps(self, stage: int, bf16: bool, num_parameters: int, num_ranks: int) -> float:
-        """Without gradients, except where they have memory of their own from step to step."""
+        """Returns the bytes on each rank between two steps.
+
+        Gradients count only at stage 3, and at stage 1 in bf16, where DeepSpeed keeps their memory between steps.
+        """
         held = self if stage == 3 or (stage == 1 and bf16) else replace(self, gradients=0)
         return held.per_rank(stage, num_parameters, num_ranks)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Model states per GPU at each stage. Activations, buffers and gathered layers come on top."""
+    """The model states on each GPU at each stage. Activations, buffers and gathered layers need memory in addition."""
 
     precision: str
     offload: bool
-    """The optimizer's part is on the CPU, not counted."""
+    """Whether the optimizer's part is in host memory, which is not counted."""
     chosen_stage: int
+    """The stage of this run."""
     bytes_per_parameter: dict[int, StateBytes]
     bytes_per_rank: dict[int, float]
 
@@ -106,21 +115,21 @@ class Plan:
     rows_per_subnet: int
     tokens_per_step: int
     forwards_per_subnet: int
-    """Forward passes of each rank for one sampled sub-network."""
+    """Forward passes on each rank for one sampled sub-network."""
     rows_per_forward: int
     padded_fraction: float
-    """Rows without targets among those that run."""
+    """The fraction of the rows in forward passes that are padding and have no targets."""
     flops: TrainingFlops
     memory: Memory
     sent_bytes: dict[int, float]
-    """What each rank sends in an optimizer step at each ZeRO stage, on average."""
+    """The mean number of bytes that each rank sends in an optimizer step, at each ZeRO stage."""
     checkpoint_bytes: int
-    """Of one, over all ranks, which write equal shares: fp32 weights and moments, at every stage."""
+    """The size of a checkpoint, of which each rank writes an equal part: fp32 weights and moments, at every stage."""
     warnings: tuple[str, ...]
 
 
 def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
-    """The plan of a checked run; `space` and `config` as `build.check_run` gives them."""
+    """Returns the plan of a checked run. `space` and `config` are what `build.check_run` returned."""
     family = family_of(config.model_type)
     costs = costs_of(space, family, config, run.batch.row_tokens)
     sampler = sampler_of(run, costs)
@@ -160,13 +169,16 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
         ),
         memory=memory(engine, run.optim.name, planned[-1].parameters, num_ranks),
         sent_bytes=sent_bytes(run, engine, sampler, config, costs, dealt.forwards, num_ranks),
-        checkpoint_bytes=planned[-1].parameters * (12 if run.optim.name == "adamw" else 4),
+        checkpoint_bytes=planned[-1].parameters * (WEIGHT_BYTES + MOMENT_BYTES[run.optim.name]),
         warnings=(*warnings(planned), *mode_warnings(engine, torch.cuda.is_available())),
     )
 
 
 def training_flops(subnets: Sequence[PlannedSubNet], num_tokens: int, forwards: int) -> TrainingFlops:
-    """`subnets` ascending, the full one last; `num_tokens` of the whole run; a micro-batch costs `forwards` of them."""
+    """Returns the FLOPs of a run on `num_tokens` tokens whose micro-batches cost `forwards` forward passes each.
+
+    `subnets`: in ascending order, the full network last.
+    """
     return TrainingFlops(
         forwards=forwards,
         run=forwards * sum(s.flops_per_token * s.tokens for s in subnets),
@@ -176,7 +188,7 @@ def training_flops(subnets: Sequence[PlannedSubNet], num_tokens: int, forwards: 
 
 
 def memory(engine: dict, optimizer: str, num_parameters: int, num_ranks: int) -> Memory:
-    """Model states per rank at each ZeRO stage, in the precision of the engine's settings."""
+    """Returns the memory of the model states at each ZeRO stage, in the precision of the engine keys."""
     bf16 = is_bf16(engine)
     offload = (is_offloaded(engine), has_offloaded_weights(engine))
     sizes = {stage: state_bytes(stage, bf16, optimizer, *offload) for stage in STAGES}
@@ -192,43 +204,47 @@ def memory(engine: dict, optimizer: str, num_parameters: int, num_ranks: int) ->
 def sent_bytes(
     run: Run, engine: dict, sampler: Sampler, config, costs: dict[SubNet, Cost], forwards: int, num_ranks: int
 ) -> dict[int, float]:
-    """Bytes that a rank sends in a step at each stage, averaged over the samples of the first steps."""
+    """Returns the bytes that a rank sends in a step at each ZeRO stage, as the mean over the first steps."""
     distance = engine.get("zero_optimization", {}).get("stage3_max_reuse_distance", REUSE_DISTANCE)
     full = costs[sampler.full].parameters
     steps = [sampler.sample(step) for step in range(min(SAMPLED_STEPS, run.train.steps))]
     unions = union_parameters(steps, family_of(config.model_type), config)
-    sampled = [Samples([costs[s].parameters for s in step], u, forwards) for step, u in zip(steps, unions, strict=True)]
-    settings = (is_bf16(engine), full)
-    kept = (int(distance), run.model.activation_checkpointing)
-    return {
-        stage: sum(step_traffic(stage, *settings, samples, *kept).sent(num_ranks) for samples in sampled) / len(steps)
-        for stage in STAGES
-    }
+    sizes = [StepSizes([costs[s].parameters for s in step], u, forwards) for step, u in zip(steps, unions, strict=True)]
+
+    def mean_sent(stage: int) -> float:
+        traffic = [
+            step_traffic(stage, is_bf16(engine), full, size, int(distance), run.model.activation_checkpointing)
+            for size in sizes
+        ]
+        return sum(each.sent(num_ranks) for each in traffic) / len(traffic)
+
+    return {stage: mean_sent(stage) for stage in STAGES}
 
 
 def state_bytes(
     stage: int, bf16: bool, optimizer: str, offload: bool = False, offload_weights: bool = False
 ) -> StateBytes:
-    """fp32 weights and gradients are 4 bytes; bf16 weights 2, gradients 4 (accumulated in fp32; at stage 0 in bf16: 2).
+    """Returns the bytes per parameter of the model states on GPUs.
 
-    AdamW keeps two fp32 moments, SGD none. DeepSpeed keeps fp32 master weights, except at stage 0 in fp32. With offload
-    the optimizer's part, and at stage 3 the weights, are on the CPU, at the stages that can.
+    Weights and gradients have 4 bytes in fp32. In bf16 weights have 2 bytes, and gradients have 4, because they are
+    accumulated in fp32; at stage 0 they have 2. AdamW keeps two fp32 moments, SGD none. DeepSpeed keeps fp32 master
+    weights, except at stage 0 in fp32. `offload` moves the optimizer's part into host memory at stages 1 to 3, and
+    `offload_weights` the weights at stage 3.
     """
-    moments = 8 if optimizer == "adamw" else 0
-    masters = 4 if bf16 or stage else 0
-    on_gpu = 0 if offload and stage else masters + moments
+    masters = WEIGHT_BYTES if bf16 or stage else 0
+    on_gpu = 0 if offload and stage else masters + MOMENT_BYTES[optimizer]
     weights = 0 if offload_weights and stage == 3 else 2 if bf16 else 4
     return StateBytes(weights, 2 if bf16 and stage == 0 else 4, on_gpu)
 
 
 def warnings(subnets: Sequence[PlannedSubNet]) -> tuple[str, ...]:
-    """What the user should know before starting."""
-    few = [s for s in subnets if s.visits < FEWEST_VISITS]
-    if not few:
+    """Returns what the user should know before the start: sub-networks that are hardly trained."""
+    rare = [s for s in subnets if s.visits < FEWEST_VISITS]
+    if not rare:
         return ()
-    fewest = min(few, key=lambda s: s.visits)
+    rarest = min(rare, key=lambda s: s.visits)
     return (
-        f"{len(few)} of {len(subnets)} sub-networks are expected fewer than {FEWEST_VISITS} visits (fewest: "
-        f"{fewest.subnet}, {fewest.visits:.0f}). Train more steps, raise "
-        "sampling.subnets_per_step, or make the space smaller.",
+        f"{len(rare)} of {len(subnets)} sub-networks are expected to get fewer than {FEWEST_VISITS} visits "
+        f"(fewest: {rarest.subnet}, {rarest.visits:.0f}). Raise train.steps or sampling.subnets_per_step, or make "
+        "the space smaller.",
     )

@@ -1,13 +1,14 @@
-"""What training writes into RUN_DIR beside checkpoints and curves: run.json, and at the end the trained model.
+"""Writes run.json at the start of a run, and the trained model with its measured table at the end.
 
-RUN_DIR/run.json         the resolved run file, DeepSpeed's whole dictionary, versions and commit
-RUN_DIR/model/           the full network as an ordinary Hugging Face directory, and sorted.json (model_dir.py)
+In: a run, its model's config, its data and the engine. On disk, beside the checkpoints and curves:
+
+    RUN_DIR/run.json   the run file with all defaults, DeepSpeed's complete config, versions and commit
+    RUN_DIR/model/     the full network as an ordinary Hugging Face directory, and sorted.json (model_dir.py)
 """
 
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections import deque
@@ -22,14 +23,23 @@ from transformers import PreTrainedConfig
 
 import sorted_ds
 from sorted_ds.base.errors import UserError
-from sorted_ds.base.files import share, sync
+from sorted_ds.base.files import REPLACED, UNFINISHED, remove, replaced, share
 from sorted_ds.checkpoint import Checkpoints
 from sorted_ds.checkpoint.folders import checkpoint_name
 from sorted_ds.checkpoint.identity import MODEL, Identity, flat, with_current_keys
 from sorted_ds.checkpoint.index import checkpoint_fingerprint
 from sorted_ds.cluster.ranks import Ranks
-from sorted_ds.deploy.evaluate import save, stored_dtype
-from sorted_ds.deploy.model_dir import PARETO_PNG, SUBNETS_JSON, Measured, ModelDir, Sorted
+from sorted_ds.deploy.evaluate import baseline_of, save_table, stored_dtype
+from sorted_ds.deploy.model_dir import (
+    FROM_RUN_DIR,
+    MODEL_FOLDER,
+    PARETO_PNG,
+    SUBNETS_JSON,
+    TOKENS_DIR,
+    Measured,
+    ModelDir,
+    Sorted,
+)
 from sorted_ds.engine import Engine
 from sorted_ds.nested import NestedModel, save_full
 from sorted_ds.run.config import Run
@@ -38,12 +48,14 @@ from sorted_ds.space import SubNetSpace
 from sorted_ds.tasks import Prepared, Task
 
 RUN_JSON = "run.json"
+CHECKPOINTS_FOLDER = "checkpoints"
 PACKAGE = Path(sorted_ds.__file__).parent
 IDENTITY_KEYS = ("seed", "task", "space.", "sampling.", "batch.step_rows", "batch.row_tokens", "optim.name")
-"""Sections and keys that a run cannot change and still be the same run."""
+"""Sections and keys of the run file that are part of a run's identity. A run that changes one cannot resume."""
 NOT_THE_MODEL = ("transformers_version", "dtype", "use_cache", "architectures", "_name_or_path")
-"""Keys of a Hugging Face config that say nothing about the network."""
+"""Keys of a Hugging Face config that do not describe the network."""
 PACKAGES = ("sorted-ds", "torch", "deepspeed", "transformers", "tokenizers", "safetensors")
+"""The packages whose versions are recorded, and compared between ranks."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +68,36 @@ class RunDir:
     data: Prepared
     ranks: Ranks
     heartbeat: Callable[[], None]
-    """Called as long as something moves."""
+    """Called while work makes progress."""
 
     @property
     def baseline(self) -> Mapping[str, float] | None:
-        """Name and loss of something trivial to compare with."""
-        trivial = self.task.baseline(self.data)
-        return None if trivial is None else {trivial.name: trivial.loss}
+        """The name and the loss of the task's baseline, if it has one."""
+        return baseline_of(self.task, self.data)
 
     def checkpoints(self) -> Checkpoints:
-        """RUN_DIR/checkpoints, of this run alone."""
+        """Returns the checkpoints in RUN_DIR, which must have this run's identity."""
         settings = self.run.checkpoint
-        folder, identity = self.run.run_dir / "checkpoints", identity_of(self.run, self.config, self.data.key)
-        how = (settings.asynchronous, settings.strict, self.heartbeat)
-        return Checkpoints(folder, settings.keep_last, identity, self.ranks, *how)
+        return Checkpoints(
+            self._checkpoints_folder,
+            settings.keep_last,
+            identity_of(self.run, self.config, self.data.key),
+            self.ranks,
+            settings.asynchronous,
+            settings.strict,
+            self.heartbeat,
+        )
 
-    def open(self, engine_config: Mapping, deepspeed_config: Mapping) -> list[str]:
-        """Writes run.json, and returns what the run says otherwise than at the last start. A collective."""
+    @property
+    def _checkpoints_folder(self) -> Path:
+        return self.run.run_dir / CHECKPOINTS_FOLDER
+
+    @property
+    def _model_folder(self) -> Path:
+        return self.run.run_dir / MODEL_FOLDER
+
+    def write_run_json(self, engine_config: Mapping, deepspeed_config: Mapping) -> list[str]:
+        """Writes run.json. Returns, on rank 0, what has changed since the last start. Every rank must call this."""
         path = self.run.run_dir / RUN_JSON
         with self.ranks.fail_together():
             run = {**self.run.model_dump(mode="json"), self.run.engine.deepspeed.name: engine_config}
@@ -90,94 +115,101 @@ class RunDir:
                 path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
         return changes
 
-    def measured(self, engine: Engine, num_targets: int) -> set[str] | None:
-        """The sub-networks that RUN_DIR/model has measured on so many targets. A collective.
+    def names_measured_before(self, engine: Engine, num_targets: int) -> set[str] | None:
+        """Returns the names of the sub-networks that RUN_DIR/model has measured on `num_targets` validation targets.
 
-        None where that is not of the last checkpoint, or in another precision.
+        Returns None if there is no saved model, or if it belongs to an older checkpoint, to other settings or was saved
+        in another precision. Every rank must call this.
         """
-        found = self._measured(engine, num_targets) if self.ranks.is_first else None
-        told = json.loads(self.ranks.gather(json.dumps(found))[0])
-        return None if told is None else set(told)
+        found = self._names_measured_before(engine, num_targets) if self.ranks.is_first else None
+        names = json.loads(self.ranks.gather(json.dumps(found))[0])
+        return None if names is None else set(names)
 
-    def _measured(self, engine: Engine, num_targets: int) -> list[str] | None:
-        where = ModelDir(self.run.run_dir, self.run.run_dir / "model")
+    def _names_measured_before(self, engine: Engine, num_targets: int) -> list[str] | None:
+        where = ModelDir(self.run.run_dir, self._model_folder)
         try:
             found, expected = where.read(), self._sorted(engine.model.space)
             same = (found.checkpoint, found.space, found.layer_order, found.row_tokens, found.task)
             wanted = (expected.checkpoint, expected.space, expected.layer_order, expected.row_tokens, expected.task)
             if (*same, stored_dtype(where)) != (*wanted, engine.model.dtype):
                 return None
-            # The data may have moved. Rows of other targets go when the first of these comes (ModelDir.add_measured).
+            # The data may have moved. Rows measured on other targets stay until add_measured replaces them.
             where.write(replace(expected, subnets=found.subnets, baseline=found.baseline))
         except (OSError, UserError):
             return None
         return [row.subnet for row in found.subnets if row.num_targets == num_targets]
 
     def write_model(self, engine: Engine) -> None:
-        """RUN_DIR/model in the training precision, complete or not at all. A collective."""
-        weights = self._moving(engine.weights())
+        """Writes RUN_DIR/model in the training precision, complete or not at all. Every rank must call this.
+
+        Raises: AgreedError when rank 0 cannot write it.
+        """
+        weights = self._in_step(engine.weights())
         with self.ranks.fail_together():
             try:
                 if self.ranks.is_first:
                     self._write_model(engine.model, weights)
             finally:
-                deque(weights, maxlen=0)  # each is gathered by all ranks, whatever becomes of it on rank 0
+                deque(weights, maxlen=0)  # all ranks gather each weight, so rank 0 must too, even if it cannot write
 
     def _write_model(self, model: NestedModel, weights: Iterable[tuple[str, Tensor]]) -> None:
-        final, hidden = self.run.run_dir / "model", self.run.run_dir / ".writing_model"
-        shutil.rmtree(hidden, ignore_errors=True)
+        self._remove_unfinished_models()
         try:
-            save_full(model, weights, hidden)
-            self.task.write_processor(self.data, hidden)
-            ModelDir(self.run.run_dir, hidden).write(self._sorted(model.space))
-            share(hidden)
-            for path in (*hidden.iterdir(), hidden):
-                sync(path)
-            shutil.rmtree(final, ignore_errors=True)
-            hidden.rename(final)
-            for name in (SUBNETS_JSON, PARETO_PNG):  # of other weights
+            with replaced(self._model_folder, durable=True) as hidden:
+                save_full(model, weights, hidden)
+                self.task.write_processor(self.data, hidden)
+                ModelDir(self.run.run_dir, hidden).write(self._sorted(model.space))
+                share(hidden)
+            for name in (SUBNETS_JSON, PARETO_PNG):  # an older model's
                 (self.run.run_dir / name).unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{final} could not be written: {error}. Free the space, and start the run again."
+                f"{self._model_folder} could not be written: {error}. Free the space, and start the run again."
             ) from error
-        finally:
-            shutil.rmtree(hidden, ignore_errors=True)
+
+    def _remove_unfinished_models(self) -> None:
+        """Removes what killed starts of this run left of their models. Other files of RUN_DIR are left alone."""
+        for prefix in (UNFINISHED, REPLACED):
+            for left in self.run.run_dir.glob(f"{prefix}{MODEL_FOLDER}*"):
+                remove(left)
 
     def _sorted(self, space: SubNetSpace) -> Sorted:
+        """Returns the contents of sorted.json for the model of the last step."""
         folder = self.data.folder
-        data = {"tokens_dir": str(folder), "from_run_dir": os.path.relpath(folder, self.run.run_dir)}
-        names = tuple(subnet.name for subnet in space)
         return Sorted(
-            names,
-            data,
+            space=tuple(subnet.name for subnet in space),
+            data={TOKENS_DIR: str(folder), FROM_RUN_DIR: os.path.relpath(folder, self.run.run_dir)},
             row_tokens=self.run.batch.row_tokens,
             eval_rows=self.run.eval.rows,
             task=self.run.task,
             layer_order=space.layer_order,
-            checkpoint=checkpoint_fingerprint(self.run.run_dir / "checkpoints" / checkpoint_name(self.run.train.steps)),
+            checkpoint=checkpoint_fingerprint(self._checkpoints_folder / checkpoint_name(self.run.train.steps)),
         )
 
-    def _moving(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """None is further than rank 0, which writes them: those that have nothing to gather would seem to hang."""
+    def _in_step(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yields the weights on all ranks at the speed of rank 0, which writes them.
+
+        A rank that has nothing to gather would otherwise wait at the end for so long that it seems to hang.
+        """
         for weight in weights:
             self.ranks.sum([0.0])
             self.heartbeat()
             yield weight
 
     def add_to_table(self, measured: Sequence[Measured]) -> tuple[Measured, ...]:
-        """The measured table and its figure. Returns the whole table, on rank 0. A collective."""
+        """Writes the measured table and its figure; returns the whole table on rank 0. Every rank must call this."""
         table: tuple[Measured, ...] = ()
         with self.ranks.fail_together():
             if self.ranks.is_first:
                 where = ModelDir.find(self.run.run_dir)
-                if rows := measured or where.read().subnets:  # an earlier start may have ended before the figure
-                    table = save(where, rows, self.task, self.data).measured
+                # Without new rows the figure is drawn too: an earlier start may have been killed before it drew it.
+                if rows := measured or where.read().subnets:
+                    table = save_table(where, rows, self.task, self.data).measured
         return table
 
 
 def identity_of(run: Run, config: PreTrainedConfig, data_key: str) -> Identity:
-    """What makes a run this run: keys of its run file, its model's config and its data."""
+    """Returns what a checkpoint must have in common with the run: keys of the run file, model config and data."""
     keys = flat(run.model_dump(mode="json"))
     model = flat({key: value for key, value in config.to_dict().items() if key not in NOT_THE_MODEL})
     facts = {key: value for key, value in keys.items() if key.startswith(IDENTITY_KEYS)}
@@ -186,12 +218,12 @@ def identity_of(run: Run, config: PreTrainedConfig, data_key: str) -> Identity:
 
 
 def versions() -> dict[str, str]:
-    """Of this package, of those that it computes with, and of Python."""
+    """Returns the versions of this package, of the packages that it computes with, and of Python."""
     return {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
 
 
-def facts(run: Run) -> dict[str, str]:
-    """What every rank must have alike: the run, DeepSpeed's settings, versions and code."""
+def facts_to_compare(run: Run) -> dict[str, str]:
+    """Returns what must be the same on every rank: the run file, DeepSpeed's settings, versions and code."""
     engine = load_engine_config(run.engine.deepspeed)
     return {
         **flat(run.model_dump(mode="json")),
@@ -202,12 +234,12 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """Of this package."""
+    """Returns a digest of this package's Python files."""
     return digest_of(PACKAGE.rglob("*.py"))
 
 
 def digest_of(files: Iterable[Path]) -> str:
-    """Of their contents, in the order of their names."""
+    """Returns a digest of the files' contents, in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.read_bytes())
@@ -215,13 +247,16 @@ def digest_of(files: Iterable[Path]) -> str:
 
 
 def _changes(path: Path, run: Mapping) -> list[str]:
-    """`optim.learning_rate: 0.001 before, 0.0005 now`, for each key. None at the first start."""
+    """Returns a line like `optim.learning_rate: 0.001 before, 0.0005 now` for each key that has changed.
+
+    `path`: run.json of the last start. At the first start there is none, and the list is empty.
+    """
     if not path.is_file():
         return []
     try:
         before = with_current_keys(flat(json.loads(path.read_text(encoding="utf-8"))["run"]))
     except (ValueError, KeyError, TypeError, AttributeError):
-        return [f"{path} could not be read, so changes of the run file are not listed"]
+        return [f"{path} could not be read, so the changes of the run file are unknown"]
     return list(_differences(before, flat(run)))
 
 
@@ -232,7 +267,7 @@ def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[
 
 
 def _commit() -> str:
-    """The commit of the code, where it runs from a repository; else empty."""
+    """Returns the commit of the code if it runs from a git repository, otherwise an empty string."""
     command = ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,7 +1,7 @@
-"""Reads run files and the DeepSpeed JSON that they name, and says in one line what is wrong with them.
+"""Reads a run file and the DeepSpeed JSON that it names. A mistake in either is one line that says what to change.
 
-In: RUN.toml and `section.key=value` overrides. Out: a frozen `Run`, relative paths made absolute from the run file's
-folder; and the engine keys as a dictionary.
+In: RUN.toml and `section.key=value` overrides. Out: a frozen `Run`, whose relative paths were made absolute from the
+run file's folder; and the engine keys of the JSON as a dictionary.
 """
 
 import difflib
@@ -18,9 +18,9 @@ from sorted_ds.run.config import SCRATCH, TRAIN_TOKENIZER, Run, Section
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
-    """Reads and checks a run file. Relative paths, overridden ones too, start at the run file's folder.
+    """Returns the checked contents of a run file. Relative paths, also in overrides, start at the run file's folder.
 
-    Raises: UserError for a missing or damaged file, an unknown key, a value of the wrong kind.
+    Raises: UserError for a missing or damaged file, an unknown key, or a value of the wrong type.
     """
     fields = _read_toml(path)
     for text in overrides:
@@ -36,21 +36,21 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"run file {path} cannot be read: {error.strerror}. Name an existing one.") from None
-    except ValueError as error:  # TOML or UTF-8
-        raise UserError(f"{path} is no TOML: {error}. Mend that place.") from None
+        raise UserError(f"run file {path} cannot be read: {error.strerror}. Name an existing file.") from None
+    except ValueError as error:  # of the TOML or of UTF-8
+        raise UserError(f"{path} is not valid TOML: {error}. Correct that line.") from None
 
 
 def _override(fields: dict[str, Any], text: str) -> None:
-    """Sets `section.key=value`; the value is read as TOML, and as a plain string where it is none."""
+    """Sets `section.key=value`. The value is read as TOML, or as a plain string if it is not valid TOML."""
     dotted, equals, value = text.partition("=")
     *sections, key = dotted.strip().split(".")
     if not equals or not key:
-        raise UserError(f"override {text!r} is not of the form section.key=value.")
+        raise UserError(f"override {text!r} should have the form section.key=value, like train.steps=500.")
     for section in sections:
         fields = fields.setdefault(section, {})
         if not isinstance(fields, dict):
-            raise UserError(f"override {text!r}: {section!r} is no section.")
+            raise UserError(f"override {text!r}: {section!r} is a key and not a section. Write {section}=value.")
     try:
         read = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -59,7 +59,7 @@ def _override(fields: dict[str, Any], text: str) -> None:
 
 
 def _is_text(path: tuple[str, ...]) -> bool:
-    """Whether the key takes a string or a path: `run_dir=2024` is a name, not a number."""
+    """Returns whether the key takes a string or a path, so that `run_dir=2024` is read as a name."""
     section: type[Section] = Run
     for name in path[:-1]:
         field = section.model_fields.get(name)
@@ -70,23 +70,23 @@ def _is_text(path: tuple[str, ...]) -> bool:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first mistake, as one line. Unknown keys first: one that is misspelt is also missing."""
+    """Describes one mistake on one line. An unknown key comes first, because a misspelt key is also a missing one."""
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     *sections, key = [str(part) for part in first["loc"]]
     name = ".".join([*sections, key])
     if name in MOVED:
-        return f"{name!r} is called {MOVED[name]!r} now. Rename it."
+        return f"{name!r} was renamed to {MOVED[name]!r}. Rename it in the run file."
     if first["type"] == "extra_forbidden":
         near = _nearest_key(sections, key)
         return f"unknown key {name!r}. " + (f"Did you mean {near!r}?" if near else "Remove it.")
     if first["type"] == "missing":
-        return f"{name!r} is missing. Add it; docs/run-file.md says what it is."
+        return f"{name!r} is missing. Add it; docs/run-file.md explains it."
     message = first["msg"].removeprefix("Input should be ").rstrip(".")
     return f"{name} = {first['input']!r} should be {message}."
 
 
 def _nearest_key(sections: list[str], key: str) -> str:
-    """A known key that looks like the unknown one: of its section, or the same key in another."""
+    """Returns the known key that is spelt most like the unknown one, or "". Keys of the same section come first."""
     keys = {".".join(path): path[-1] for path in known_keys()}
     own = {name: last for name, last in keys.items() if name.split(".")[:-1] == sections}
     for candidates in (own, keys):
@@ -97,7 +97,7 @@ def _nearest_key(sections: list[str], key: str) -> str:
 
 
 def known_keys() -> Iterator[tuple[str, ...]]:
-    """Every key of a run file, with its section."""
+    """Yields every key of a run file with its section: ("seed",), ("batch", "step_rows")."""
     for name, field in Run.model_fields.items():
         yield (name,)
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
@@ -137,7 +137,7 @@ MOVED = {
     "schedule": "sampling",
     "sampling.draws": "sampling.subnets_per_step",
 }
-"""Sections and keys of earlier versions, with their names of today."""
+"""Sections and keys of earlier versions -> their present names."""
 
 RUN_FILE_KEYS = {
     "train_batch_size": "[batch]",
@@ -149,22 +149,22 @@ RUN_FILE_KEYS = {
     "scheduler": "[optim]",
     "steps_per_print": "log.every_steps",
 }
-"""Keys of a DeepSpeed JSON that the run file states, and where."""
+"""Keys of a DeepSpeed JSON that are refused -> the part of the run file that they follow from."""
 
 
 def load_engine_config(path: Path) -> dict[str, Any]:
-    """The engine keys of a DeepSpeed JSON.
+    """Returns the engine keys of a DeepSpeed JSON.
 
-    Raises: UserError for a missing or damaged file, or one that states a number of the run file.
+    Raises: UserError for a missing or damaged file, or a key that follows from the run file.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"engine.deepspeed: {path} cannot be read: {error.strerror}. Name an existing file.") from None
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}. Mend that place.") from None
+        raise UserError(f"{path} is not valid JSON: {error}. Correct that line.") from None
     if not isinstance(config, dict):
-        raise UserError(f"{path} holds no JSON object. Write {{}} for DeepSpeed's defaults.")
+        raise UserError(f"{path} should hold a JSON object. Write {{}} for DeepSpeed's defaults.")
     for key, where in RUN_FILE_KEYS.items():
         if key in config:
             raise UserError(

@@ -1,4 +1,4 @@
-"""What a network is trained for: how a forward pass becomes sums, which metrics are shown, how data is prepared."""
+"""Tasks say what a network is trained for: its loss and metrics, its micro-batches, and how its data is prepared."""
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.tasks.causal_lm import CausalLM
@@ -7,11 +7,11 @@ from sorted_ds.tasks.task import LOSS, Baseline, Metric, Prepared, SummedLoss, T
 __all__ = ["LOSS", "TASKS", "Baseline", "Metric", "Prepared", "SummedLoss", "Task", "task_of"]
 
 TASKS: dict[str, Task] = {"causal_lm": CausalLM()}
-"""By the name that a run file gives."""
+"""The tasks by the name that a run file gives them."""
 
 
 def task_of(name: str) -> Task:
-    """Raises: UserError for an unknown task; it names the known ones."""
+    """Returns the task of this name. Raises: UserError for an unknown name."""
     if name not in TASKS:
-        raise UserError(f"task = {name!r} is not known. Known: {', '.join(TASKS)}.")
+        raise UserError(f"task = {name!r} is not known. Set one of: {', '.join(TASKS)}.")
     return TASKS[name]

@@ -1,7 +1,8 @@
-"""Causal language modelling: predict the next token of packed rows of text.
+"""Causal language modelling: the task of predicting the next token in packed rows of text.
 
-In: text, and rows of token ids. Out: nats summed over targets, and how often the largest logit is right. A batch holds
-`input_ids` and `labels`, which are shifted already.
+In: text, and rows of token ids. Out: the loss in nats, summed over targets, and how often the largest logit is the next
+token. A batch holds `input_ids` and `labels`, where `labels[t]` is the token that position t predicts. On disk: the
+prepared tokens, and the tokenizer beside an exported model.
 """
 
 import math
@@ -41,8 +42,9 @@ PROBE_TEXT = (
     "def add(left, right):\n    return left + right  # as expected\n"
     "Numbers 0123456789, (brackets) [and] {braces}; naïve café, λ → 東京.\n"
 ) * 8
+ACCURACY = "accuracy"
 LARGEST_EXPONENT = 700.0
-"""exp of more than this is beyond double precision."""
+"""exp of a larger number is not a double precision number."""
 
 
 def _perplexity(totals: Totals) -> float:
@@ -51,12 +53,12 @@ def _perplexity(totals: Totals) -> float:
 
 
 class CausalLM:
-    """The task `causal_lm`. Methods as in `Task`."""
+    """The task `causal_lm`. `Task` documents the methods."""
 
     metrics = (
         Metric(LOSS, "loss (nats)", mean_of(LOSS), "{:.4f}".format),
         Metric("perplexity", "perplexity", _perplexity, "{:.2f}".format),
-        Metric("accuracy", "accuracy", mean_of("accuracy"), "{:.1%}".format),
+        Metric(ACCURACY, "accuracy", mean_of(ACCURACY), "{:.1%}".format),
     )
 
     # Data
@@ -124,26 +126,26 @@ class CausalLM:
         size = vocabulary_of_run(run).size
         if size > config.vocab_size and run.model.config:
             raise UserError(
-                f"model.config sets vocab_size = {config.vocab_size}, but the tokenizer has {size} tokens. Remove it "
-                "from model.config: it follows from the tokenizer."
+                f"model.config sets vocab_size = {config.vocab_size}, but the tokenizer has {size} tokens. Remove "
+                "vocab_size from model.config, because it follows from the tokenizer."
             )
         if size > config.vocab_size:
             raise UserError(
-                f"data.tokenizer = {run.data.tokenizer!r} has {size} tokens, but {run.model.init} knows "
-                f"{config.vocab_size}. Remove data.tokenizer to use the checkpoint's own."
+                f"data.tokenizer = {run.data.tokenizer!r} has {size} tokens, but the vocabulary of {run.model.init} "
+                f"has {config.vocab_size}. Remove data.tokenizer to use the checkpoint's own tokenizer."
             )
         longest = getattr(config, "max_position_embeddings", run.batch.row_tokens)
         if run.batch.row_tokens > longest:
             raise UserError(
                 f"batch.row_tokens = {run.batch.row_tokens}, but the model's max_position_embeddings is {longest}. "
-                f"Raise that in model.config, or set row_tokens to {longest} at most."
+                f"Raise max_position_embeddings in model.config, or set batch.row_tokens to {longest} or less."
             )
 
     def attach(self, model: PreTrainedModel, family: Family) -> None:
         attach_loss_head(model, family)
 
     def sums(self, model: PreTrainedModel, family: Family, batch: Batch, with_metrics: bool) -> Sums:
-        """Units: nats, and right next tokens, summed over targets."""
+        """Units: nats, and correctly predicted tokens, both summed over targets."""
         head, labels = model.get_submodule(family.head), batch["labels"]
         assert isinstance(head, LossHead)
         hidden = family.hidden_states(model.get_submodule(family.body), batch)
@@ -151,7 +153,7 @@ class CausalLM:
         if not with_metrics:
             return {LOSS: (head(hidden, labels), num_targets)}
         nll, num_correct = head(hidden, labels, count_correct=True)
-        return {LOSS: (nll, num_targets), "accuracy": (num_correct, num_targets)}
+        return {LOSS: (nll, num_targets), ACCURACY: (num_correct, num_targets)}
 
     # Export
 
@@ -164,7 +166,7 @@ class CausalLM:
                 shutil.copyfile(source / file, folder / file)
 
     def probe(self, folder: Path, config: PreTrainedConfig) -> Batch:
-        """A fixed text, and random ids of the whole vocabulary. Shape [B, T]."""
+        """Returns a row of a fixed text, and rows of random ids of the whole vocabulary. Shape [B, T]."""
         tokenizer = _tokenizer_of(folder)
         length = min(PROBE_TOKENS, config.max_position_embeddings)
         generator = torch.Generator().manual_seed(0)
@@ -172,7 +174,8 @@ class CausalLM:
         text = torch.tensor(tokenizer(PROBE_TEXT)["input_ids"][:length])
         if len(text) and text.max() >= config.vocab_size:
             raise UserError(
-                f"the tokenizer gives id {int(text.max())}, but the model knows {config.vocab_size}. Use its own one."
+                f"the tokenizer in {folder} gives the id {int(text.max())}, but the model's vocabulary has "
+                f"{config.vocab_size} ids. Put the model's own tokenizer there."
             )
         rows[0, : len(text)] = text
         return {"input_ids": rows}
@@ -183,7 +186,7 @@ class CausalLM:
 
 
 def data_spec(run: Any) -> DataSpec:
-    """What decides the prepared tokens."""
+    """Returns the settings that the prepared tokens depend on."""
     data = run.data
     return DataSpec(
         text=tuple(data.text),
@@ -197,16 +200,16 @@ def data_spec(run: Any) -> DataSpec:
 
 
 def vocabulary_of_run(run: Any) -> Vocabulary:
-    """The vocabulary of the run's tokenizer; for one that is still to be trained, what it will be."""
+    """Returns the vocabulary of the run's tokenizer, also if the tokenizer was not trained yet."""
     if run.data.tokenizer == TRAIN_A_TOKENIZER:
         return trained_vocabulary(run.data.vocab_size)
     return vocabulary_of(load_tokenizer(run.data.tokenizer))
 
 
 def _tokenizer_of(folder: Path):
-    """Raises: UserError when the directory holds no tokenizer that transformers can read."""
+    """Returns the folder's tokenizer. Raises: UserError when transformers cannot read one there."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder} holds no tokenizer ({reason}). Put the tokenizer's files there.") from error
+        raise UserError(f"{folder} has no tokenizer ({reason}). Put the tokenizer's files there.") from error

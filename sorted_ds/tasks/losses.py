@@ -1,9 +1,9 @@
-"""The summed next-token loss, computed in chunks so that the logits of a whole micro-batch never exist.
+"""Computes the summed next-token loss in chunks, so that the logits of a whole micro-batch never exist.
 
-In: a micro-batch of token ids and labels. Out: the sum over targets of their negative log likelihood, in nats.
-The division by the number of the step's targets is the loop's. The head's own module computes the loss and, while it
-holds a chunk's logits, the chunk's gradients: under ZeRO-3 a called module's direct parameters are what is gathered,
-so the head is gathered once, and nothing of the size [positions, vocabulary] is kept for the backward pass.
+In: the hidden states and labels of a micro-batch. Out: the negative log likelihood in nats, summed over targets. The
+training loop divides it by the number of the step's targets. The head's own module computes the loss of a chunk and its
+gradients at once, while it has the chunk's logits. So no tensor of the size [positions, vocabulary] is kept for the
+backward pass. And since ZeRO-3 gathers the direct parameters of a module that is called, it gathers the head only once.
 
 Legend: N = positions (rows x row_tokens), H = hidden channels, V = vocabulary.
 """
@@ -17,29 +17,30 @@ from sorted_ds.data.loader import NO_TARGET
 from sorted_ds.nested.family import Family, LogitsRule
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
-"""Logits that exist at a time: 64 MiB in fp32, 512 MiB on a GPU. There each chunk must have a thousand positions, or to
-add its share to the head's gradient takes as long as the products that make it."""
+"""How many logits exist at a time: 64 MiB in fp32, and 512 MiB on a GPU. A GPU needs a thousand positions in each
+chunk: with fewer, adding the chunk's part to the head's gradient takes as long as computing that part."""
 
 
 class LossHead(nn.Module):
-    """The output head. `head(hidden)` gives logits, as Hugging Face's forward expects; with labels it gives the loss.
+    """The output head, which returns logits without labels, as Hugging Face's forward expects, and the loss with them.
 
-    Made by `attach_loss_head`, which swaps the class of a model's own `nn.Linear`: names and weights stay.
+    `attach_loss_head` turns a model's own `nn.Linear` into this class, so that names and weights stay as they are.
     """
 
     weight: nn.Parameter
     rule: LogitsRule
     chunk_elements: dict[str, int]
-    """By the kind of device."""
+    """The largest number of logits of a chunk, by the type of device."""
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, count_correct: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits without labels, the summed loss with them; with `count_correct` also the hits of the largest logit.
+        """Returns the logits, or with `labels` the summed loss.
 
-        `labels[t]` is the token that position t predicts (shifted already), or -100.
+        `labels[t]` is the token that position t predicts, or -100 if it has no target. With `count_correct` the result
+        has no gradient, and also holds the number of targets that have the largest logit.
 
-        Shapes: hidden [..., H], labels [...] -> fp32 scalar, or (fp32 scalar, int64 scalar), which has no gradient.
+        Shapes: hidden [..., H], labels [...] -> fp32 scalar, or (fp32 scalar, int64 scalar).
         Units: nats, summed over targets.
         """
         if labels is None:
@@ -53,7 +54,7 @@ class LossHead(nn.Module):
 
 
 def attach_loss_head(model: PreTrainedModel, family: Family) -> PreTrainedModel:
-    """Gives the model's head the loss of its family, in place, and returns the model, nested or plain."""
+    """Turns the head of a nested or plain model into a `LossHead` of its family, in place, and returns the model."""
     head = model.get_submodule(family.head)
     assert head.bias is None, "no family of the table has a bias in its head"
     head.__class__ = LossHead
@@ -63,7 +64,7 @@ def attach_loss_head(model: PreTrainedModel, family: Family) -> PreTrainedModel:
 
 
 class _SummedNll(torch.autograd.Function):
-    """The loss, with its gradients computed chunk by chunk in the forward pass; backward only scales them."""
+    """Computes the loss and its gradients chunk by chunk in the forward pass. The backward pass only scales them."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, rule: LogitsRule, chunk: int) -> Tensor:
@@ -87,16 +88,16 @@ class _SummedNll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, nll_grad: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: a second copy of the head's gradient would be 1 GiB for V = 128k, H = 4096 in bf16. A second
-        # backward through the same loss is then an error of autograd's version check, never a wrong gradient.
+        # In place, because a second copy of the head's gradient would have 1 GiB for V = 128k, H = 4096 in bf16. A
+        # second backward pass through the same loss is then an error of autograd's version check, not a wrong gradient.
         scaled = [None if grad is None else grad.mul_(nll_grad) for grad in ctx.saved_tensors]
         return *scaled, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, rule: LogitsRule) -> tuple[Tensor, Tensor | None]:
-    """Logits, in fp32 where anything is done to them, and, where they are capped, the derivative of the cap.
+    """Returns the logits, and the derivative of their soft cap, or None without one.
 
-    Shapes: [n, H], [V, H] -> [n, V] twice.
+    The logits are in fp32 if they are divided or capped. Shapes: [n, H], [V, H] -> [n, V] twice.
     """
     logits = F.linear(hidden, weight)
     if rule == LogitsRule():
@@ -113,9 +114,10 @@ def _logits(hidden: Tensor, weight: Tensor, rule: LogitsRule) -> tuple[Tensor, T
 def _nll_and_gradient(
     logits: Tensor, slope: Tensor | None, labels: Tensor, rule: LogitsRule, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The summed loss of a chunk, in fp32, and its gradient with respect to the head's output, in `dtype`.
+    """Returns the summed loss of a chunk, in fp32, and its gradient with respect to the head's output, in `dtype`.
 
-    A pass over the logits is what costs here, so there are three: log-probabilities, probabilities, gradient.
+    Reading and writing the logits takes most of the time, so this does it only three times: for the log-probabilities,
+    the probabilities and the gradient. `slope`: the derivative of the soft cap.
 
     Shapes: logits, slope [n, V], labels [n] -> scalar, [n, V].
     """
@@ -135,7 +137,7 @@ def _nll_and_gradient(
 
 @torch.no_grad()
 def _evaluate(hidden: Tensor, weight: Tensor, labels: Tensor, rule: LogitsRule, chunk: int) -> tuple[Tensor, Tensor]:
-    """The summed loss and the number of targets that the largest logit hits."""
+    """Returns the summed loss, and the number of targets that have the largest logit."""
     nll_sum = hidden.new_zeros((), dtype=torch.float32)
     num_correct = labels.new_zeros(())
     for part_hidden, part_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True):

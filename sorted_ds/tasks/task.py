@@ -1,8 +1,8 @@
-"""`Task`: the one object that knows what a network is trained for.
+"""Defines `Task`, the only object that knows what a network is trained for.
 
-In: a run's settings. Out: what a micro-batch holds, how a forward pass becomes sums, which metrics are shown, and
-how the data is prepared. The loop, the engine, the checkpoints, the monitor and `eval` do not know which task runs. A
-new task is one file beside `causal_lm.py` and an entry in `TASKS` (tasks/__init__.py).
+In: a run's settings. Out: what a micro-batch holds, how a forward pass becomes sums, which metrics are shown, and how
+the data is prepared. The loop, the engine, the checkpoints, the monitor and `eval` do not know which task runs. A new
+task is one file beside `causal_lm.py` and an entry in `TASKS` (tasks/__init__.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,46 +17,47 @@ from sorted_ds.data.loader import Batch, MicroBatch, Rows
 from sorted_ds.nested.family import Family
 
 LOSS = "loss"
-"""The name of the sum that is trained, in nats, and of the metric that is its mean."""
+"""The name of the sum that training minimizes, in nats, and of the metric that is its mean."""
 
 Sums = dict[str, tuple[Tensor, Tensor]]
-"""Name -> (sum, count) over a batch: `loss` first. Means are made of totals over all batches and ranks."""
+"""Name -> (sum, count) over a batch, the loss first. Means are computed from the totals over all batches and ranks."""
 Totals = Mapping[str, tuple[float, float]]
-"""`Sums` of all batches and ranks together."""
+"""Name -> (sum, count) over all batches and ranks."""
 Report = Callable[[float, float], None]
-"""Hears of progress: how much is done, and how much there is."""
+"""Called with the progress of some work: how much is done, and how much there is."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that tables, curves and cards show for each sub-network."""
+    """A number that tables and model cards show for each sub-network."""
 
     name: str
     title: str
-    """The head of a table's column, with the unit."""
+    """The title of a table's column, with the unit."""
     value: Callable[[Totals], float]
+    """Computes the value from the totals."""
     text: Callable[[float], str]
-    """How a value is printed."""
+    """Formats a value."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The loss of something trivial, to compare with."""
+    """The loss of a trivial model, to compare with."""
 
     name: str
     loss: float
 
 
 class Prepared(Protocol):
-    """A run's data on disk."""
+    """The prepared data of a run on disk."""
 
     @property
     def key(self) -> str:
-        """The content key: equal keys, equal data."""
+        """The content key. Data with the same key is the same."""
 
     @property
     def folder(self) -> Path:
-        """Where the data lies."""
+        """The folder of the data."""
 
 
 class Task(Protocol):
@@ -64,68 +65,71 @@ class Task(Protocol):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """What is shown; the first is the loss."""
+        """The metrics that are shown. The first one is the loss."""
 
     # Data
 
     def prepare(self, run: Any, report: Report) -> Prepared:
-        """The run's data on disk, made where it is not there yet. Raises: UserError when it cannot be used."""
+        """Returns the run's data, and prepares it if it is not on disk. Raises: UserError when it cannot be used."""
 
     def find_prepared(self, run: Any) -> Prepared:
-        """The run's data where it is on disk. Raises: UserError otherwise."""
+        """Returns the run's data. Raises: UserError when it is not prepared."""
 
     def open_prepared(self, folder: Path) -> Prepared:
-        """The data of a folder. Raises: UserError when files are missing or damaged."""
+        """Returns the data of a folder. Raises: UserError when files are missing or damaged."""
 
     def check_data(self, run: Any) -> None:
-        """Raises: UserError for data that `prepare` would refuse, as far as a look at the names of files tells."""
+        """Checks the names of the data's files, without reading them. Raises: UserError when some are missing."""
 
     def describe(self, data: Any) -> dict[str, Any]:
-        """Facts about the data, for `sorted-ds prepare --json`."""
+        """Returns the facts about the data that `sorted-ds prepare --json` prints."""
 
     def summary(self, data: Any) -> str:
-        """What the data holds, in a few words."""
+        """Returns a few words about what the data holds."""
 
     def baseline(self, data: Any) -> Baseline | None:
-        """Something trivial that the data allows to compare with."""
+        """Returns the loss of a trivial model of this data, or None."""
 
     def rows(self, data: Any, row_tokens: int, is_validation: bool) -> Rows:
-        """The rows of one side of the data. Raises: UserError when there are none."""
+        """Returns the training or the validation rows. Raises: UserError when there are none."""
 
     def collate(self, rows: Sequence[Any], size: int, row_tokens: int) -> MicroBatch:
-        """A micro-batch of these rows, filled up to `size` by rows without targets."""
+        """Returns a micro-batch of `size` rows: these rows, and padding rows without targets."""
 
     # Model
 
     def config_fields(self, run: Any) -> dict[str, Any]:
-        """Keys of a new model's config that follow from the data."""
+        """Returns the keys of a new model's config that follow from the data."""
 
     def check_config(self, run: Any, config: PreTrainedConfig) -> None:
-        """Raises: UserError when data and model do not fit."""
+        """Checks that the model can be trained on the data. Raises: UserError when it cannot."""
 
     def attach(self, model: PreTrainedModel, family: Family) -> None:
-        """Gives the model's head what the loss needs, in place. Names and weights stay."""
+        """Adds to the model's head what the loss needs, in place. Names and weights stay as they are."""
 
     def sums(self, model: PreTrainedModel, family: Family, batch: Batch, with_metrics: bool) -> Sums:
-        """The sums of a batch on the sub-network that runs now; without metrics the loss alone."""
+        """Returns the sums of a batch for the model's current sub-network; only the loss unless `with_metrics`."""
 
     # Export
 
     def write_processor(self, data: Any, folder: Path) -> None:
-        """Writes what turns a user's input into a batch (tokenizer, image processor) beside the model."""
+        """Writes the tokenizer or image processor, which turns a user's input into a batch, beside the model."""
 
     def copy_processor(self, source: Path, folder: Path) -> None:
-        """Copies it from one model's directory to another's."""
+        """Copies the tokenizer or image processor from the directory of one model to that of another."""
 
     def probe(self, folder: Path, config: PreTrainedConfig) -> Batch:
-        """Inputs on which two models that should be equal are compared, made with the folder's processor."""
+        """Returns inputs on which two models that should be equal are compared.
+
+        `folder`: the directory with the tokenizer or image processor.
+        """
 
     def logits(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """The plain model's outputs for a probe."""
+        """Returns the logits of a nested or plain model for a probe."""
 
 
 class SummedLoss(nn.Module):
-    """What the engine trains: a model that ends in its summed loss. Parameter names start with `model.`."""
+    """A model that returns its summed loss, as the engine trains it. Names of parameters start with `model.`."""
 
     def __init__(self, model: PreTrainedModel, task: Task, family: Family):
         super().__init__()
@@ -133,11 +137,11 @@ class SummedLoss(nn.Module):
         self.model, self.task, self.family = model, task, family
 
     def forward(self, with_metrics: bool = False, **batch: Tensor) -> Tensor | Sums:
-        """The summed loss of a micro-batch on the sub-network that runs now; or all sums, with their counts."""
+        """Returns the summed loss of a micro-batch for the current sub-network, or all sums with their counts."""
         sums = self.task.sums(self.model, self.family, batch, with_metrics)
         return sums if with_metrics else sums[LOSS][0]
 
 
 def mean_of(name: str) -> Callable[[Totals], float]:
-    """The mean of a sum, for a `Metric`."""
+    """Returns a function for `Metric.value` that computes the mean of a sum."""
     return lambda totals: totals[name][0] / totals[name][1]

@@ -120,7 +120,7 @@ def test_a_signalled_job_saves_and_is_requeued_and_ends_bit_equal(cluster, longe
     assert job.end() == "COMPLETED", job.log
     assert job.state("Restarts") == "1"
     assert f"SIGUSR1; Slurm starts job {job.number} again" in job.log
-    assert "going on from the checkpoint of step" in job.log
+    assert "resuming from the checkpoint of step" in job.log
     assert_same(longer, run)
 
 
@@ -220,7 +220,7 @@ def test_a_job_that_is_preempted_without_grace_time_saves_and_is_requeued(cluste
         assert re.search(r"SIGTERM; Slurm is already ending job \d+ \(COMPLETING\) and decides whether", job.log), (
             job.log
         )
-        assert "going on from the checkpoint of step" in job.log
+        assert "resuming from the checkpoint of step" in job.log
     assert_same(longer, run)
 
 
@@ -238,7 +238,7 @@ def test_a_touched_stop_file_ends_the_job_and_the_next_job_resumes(cluster, long
     job.reach_step(5)
     (run_dir(run) / "stop").touch()
     assert job.end() == "COMPLETED", job.log
-    assert "the file stop; start the run again to go on" in job.log
+    assert "the file stop; start the run again to resume" in job.log
     assert not (run_dir(run) / "stop").exists()
     assert Job(cluster, run).end() == "COMPLETED"
     assert_same(longer, run)

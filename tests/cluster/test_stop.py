@@ -19,7 +19,7 @@ from sorted_ds.cluster.launcher import free_port
 from sorted_ds.cluster.ranks import SECONDS_TO_REQUEUE, Ranks, _exit_before_first_step
 from sorted_ds.cluster.stop import StopCauses, time_limit_seconds
 from sorted_ds.cluster.watchdog import HANG_EXIT_CODE
-from sorted_ds.run.train import left_early
+from sorted_ds.run.finish import end_early
 
 
 @pytest.fixture(autouse=True)
@@ -367,7 +367,7 @@ def test_a_job_that_cannot_be_requeued_is_an_error_that_says_why_it_stopped(tmp_
         mock.patch.dict(os.environ, JOB),
         pytest.raises(AgreedError, match=r"SIGTERM; Slurm did not requeue job 7: disabled\. Submit it again"),
     ):
-        left_early(causes, True, alone)
+        end_early(causes, True, alone)
 
 
 def test_only_the_own_task_of_an_array_is_requeued():

@@ -92,7 +92,7 @@ def test_select_prints_the_name_alone_on_stdout(tmp_path, capsys):
     printed = capsys.readouterr()
     fitting = [row for row in made_up_table() if row.parameters <= budget]
     assert printed.out == min(fitting, key=lambda row: row.loss).subnet + "\n"
-    assert "lowest loss within the budget" in printed.err
+    assert "has the lowest loss within the budget" in printed.err
 
 
 def test_select_as_json_is_the_whole_row(tmp_path, capsys):

@@ -82,8 +82,9 @@ def test_the_card_states_the_measured_figures_and_its_snippet_runs(tmp_path):
     row = next(row for row in made_up_table() if row.subnet == SUBNET)
     assert f"| {row.loss:.4f} |" in card
     assert f"| {row.parameters:,} |" in card
-    assert "the first 2 layers, in each the first 3 attention groups and the first 80 ffn channels" in card
-    assert "The loss of a unigram model: 4.5000." in card
+    assert "It has the first 2 layers of `d4-g4-f112`, and in each of them the first 3 attention groups" in card
+    assert " and the first 80 ffn channels." in card
+    assert "The loss of a unigram model is 4.5000." in card
     snippet = card.split("```python\n")[1].split("```")[0]
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -92,7 +93,7 @@ def test_the_card_states_the_measured_figures_and_its_snippet_runs(tmp_path):
 
 def test_the_card_of_an_unmeasured_model_says_so(tmp_path):
     out = exported(trained_run(tmp_path / "run"), tmp_path / "small")
-    assert "Not measured" in (out / "README.md").read_text()
+    assert "was not measured" in (out / "README.md").read_text()
 
 
 def test_parameters_on_disk_are_those_of_the_table(tmp_path):
@@ -164,7 +165,7 @@ def test_an_existing_out_is_refused_and_kept(tmp_path):
     out = tmp_path / "small"
     out.mkdir()
     (out / "mine.txt").write_text("kept")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         exported(trained_run(tmp_path / "run"), out)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
@@ -184,5 +185,5 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path):
     run = trained_run(tmp_path / "run")
     for path in (run / "model").glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         exported(run, tmp_path / "small")

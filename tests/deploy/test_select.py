@@ -76,7 +76,7 @@ def test_amounts_read_as_written(text, amount):
 
 @pytest.mark.parametrize("text", ["", "many", "-3M", "0", "3MB", "1e999", "nan"])
 def test_what_is_no_amount_is_refused(text):
-    with pytest.raises(UserError, match="is no amount"):
+    with pytest.raises(UserError, match="is not an amount"):
         parse_amount(text)
 
 
@@ -147,7 +147,7 @@ def test_without_a_table_the_user_is_told_to_evaluate(tmp_path):
 def test_other_directories_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no sorted\.json"):
         ModelDir.find(tmp_path)
-    with pytest.raises(UserError, match="is no directory"):
+    with pytest.raises(UserError, match="is not a directory"):
         ModelDir.find(tmp_path / "gone")
 
 
@@ -165,5 +165,5 @@ def test_other_directories_are_refused(tmp_path):
 )
 def test_a_damaged_sorted_json_is_named(tmp_path, text):
     (tmp_path / "sorted.json").write_text(text)
-    with pytest.raises(UserError, match=r"sorted\.json is no sorted\.json"):
+    with pytest.raises(UserError, match=r"sorted\.json is not a valid sorted\.json"):
         ModelDir.find(tmp_path).read()

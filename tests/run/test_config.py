@@ -95,7 +95,7 @@ def test_a_run_does_not_change_after_it_was_read(tmp_path):
         ),
         ("[sampling]", "[schedule]", r"'schedule' is called 'sampling' now\. Rename it\."),
         ("[sampling]", "[sampling]\ndraws = 3", r"'sampling\.draws' is called 'sampling\.subnets_per_step' now\."),
-        ("seed = 17", "seed = = 17", r"is no TOML: .*line 1"),
+        ("seed = 17", "seed = = 17", r"is not valid TOML: .*line 1"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_file_and_the_key(tmp_path, old, new, message):
@@ -123,8 +123,8 @@ def test_a_malformed_override_is_refused(tmp_path, override):
         ('{"train_batch_size": 8}', r"sets 'train_batch_size', which follows from \[batch\] of the run file"),
         ('{"optimizer": {}}', r"sets 'optimizer', which follows from \[optim\]"),
         ('{"gradient_clipping": 1.0}', r"which follows from optim\.clip_norm"),
-        ("{", r"is no JSON: "),
-        ("[]", r"holds no JSON object"),
+        ("{", r"is not valid JSON: "),
+        ("[]", r"should hold a JSON object"),
     ],
 )
 def test_a_deepspeed_json_holds_engine_keys_only(tmp_path, content, message):

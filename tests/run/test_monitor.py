@@ -19,12 +19,12 @@ SPACE = SubNetSpace.of(["d1-g1-f32", "d3-g2-f64"])
 
 def monitor(run, first_step: int = 0) -> Monitor:
     made = Monitor(run, SPACE, first_step, ALONE)
-    made._last = 0.0
+    made._last_report = 0.0
     return made
 
 
 def report(made: Monitor, step: int) -> None:
-    made.trained(step, {SPACE.full: Trained(nll=30.0 * step, num_targets=10, num_visits=4)}, 1e-3, 0.5, 0.0)
+    made.report_training(step, {SPACE.full: Trained(nll=30.0 * step, num_targets=10, num_visits=4)}, 1e-3, 0.5, 0.0)
 
 
 def steps(run) -> list[int]:
@@ -59,7 +59,7 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capfd):
 def test_a_table_that_nobody_can_read_costs_nothing(tmp_path, monkeypatch):
     with monitor(load_run(run_file(tmp_path))) as made:
         monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115, closing would raise
-        made.table([], {"unigram model": 5.0})
+        made.print_table([], {"unigram model": 5.0})
 
 
 def test_losses_are_summed_by_sub_network_and_start_anew():

@@ -91,7 +91,7 @@ def test_bf16_and_sgd_change_the_bytes():
 def test_sub_networks_of_few_visits_are_warned_about(tmp_path):
     assert planned(tmp_path / "long").warnings == ()
     warning = planned(tmp_path / "short", steps=100).warnings[0]
-    assert warning.startswith("8 of 8 sub-networks are expected fewer than 100 visits")
+    assert warning.startswith("8 of 8 sub-networks are expected to get fewer than 100 visits")
 
 
 def test_an_8b_network_is_planned_in_seconds(tmp_path):

@@ -8,7 +8,7 @@ from sorted_ds.engine import Engine
 from sorted_ds.families import nest
 from sorted_ds.nested import costs_of, union_parameters
 from sorted_ds.run.config import Optim
-from sorted_ds.run.traffic import Samples, step_traffic
+from sorted_ds.run.traffic import StepSizes, step_traffic
 from sorted_ds.space import Pass, SubNetSpace
 from tests.batches import LLAMA, TASK, batch, blank
 from tests.exactness import LARGE, MIDDLE, ROW_TOKENS, SMALL, SPACE, Case, plain_model
@@ -62,7 +62,7 @@ def test_the_formula_is_what_is_counted(found, stage, precision):
     costs = costs_of(SPACE, LLAMA, config, ROW_TOKENS)
     for sampled, counted_bytes in zip(STEPS, found[stage, precision], strict=True):
         union = union_parameters([sampled], LLAMA, config)[0]
-        sizes = Samples([costs[s].parameters for s in sampled], union, forwards=1)
+        sizes = StepSizes([costs[s].parameters for s in sampled], union, forwards=1)
         told = step_traffic(stage, precision == "bf16", costs[SPACE.full].parameters, sizes)
         assert counted_bytes["gather"] == pytest.approx(told.gathered, rel=1e-3)
         assert told.reduced <= counted_bytes["reduce"] <= told.reduced + SMALL_CHANGE
@@ -95,7 +95,7 @@ def test_what_is_not_kept_for_the_backward_pass_is_gathered_again(tmp_path):
     ratios = []
     for (distance, recomputed, prefetch), counts in on_ranks(2, gathered_again, folder=tmp_path).items():
         for subnet, cost in costs.items():
-            sizes = Samples([cost.parameters], cost.parameters, forwards=1)
+            sizes = StepSizes([cost.parameters], cost.parameters, forwards=1)
             told = step_traffic(3, False, costs[DEEP_SPACE.full].parameters, sizes, distance, recomputed).gathered
             assert 4 * cost.parameters <= counts[subnet.name] <= told
             assert prefetch or told - 4 * HALF <= counts[subnet.name]

@@ -176,7 +176,7 @@ def test_a_checkpoint_has_the_bytes_that_were_planned(whole):
 
 def test_before_training_the_plan_and_its_warnings_are_told(whole):
     said = (whole.parent / SAID).read_text()
-    assert "8 of 8 sub-networks are expected fewer than 100 visits" in said
+    assert "8 of 8 sub-networks are expected to get fewer than 100 visits" in said
     assert all(name in said for name in ("d1-g1-f32", "d3-g2-f64", "rows that are padding: 0.0%"))
 
 

@@ -16,7 +16,7 @@ import torch
 from sorted_ds.base.errors import AgreedError
 from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.cluster.stop import StopCauses
-from sorted_ds.run.train import save_last
+from sorted_ds.run.finish import save_last
 from tests.forked import by_ranks
 from tests.launched import (
     ROOT,
@@ -56,21 +56,30 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error_and_the_last_good_one_
 
 def test_a_file_that_ended_a_run_has_had_its_effect_though_the_last_save_failed(tmp_path):
     (tmp_path / "stop").touch()
-    checkpoints, engine = mock.Mock(last_step=0), mock.Mock(ranks=Ranks(0, 1, 0, torch.device("cpu")))
-    checkpoints.finish.side_effect = AgreedError("the disk is full")
     stop = StopCauses(tmp_path, "", is_first=True)
+    parts = mock.Mock(stop=stop, ranks=Ranks(0, 1, 0, torch.device("cpu")))
+    parts.checkpoints.last_step, parts.checkpoints.finish.side_effect = 0, AgreedError("the disk is full")
     assert stop.request(None).stops
     with pytest.raises(AgreedError, match="the disk is full"):
-        save_last(checkpoints, engine, 3, False, stop, mock.Mock())
+        save_last(parts, 3, requeues=False)
     assert not (tmp_path / "stop").exists()
 
 
 SMALL_FILES = """
-import sys
-from sorted_ds.nested import save_full
+import resource, sys
 from sorted_ds.cluster.stop import listen
+from sorted_ds.nested import save_full
+from sorted_ds.run import run_dir
 from sorted_ds.run.train import main
 save_full.__defaults__ = ("20KB",)
+def save_with_little_room(*args):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        return save_full(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+run_dir.save_full = save_with_little_room
 listen()
 sys.exit(main(sys.argv[1:]))
 """
@@ -80,13 +89,12 @@ sys.exit(main(sys.argv[1:]))
 def test_a_model_that_cannot_be_written_is_one_error_and_is_written_by_the_next_start(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=STEPS)
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    in_the_way = run_dir(run) / ".writing_model"
-    in_the_way.touch()
+    left_by_a_killed_start = run_dir(run) / ".writing_model_1"
+    left_by_a_killed_start.mkdir()
     (tmp_path / "small_files.py").write_text(SMALL_FILES)
     _, said = by_ranks(tmp_path / "small_files.py", str(run), *SETTINGS)
     assert "model could not be written: " in one_error(said)
-    assert not (run_dir(run) / "model").exists()
-    in_the_way.unlink()
+    assert not list(run_dir(run).glob("*model*"))
     train(run)
     assert (run_dir(run) / "model" / "sorted.json").is_file()
 

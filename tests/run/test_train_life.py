@@ -37,7 +37,7 @@ from tests.launched import (
 
 def test_an_interrupted_run_ends_bit_equal(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=4)
-    assert "going on from the checkpoint of step 4" in train(run)
+    assert "resuming from the checkpoint of step 4" in train(run)
     before, after = masters(whole), masters(run)
     assert all(torch.equal(before[name], after[name]) for name in before)
     exported = [load_file(run_dir(r) / "model" / "model.safetensors") for r in (whole, run)]
@@ -69,7 +69,7 @@ def test_a_signal_ends_the_step_and_saves_and_the_run_goes_on_bit_equal(whole, t
             break
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 0, said
-    assert "start the run again to go on" in said
+    assert "start the run again to resume" in said
     saved = sorted(path.name for path in (run_dir(run) / "checkpoints").iterdir())
     assert f"saved {saved[-1]}" in said
     train(run)
@@ -87,15 +87,15 @@ def test_a_finished_run_trains_no_more_and_a_longer_one_goes_on(whole, tmp_path)
 
 LEAVING = """
 import sys
-from sorted_ds.run import train
+from sorted_ds.run import evaluation, train
 from sorted_ds.cluster.stop import listen
-measure, times, last = train.measure, [], int(sys.argv.pop(1))
+measure, times, last = evaluation.measure, [], int(sys.argv.pop(1))
 def leave_after(*args, **kwargs):
     times.append(len(args[1]))
     if len(times) == last:
         (train.load_run(train.Path(sys.argv[1])).run_dir / "stop").touch()
     return measure(*args, **kwargs)
-train.measure = leave_after
+evaluation.measure = leave_after
 listen()
 code = train.main(sys.argv[1:])
 sys.stdout.write(f"evaluated {times}\\n")
@@ -112,7 +112,7 @@ def test_a_run_that_is_to_end_in_its_last_evaluation_goes_on_with_it(whole, tmp_
     (tmp_path / "leaving.py").write_text(LEAVING)
     codes, said = by_ranks(tmp_path / "leaving.py", "3", str(run), *SETTINGS)
     assert codes == [0, 0], said
-    assert "has the model, but no whole table: the file stop; start the run again to go on" in said
+    assert "but its table is not complete: the file stop; start the run again to resume" in said
     assert len(json.loads(table.read_text())["subnets"]) == 3
     written = (model / "model.safetensors").stat().st_mtime_ns
     (run_dir(run) / "pareto.png").unlink()
@@ -149,7 +149,7 @@ def test_a_run_that_is_to_end_in_an_evaluation_saves_before_and_measures_again_w
     assert [row["step"] for row in metrics(run) if "loss/training" in row] == [2, 3], "step 3 is not due"
     assert not any(FULL_LOSS in row for row in metrics(run))
     _, said = by_ranks(tmp_path / "leaving.py", "99", str(run), *SETTINGS, *often)
-    assert said.index("going on from the checkpoint of step 3") < said.index("step 3: validation loss")
+    assert said.index("resuming from the checkpoint of step 3") < said.index("step 3: validation loss")
     keys = ("step", FULL_LOSS)
     curves = [[[row[key] for key in keys] for row in metrics(r) if FULL_LOSS in row] for r in (whole, run)]
     assert curves[0] == curves[1]
@@ -225,7 +225,7 @@ def test_a_space_grows_on_purpose_and_is_refused_otherwise(whole, tmp_path):
     assert "a run with 8 of this run's 12 sub-networks. To train the others too from there on" in refused
     said = train(run, "space.ffn=[16, 32, 64]", "--extend-space")
     assert "the space grows from 8 to 12 sub-networks" in said
-    assert "going on from the checkpoint of step 4" in said
+    assert "resuming from the checkpoint of step 4" in said
     assert len(json.loads((run_dir(run) / "model" / "sorted.json").read_text())["subnets"]) == 12
     before, after = masters(whole, 4), masters(run, 4)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -237,5 +237,5 @@ def test_a_space_grows_on_purpose_and_is_refused_otherwise(whole, tmp_path):
 def test_a_time_limit_saves_before_it_and_the_run_goes_on(whole, tmp_path):
     run = copied(whole, tmp_path, keep_steps=0)
     said = train(run, "train.steps=100000", "--time-limit", "0:15")
-    assert ": the time limit; start the run again to go on" in said
+    assert ": the time limit; start the run again to resume" in said
     assert f"saved {sorted(path.name for path in (run_dir(run) / 'checkpoints').iterdir())[-1]}" in said

@@ -75,5 +75,5 @@ def test_a_probe_has_a_text_and_random_ids_of_the_whole_vocabulary(tmp_path):
     assert probe["input_ids"].shape == (4, 64)
     assert probe["input_ids"][0, :3].tolist() == [ord(letter) for letter in "The"]
     assert torch.equal(probe["input_ids"], TASK.probe(tmp_path, config)["input_ids"])
-    with pytest.raises(UserError, match=r"holds no tokenizer"):
+    with pytest.raises(UserError, match=r"has no tokenizer"):
         TASK.probe(tmp_path / "nothing", config)
