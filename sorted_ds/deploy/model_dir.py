@@ -108,7 +108,9 @@ class ModelDir:
             rows = tuple(Measured.from_json(row) for row in contents.pop("subnets", ()))
             nats = contents.pop("unigram_nats", None)  # from before there were other baselines
             contents = {"baseline": None if nats is None else {"unigram model": nats}, **contents}
-            found = Sorted(**{**contents, "space": tuple(contents["space"])}, subnets=rows)
+            order = contents.pop("layer_order", None)
+            contents |= {"space": tuple(contents["space"]), "layer_order": None if order is None else tuple(order)}
+            found = Sorted(**contents, subnets=rows)
             _ = found.sub_networks
         except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
             raise UserError(f"{path} is no {SORTED_JSON} ({error}). Train again, or get the file again.") from error

@@ -102,8 +102,10 @@ class RunDir:
         where = ModelDir(self.run.run_dir, self.run.run_dir / "model")
         try:
             found, expected = where.read(), self._sorted(engine.model.space)
-            same = (found.checkpoint, found.space, found.layer_order, found.row_tokens, found.task)
-            wanted = (expected.checkpoint, expected.space, expected.layer_order, expected.row_tokens, expected.task)
+            same, wanted = (
+                (each.checkpoint, each.space, each.sub_networks.layer_order, each.row_tokens, each.task)
+                for each in (found, expected)
+            )
             if (*same, stored_dtype(where)) != (*wanted, engine.model.dtype):
                 return None
             # The data may have moved. Rows of other targets go when the first of these comes (ModelDir.add_measured).
