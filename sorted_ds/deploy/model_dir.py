@@ -119,7 +119,9 @@ class ModelDir:
             rows = tuple(Measured.from_json(row) for row in contents.pop("subnets", ()))
             nats = contents.pop("unigram_nats", None)  # files of earlier versions, which had no other baseline
             contents = {"baseline": None if nats is None else {"unigram model": nats}, **contents}
-            found = Sorted(**{**contents, "space": tuple(contents["space"])}, subnets=rows)
+            order = contents.pop("layer_order", None)
+            contents |= {"space": tuple(contents["space"]), "layer_order": None if order is None else tuple(order)}
+            found = Sorted(**contents, subnets=rows)
             _ = found.sub_networks
         except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
             raise UserError(f"{path} is not a valid {SORTED_JSON} ({error}). Train again, or copy it again.") from error

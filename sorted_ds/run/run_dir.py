@@ -129,8 +129,10 @@ class RunDir:
         where = ModelDir(self.run.run_dir, self._model_folder)
         try:
             found, expected = where.read(), self._sorted(engine.model.space)
-            same = (found.checkpoint, found.space, found.layer_order, found.row_tokens, found.task)
-            wanted = (expected.checkpoint, expected.space, expected.layer_order, expected.row_tokens, expected.task)
+            same, wanted = (
+                (each.checkpoint, each.space, each.sub_networks.layer_order, each.row_tokens, each.task)
+                for each in (found, expected)
+            )
             if (*same, stored_dtype(where)) != (*wanted, engine.model.dtype):
                 return None
             # The data may have moved. Rows measured on other targets stay until add_measured replaces them.

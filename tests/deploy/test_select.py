@@ -127,7 +127,11 @@ def test_a_sorted_json_of_an_earlier_version_is_read(tmp_path):
 
 def test_the_layer_order_survives_the_disk(tmp_path):
     run = ModelDir.find(trained_run(tmp_path, layer_order=(3, 1, 0, 2)))
-    space = run.read().sub_networks
+    read = run.read()
+    assert read.layer_order == (3, 1, 0, 2)
+    run.write(read)
+    assert run.read() == read
+    space = read.sub_networks
     assert space.layer_order == (3, 1, 0, 2)
     assert space.layers_of(space["d2-g1-f32"]) == (1, 3)
 

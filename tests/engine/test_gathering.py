@@ -9,7 +9,7 @@ import torch
 from sorted_ds.engine import Engine
 from sorted_ds.engine.gathering import BUNDLE, _SharedMemoryHandle, copy_ranges
 from sorted_ds.families import nest
-from sorted_ds.nested import layers
+from sorted_ds.nested import blocks
 from sorted_ds.nested.bundles import BundledHalf, Contents, contents_of
 from sorted_ds.space import Pass, SubNetSpace
 from tests.batches import TASK, batch, blank
@@ -53,10 +53,10 @@ def gathering(ranks, threshold: int, prefetch: int) -> dict:
     """What three passes and a step do."""
     engine = engine_of(ranks, threshold, prefetch, live=100_000)
     matrices, arrived = [], []
-    are_adjacent, wait = layers.are_adjacent, _SharedMemoryHandle.wait
+    are_adjacent, wait = blocks.are_adjacent, _SharedMemoryHandle.wait
 
-    def watched(blocks) -> bool:
-        matrices.append((len(blocks), are_adjacent(blocks)))
+    def watched(parts) -> bool:
+        matrices.append((len(parts), are_adjacent(parts)))
         return matrices[-1][1]
 
     def waited(handle, *args, **kwargs) -> None:
@@ -65,10 +65,10 @@ def gathering(ranks, threshold: int, prefetch: int) -> dict:
         arrived.extend(number == steps[half] for half, number in of_half.items())
         wait(handle, *args, **kwargs)
 
-    layers.are_adjacent, _SharedMemoryHandle.wait = watched, waited
+    blocks.are_adjacent, _SharedMemoryHandle.wait = watched, waited
     for subnet in (LARGE, SMALL, LARGE):
         one_pass(engine, subnet, training=True)
-    layers.are_adjacent, _SharedMemoryHandle.wait = are_adjacent, wait
+    blocks.are_adjacent, _SharedMemoryHandle.wait = are_adjacent, wait
     with counted() as stepped:
         engine.step(0.0)
     names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
@@ -162,11 +162,11 @@ def test_blocks_that_come_and_go_are_one_matrix_without_a_copy(prefetch, is_cut,
 def test_a_block_stays_gathered_where_the_extracted_weight_that_ends_with_it_would(found):
     before = defaultdict(int)
     expected, small = set(), set()
-    for name, blocks in found["sizes"].items():
-        small |= {name} if sum(blocks.values()) <= THRESHOLD else set()
-        for block, elements in blocks.items():
+    for name, own in found["sizes"].items():
+        small |= {name} if sum(own.values()) <= THRESHOLD else set()
+        for block, elements in own.items():
             before[_weight_of(block)] += elements
-        expected |= {name} if max(before[_weight_of(block)] for block in blocks) <= THRESHOLD else set()
+        expected |= {name} if max(before[_weight_of(block)] for block in own) <= THRESHOLD else set()
     assert expected < small, "or this would prove nothing"
     assert any(".bundles." in name for name in expected)
     assert set(found["persistent"]) == expected

@@ -154,13 +154,12 @@ def test_the_warm_up_compiles_all_that_the_run_needs(tmp_path):
 GROUPS = families.SPACE.sizes("g")
 
 
-def pair(variant: str, backend, groups=GROUPS, **changes) -> list[NestedModel]:
+def pair(variant: str, backend, groups=GROUPS, layer_order=None, **changes) -> list[NestedModel]:
     """The same model eager and compiled."""
     attention = "eager" if variant == "gemma2" else "sdpa"
     models = [families.tiny_model(variant, attention, **changes) for _ in range(2)]
-    space = SubNetSpace.grid(
-        depths=[1, 2, models[0].config.num_hidden_layers], groups=groups, ffn=families.SPACE.sizes("f")
-    )
+    depths, ffn = [1, 2, models[0].config.num_hidden_layers], families.SPACE.sizes("f")
+    space = SubNetSpace.grid(depths=depths, groups=groups, ffn=ffn, layer_order=layer_order)
     eager, other = (nest(model, space) for model in models)
     compiled.compile_layers(other, backend)
     return [eager, other]
@@ -172,13 +171,21 @@ def _no_graphs_of_other_tests():
 
 
 @pytest.mark.parametrize(
-    ("variant", "depth", "groups", "graphs"),
-    [("llama", 8, (1, 3, 4), 2), ("gemma2", 4, (1, 3, 4), 2), ("qwen2, biases, sliding", 4, (2, 3, 4), 2)],
+    ("variant", "depth", "groups", "order", "graphs"),
+    [
+        ("llama", 8, (1, 3, 4), None, 2),
+        ("gemma2", 4, (1, 3, 4), None, 2),
+        ("qwen2, biases, sliding", 4, (2, 3, 4), None, 2),
+        ("llama", 4, (1, 3, 4), (3, 1, 0, 2), 2),
+        ("qwen2, biases, sliding", 4, (2, 3, 4), (3, 1, 0, 2), 2),
+    ],
 )
-def test_graphs_do_not_grow_with_sub_networks_or_layers_and_give_what_eager_gives(variant, depth, groups, graphs):
+def test_graphs_do_not_grow_with_sub_networks_or_layers_and_give_what_eager_gives(
+    variant, depth, groups, order, graphs
+):
     """Two graphs: one head or several; in qwen2, sliding layers, which have a mask, and full ones, which have none."""
     backend = Counting("eager")
-    models = pair(variant, backend, groups, num_hidden_layers=depth)
+    models = pair(variant, backend, groups, order, num_hidden_layers=depth)
     ids = families.tokens()
     for subnet in reversed(list(models[0].space)):
         for model in models:
