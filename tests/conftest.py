@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from sorted_ds.cluster.extensions import is_held_here
 from tests import tiers
-from tests.launched import SAID, train_by_command
+from tests.launched import ROOT, SAID, train_by_command
 from tests.runs import run_file
 
 CLUSTER_FILES = ("test_launchers.py", "test_slurm.py")
@@ -30,6 +31,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log) -> ByFile:
 
 def pytest_configure(config: pytest.Config) -> None:
     tiers.pytest_configure(config)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Removes locks that killed tests left on compiled operations: whoever needs the operation would wait for ever."""
+    if not hasattr(session.config, "workerinput"):
+        for lock in (ROOT / ".cache" / "torch_extensions").glob("**/lock"):
+            if not is_held_here(lock):
+                lock.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

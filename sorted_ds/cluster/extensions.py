@@ -23,7 +23,7 @@ def remove_stale_locks(prints: bool) -> None:
     `prints`: whether this rank tells the user that it waits.
     """
     has_printed = False
-    while locks := [lock for lock in _build_root().glob("**/lock") if not _is_held_here(lock)]:
+    while locks := [lock for lock in _build_root().glob("**/lock") if not is_held_here(lock)]:
         for lock in locks:
             if _age_seconds(lock) > SECONDS_TO_COMPILE:
                 lock.unlink(missing_ok=True)
@@ -41,7 +41,7 @@ def _build_root() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).resolve()
 
 
-def _is_held_here(lock: Path) -> bool:
+def is_held_here(lock: Path) -> bool:
     """Whether a process of this host has the lock open, among those that this user may look at."""
     for process in psutil.process_iter():
         try:
