@@ -41,7 +41,7 @@ def space_of(run: Run, family: Family, config: PreTrainedConfig) -> SubNetSpace:
     settings, order = run.space, run.space.layer_order or None
     if settings.subnets and settings.sizes:
         given = ", ".join(f"space.{key}" for key in settings.sizes)
-        raise UserError(f"space.subnets and {given} are both set. Remove space.subnets, or all sizes.")
+        raise UserError(f"space.subnets is set together with {given}. Remove space.subnets, or the sizes.")
     if settings.subnets:
         space = SubNetSpace.of(settings.subnets, order)
     else:

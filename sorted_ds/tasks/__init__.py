@@ -13,5 +13,5 @@ TASKS: dict[str, Task] = {"causal_lm": CausalLM()}
 def task_of(name: str) -> Task:
     """Returns the task of this name. Raises: UserError for an unknown name."""
     if name not in TASKS:
-        raise UserError(f"task = {name!r} is not known. Set one of: {', '.join(TASKS)}.")
+        raise UserError(f"task = {name!r} is not known. Known: {', '.join(TASKS)}.")
     return TASKS[name]

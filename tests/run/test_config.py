@@ -93,8 +93,8 @@ def test_a_run_does_not_change_after_it_was_read(tmp_path):
             "layer_order = [1, -1]",
             r"space\.layer_order\.1 = -1 should be greater than or equal to 0",
         ),
-        ("[sampling]", "[schedule]", r"'schedule' is called 'sampling' now\. Rename it\."),
-        ("[sampling]", "[sampling]\ndraws = 3", r"'sampling\.draws' is called 'sampling\.subnets_per_step' now\."),
+        ("[sampling]", "[schedule]", r"'schedule' was renamed to 'sampling'\. Rename it in the run file\."),
+        ("[sampling]", "[sampling]\ndraws = 3", r"'sampling\.draws' was renamed to 'sampling\.subnets_per_step'\."),
         ("seed = 17", "seed = = 17", r"is not valid TOML: .*line 1"),
     ],
 )
