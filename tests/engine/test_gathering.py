@@ -128,7 +128,7 @@ def test_blocks_are_read_right_wherever_they_lie(num_ranks, threshold, prefetch,
 
 
 @pytest.mark.parametrize("num_ranks", range(1, 8))
-def test_the_copy_ranges_a_parameter_are_its_elements(num_ranks):
+def test_the_copy_ranges_of_a_parameter_are_its_elements(num_ranks):
     """Against all shares put together, the last ones padded; sizes that no number of ranks divides."""
     sizes, starts = (5, 1, 11), (20, 3, 7)
     share = -(-sum(sizes) // num_ranks)
