@@ -147,7 +147,9 @@ def of_plain(
         extracted = extract(nest(LlamaForCausalLM(copy.deepcopy(config)), space), NAMED[name](space))
         model: nn.Module = (summed(extracted) if chunked else extracted).to(ranks.device)
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(extracted.parameters(), lr=0.0, fused=True)
-        if grouped:
+        if grouped:  # what the groups ask of a nested model, said of a plain one
+            alone = SubNetSpace([NAMED[name](space)])
+            extracted.__dict__.update(all_layers=list(extracted.model.layers), space=alone)
             optimizer = build_optimizer(cast(NestedModel, extracted), Optim(), "fused")
         full = copy.deepcopy(complete_config({"zero_optimization": zero}, len(ids), ranks.size, 1.0))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=full, dist_init_required=False)

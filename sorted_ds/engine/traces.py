@@ -31,7 +31,7 @@ Order = tuple[nn.Module, ...]
 
 @dataclass
 class Trace:
-    """The modules of a kind of pass, in their order, and the position at which each parameter is used."""
+    """The modules of a kind of pass in the order in which they run, and the positions at which parameters are used."""
 
     order: Order
     parameters: tuple

@@ -72,7 +72,7 @@ def test_a_linear_layer_that_runs_twice_has_the_gradient_of_both_times():
     torch.testing.assert_close(grad, torch.cat([block.weight.grad for block in plain.blocks]))
 
 
-def test_a_bundle_gets_room_beside_those_that_came_before():
+def test_active_bundles_share_memory_in_whatever_order_they_are_gathered():
     model = nest(tiny_model("llama"), SPACE)
     bundle(model)
     half = model.model.layers[0].mlp
@@ -93,7 +93,7 @@ def test_a_bundle_gets_room_beside_those_that_came_before():
     assert first.data_ptr() == half.bundles[1].weight.data_ptr()
 
 
-def test_blocks_lie_apart_until_the_parameter_gets_other_memory():
+def test_blocks_lie_in_shared_memory_until_the_parameter_gets_other_memory():
     own = Bundle(torch.zeros(5, 2), [2, 3])
     memory = torch.arange(20.0)
     own.use_shared_memory(memory, (4, 12), memory_steps=2)
