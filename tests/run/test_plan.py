@@ -147,7 +147,7 @@ def test_an_8b_network_is_planned_in_seconds(tmp_path):
         (
             "groups = [1, 2]",
             'groups = [1, 2]\nsubnets = ["d3-g2-f64"]',
-            r"space\.subnets is set together with space\.d",
+            r"space\.subnets is set together with space\.depths, space\.groups, space\.ffn",
         ),
         ("groups = [1, 2]", "groups = [1, 2]\nlayer_order = [0, 1]", r"is not a permutation of the 3 layers"),
         ("seed = 17", 'seed = 17\ntask = "causal"', r"task = 'causal' is not known\. Known: causal_lm\."),
