@@ -9,7 +9,7 @@ import torch
 from sorted_ds.engine import Engine
 from sorted_ds.engine.gathering import BUNDLE, _SharedMemoryHandle, copy_ranges
 from sorted_ds.families import nest
-from sorted_ds.nested import layers
+from sorted_ds.nested import blocks as nested_blocks
 from sorted_ds.nested.bundles import BundledHalf, Contents, contents_of
 from sorted_ds.space import Pass, SubNetSpace
 from tests.batches import TASK, batch, blank
@@ -53,7 +53,7 @@ def gathering(ranks, threshold: int, prefetch: int) -> dict:
     """What three passes and a step do."""
     engine = engine_of(ranks, threshold, prefetch, live=100_000)
     matrices, arrived = [], []
-    are_adjacent, wait = layers.are_adjacent, _SharedMemoryHandle.wait
+    are_adjacent, wait = nested_blocks.are_adjacent, _SharedMemoryHandle.wait
 
     def watched(blocks) -> bool:
         matrices.append((len(blocks), are_adjacent(blocks)))
@@ -65,10 +65,10 @@ def gathering(ranks, threshold: int, prefetch: int) -> dict:
         arrived.extend(number == steps[half] for half, number in of_half.items())
         wait(handle, *args, **kwargs)
 
-    layers.are_adjacent, _SharedMemoryHandle.wait = watched, waited
+    nested_blocks.are_adjacent, _SharedMemoryHandle.wait = watched, waited
     for subnet in (LARGE, SMALL, LARGE):
         one_pass(engine, subnet, training=True)
-    layers.are_adjacent, _SharedMemoryHandle.wait = are_adjacent, wait
+    nested_blocks.are_adjacent, _SharedMemoryHandle.wait = are_adjacent, wait
     with counted() as stepped:
         engine.step(0.0)
     names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
