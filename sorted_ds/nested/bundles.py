@@ -89,7 +89,7 @@ class Bundle(nn.Module):
 class BundledHalf(nn.Module):
     """A Hugging Face class of attention or MLP, extended by `bundle`."""
 
-    plain_forward: Callable
+    half_forward: Callable
     """Hugging Face's forward."""
     bundles: nn.ModuleList
     linear_names: tuple[str, ...]
@@ -110,7 +110,7 @@ class BundledHalf(nn.Module):
         for number, (layer, placeholder) in enumerate(zip(self.linears, placeholders, strict=True)):
             layer.bundled_weight = _BundleWeight(active, number, placeholder, grads)
         try:
-            return self.plain_forward(hidden, *args, **kwargs)
+            return self.half_forward(hidden, *args, **kwargs)
         finally:
             for layer in self.linears:
                 layer.bundled_weight = None
@@ -241,7 +241,7 @@ def bundle(model: nn.Module) -> None:
 
 def _bundle_half(half: nn.Module, linear_names: tuple[str, ...]) -> None:
     linears: Any = tuple(half.get_submodule(name) for name in linear_names)
-    half.__class__ = subclass_of(type(half), BundledHalf, plain_forward=type(half).forward)
+    half.__class__ = subclass_of(type(half), BundledHalf, half_forward=type(half).forward)
     assert isinstance(half, BundledHalf)
     half.linear_names, half.linears, half.width = linear_names, linears, linears[0].width
     half.bundles = nn.ModuleList()
