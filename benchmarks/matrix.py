@@ -31,7 +31,7 @@ from tests.spawn import ROOT, on_ranks
 LAUNCH_CASES = 30
 """Cases of one launch. A stop loses no more than these."""
 CODE = (
-    *("sorted_ds/engine/*.py", "sorted_ds/nested/*.py", "sorted_ds/families/*.py", "sorted_ds/tasks/losses.py"),
+    *(f"sorted_ds/{folder}/*.py" for folder in ("space", "nested", "families", "tasks", "engine")),
     *("tests/exactness.py", "tests/reference.py", "tests/cover.py"),
 )
 """What defines a figure: what these files compute (digest.py)."""

@@ -1,4 +1,4 @@
-"""What makes a run this run: checkpoints of a run with another identity are refused, or grown on purpose.
+"""Decides whether a checkpoint belongs to this run: another run's is refused, and a space grows only on purpose.
 
 In: facts by name, of this run and of a checkpoint (run/run_dir.py says which keys they are). Out: whether the
 checkpoint is this run's. Other keys of a run file may change between two starts; each change is reported.
@@ -16,7 +16,7 @@ SPACE, MODEL = "space.", "model."
 LAYER_ORDER = f"{SPACE}layer_order"
 
 RENAMED = {"schedule.draws": "sampling.subnets_per_step", "schedule.strategy": "sampling.strategy"}
-"""Keys of version 0.1, with today's names: its runs go on."""
+"""Keys of version 0.1 and their present names. Runs of that version resume."""
 ADDED = {
     "task": '"causal_lm"',
     LAYER_ORDER: "[]",
@@ -78,13 +78,18 @@ def _space_of(facts: Mapping[str, str]) -> SubNetSpace:
 
 
 def with_current_keys(facts: Mapping[str, str]) -> dict[str, str]:
-    """Facts of an earlier version under today's keys; what it did not have yet is as it was then."""
+    """Returns the facts under today's keys. A key that an earlier version lacked gets the value that it implied.
+
+    The network's own sequence of layers is written as no order at all.
+    """
     renamed = {RENAMED.get(key, key): value for key, value in facts.items()}
-    return {**{key: value for key, value in ADDED.items() if f"{SPACE}subnets" in renamed}, **renamed}
+    current = {**{key: value for key, value in ADDED.items() if f"{SPACE}subnets" in renamed}, **renamed}
+    order = json.loads(current.get(LAYER_ORDER, "[]"))
+    return {**current, LAYER_ORDER: "[]"} if order and order == sorted(order) else current
 
 
 def flat(fields: Mapping, prefix: str = "") -> dict[str, str]:
-    """Nested keys joined by dots, values as JSON."""
+    """Returns nested fields under dotted keys, with JSON values."""
     found: dict[str, str] = {}
     for key, value in fields.items():
         name = f"{prefix}{key}"

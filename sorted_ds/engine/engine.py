@@ -104,6 +104,7 @@ class Engine:
             if not is_bf16(config):
                 self.deepspeed.optimizer.register_step_pre_hook(self._clip)
         self._awaits_backward = False
+        self._buffer_slices = buffers_of(model)
         self._traces: Traces | None = None
         self._offload = is_offloaded(config)
         gradients.reduce_used_gradients(self.deepspeed)
@@ -222,8 +223,10 @@ class Engine:
 
     def buffers(self) -> dict[str, Tensor]:
         """Returns the model's persistent buffers, by the name of the Hugging Face tensor with its owner."""
+        if not self._buffer_slices:
+            return {}
         values = dict(self.model.named_buffers())
-        return {part.key: values[name] for name, part in buffers_of(self.model).items()}
+        return {part.key: values[name] for name, part in self._buffer_slices.items()}
 
     def load_buffers(self, values: dict[str, Tensor]) -> None:
         """Copies values into the persistent buffers."""

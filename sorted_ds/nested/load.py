@@ -181,8 +181,8 @@ def _set_parameter(module: nn.Module, kind: str, values: Tensor, device: torch.d
 
 def _hf_shapes(model: NestedModel, modules: Mapping[str, nn.Module]) -> dict[str, torch.Size]:
     """Returns the shape of each Hugging Face tensor that is needed. `modules` are the plain model's."""
-    paths = (part.name.rpartition(".") for part in (*slices_of(model).values(), *buffers_of(model).values()))
-    return {f"{path}.{kind}": getattr(modules[path], kind).shape for path, _, kind in paths}
+    names = (part.name for part in (*slices_of(model).values(), *buffers_of(model).values()))
+    return {name: getattr(modules[name.rpartition(".")[0]], name.rpartition(".")[2]).shape for name in names}
 
 
 class _ScratchReader:

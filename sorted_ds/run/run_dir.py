@@ -103,7 +103,6 @@ class RunDir:
             run = {**self.run.model_dump(mode="json"), self.run.engine.deepspeed.name: engine_config}
             changes = _changes(path, run) if self.ranks.is_first else []
             if self.ranks.is_first:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 contents = {
                     "run": run,
                     "deepspeed": deepspeed_config,
@@ -112,7 +111,8 @@ class RunDir:
                     "versions": versions(),
                     "commit": _commit(),
                 }
-                path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+                with replaced(path) as hidden:
+                    hidden.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
         return changes
 
     def names_measured_before(self, engine: Engine, num_targets: int) -> set[str] | None:

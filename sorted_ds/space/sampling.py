@@ -81,7 +81,9 @@ class Sampler:
 
     def plan(self, step: int) -> list[Planned]:
         """Returns the passes of one optimizer step in the order in which they run."""
-        return self._strategy.plan(self, step)
+        plan = self._strategy.plan(self, step)
+        assert {planned.share for planned in plan} == set(range(self.num_shares)), "each share has a pass"
+        return plan
 
     def sample(self, step: int) -> list[SubNet]:
         """Returns the sub-networks that one optimizer step trains, in the order in which they run."""

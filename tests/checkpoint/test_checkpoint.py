@@ -123,7 +123,7 @@ def test_a_space_grows_only_if_asked_and_keeps_its_weights_and_moments(tmp_path,
         assert exactness.largest_difference(found["part"][kind], found["whole"][kind]) <= BOUNDS[kind]
     refused, shrunk = found["message"].splitlines()
     assert "belongs to a run with 4 of this run's 27 sub-networks. To train the others too" in refused
-    assert "belongs to a run whose space has d1-g1-f32 (23 in all) which this run's has not" in shrunk
+    assert "belongs to a run whose space has d1-g1-f32 (23 in all), which this run's space does not have" in shrunk
     assert found["warnings"] == ["the space grows from 4 to 27 sub-networks"]
 
 

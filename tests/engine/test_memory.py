@@ -45,8 +45,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def engine_of(ranks, case: Case, source: Path | None, whole_first: bool) -> Engine:
-    take = None if whole_first else partitioner(case.deepspeed(), ROWS_PER_RANK, case.clip_norm, ranks)
-    model = build(LLAMA, plain_model(case).config, SPACE, source, 3, DTYPES[case.precision], take=take)
+    on_filled = None if whole_first else partitioner(case.deepspeed(), ROWS_PER_RANK, case.clip_norm, ranks)
+    model = build(LLAMA, plain_model(case).config, SPACE, source, 3, DTYPES[case.precision], on_filled=on_filled)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Engine(model, TASK, case.deepspeed(), "test.json", case.optim, ROWS_PER_RANK, ranks)
@@ -90,9 +90,9 @@ def sized_space(depth: int) -> SubNetSpace:
 def live_bytes(ranks, depth: int, source: Path | None, precision: str) -> tuple[int, int]:
     """Bytes of the rank that has most: at any time while it builds, and when it has built."""
     config = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": precision == "bf16"}}
-    take = partitioner(config, 2, 1.0, ranks)
+    on_filled = partitioner(config, 2, 1.0, ranks)
     with LiveBytes() as live:
-        model = build(LLAMA, sized(depth), sized_space(depth), source, 0, DTYPES[precision], take=take)
+        model = build(LLAMA, sized(depth), sized_space(depth), source, 0, DTYPES[precision], on_filled=on_filled)
         told = [tuple(map(int, text.split())) for text in ranks.gather(f"{live.peak} {live.now}")]
     assert not any(p.is_meta for p in model.parameters())
     return max(peak for peak, _ in told), max(now for _, now in told)
