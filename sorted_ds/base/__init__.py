@@ -1,1 +1,1 @@
-"""What every other folder builds on: errors, files and keyed shuffles. Imports nothing else of this package."""
+"""Holds errors, files and keyed shuffles, on which all other folders build."""

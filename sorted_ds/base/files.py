@@ -34,8 +34,8 @@ def replaced(path: Path, *, durable: bool = False, overwrite: bool = True) -> It
     When the block raises, the hidden path is removed and `path` stays as it was. The parent folder is made. The hidden
     name holds the process number, so several processes may write the same file at once: the last one wins.
 
-    `durable`: the contents are on the disk, not only in its cache, before the name appears, and the name itself when
-    the block has ended. `overwrite`: an existing file is replaced atomically; an existing folder is moved aside first,
+    With `durable`, the contents are synced to the disk before the name appears, and the name itself when the block
+    has ended. With `overwrite`, an existing file is replaced atomically; an existing folder is moved aside first,
     and moved back if the new one cannot take its place.
 
     Raises: FileExistsError when `path` exists and `overwrite` is false; OSError when the file system refuses.

@@ -37,7 +37,7 @@ def published_checkpoints(folder: Path) -> list[Path]:
 
 
 def writing_folder(checkpoint: Path, process_id: str) -> Path:
-    """Returns the hidden folder in which a checkpoint is written. No killed run has left one of this name."""
+    """Returns the hidden folder in which a checkpoint is written. Folders of killed runs have other process numbers."""
     return checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}_{process_id}")
 
 

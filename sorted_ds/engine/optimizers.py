@@ -33,7 +33,7 @@ class Optim(Protocol):
 
 
 def implementation_of(optim: Optim, is_offloaded: bool, is_cuda: bool) -> str:
-    """Returns `torch`, `fused` or `cpu_adam`: the implementation that `optim.implementation` is, or stands for."""
+    """Returns the implementation that `optim.implementation` selects: `torch`, `fused` or `cpu_adam`."""
     if optim.implementation != "auto":
         return optim.implementation
     if optim.name == "sgd":

@@ -24,7 +24,7 @@ from sorted_ds.space import Pass
 
 PRIVATE = "_PartitionedParameterCoordinator__"
 MAX_TRACES = 256
-"""The most derived traces that are kept. The least recently used one is dropped and derived anew on use."""
+"""The largest number of derived traces that are kept. Beyond it the least recently used one is dropped."""
 
 Order = tuple[nn.Module, ...]
 

@@ -19,7 +19,7 @@ from sorted_ds.nested.layers import NestedLayer, join_active, run_with
 from sorted_ds.nested.nest import NestedModel
 
 MAX_GRAPHS = 16
-"""12 are needed: 2 kinds of layers x one head or several x training, evaluation, and evaluation of fewer rows."""
+"""12 are needed: two kinds of layers, with one head or several, in training, evaluation, and one of fewer rows."""
 
 
 def compile_layers(model: NestedModel, backend: str = "inductor") -> None:

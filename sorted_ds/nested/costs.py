@@ -1,4 +1,4 @@
-"""Counts the costs of each sub-network on the family's own modules.
+"""Counts parameters, FLOPs and cache bytes of each sub-network on the family's own modules.
 
 In: a Hugging Face config, its family and a space. Out: the `Cost` of every sub-network, and the space sorted by costs.
 The parameters are counted on a model with one layer on the meta device (no memory, a few ms), so a new family needs no

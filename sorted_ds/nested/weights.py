@@ -1,4 +1,4 @@
-"""The table of which part of which Hugging Face tensor each block, parameter and buffer of a nested model is.
+"""Maps each block, parameter and buffer of a nested model to its part of a Hugging Face tensor.
 
 In: a nested model. Out: a `Slice` for each block, other parameter and persistent buffer: the rows (or columns) of a
 Hugging Face tensor, and the owner. Saving, exporting, extracting and loading all use `slices_of` and `buffers_of`.

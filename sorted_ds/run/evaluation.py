@@ -53,7 +53,7 @@ def evaluate_during_training(parts: Parts, step: int) -> StopRequest:
 
 
 def last_evaluated_step(parts: Parts) -> int:
-    """Returns the first step of this start if an earlier start has evaluated it, or 0. Every rank must call this.
+    """Returns the step that this start resumes from, if it was evaluated before, or 0. Every rank must call this.
 
     The earlier start has not evaluated it if it was stopped or killed between the checkpoint and its evaluation.
     """

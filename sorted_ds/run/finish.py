@@ -52,9 +52,9 @@ def save_last(parts: Parts, step: int, requeues: bool) -> None:
 
 
 def write_and_measure_model(parts: Parts) -> StopRequest:
-    """Writes RUN_DIR/model and measures every sub-network, except for what an earlier start has done already.
+    """Writes RUN_DIR/model, if an earlier start has not, and measures the sub-networks that none has measured yet.
 
-    Returns the last stop request: when the run must stop, the rest is not measured. Every rank must call this.
+    Returns the last stop request. When the run must stop, the rest is not measured. Every rank must call this.
     """
     folder, monitor = parts.folder, parts.monitor
     num_targets = round(parts.ranks.sum([sum(batch.num_targets for batch in parts.validation)])[0])

@@ -77,7 +77,7 @@ def checkpoint_line(plan: Plan, is_asynchronous: bool) -> str:
     """Returns what a checkpoint needs on disk, and in host memory if training goes on while it is written."""
     size, own = (f"{plan.checkpoint_bytes / parts / GIB:,.3g} GiB" for parts in (1, plan.num_ranks))
     copied = f" A copy of {own} in host memory on each rank lets training go on meanwhile." if is_asynchronous else ""
-    return f"A checkpoint has {size}, of which each rank writes {own}.{copied}"
+    return f"A checkpoint takes {size}; each rank writes {own}.{copied}"
 
 
 def _times(other: float, this: float) -> str:

@@ -162,7 +162,7 @@ class RunDir:
                 self.task.write_processor(self.data, hidden)
                 ModelDir(self.run.run_dir, hidden).write(self._sorted(model.space))
                 share(hidden)
-            for name in (SUBNETS_JSON, PARETO_PNG):  # an older model's
+            for name in (SUBNETS_JSON, PARETO_PNG):  # left by an earlier model
                 (self.run.run_dir / name).unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise UserError(

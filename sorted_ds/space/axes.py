@@ -33,7 +33,7 @@ AXES = {
             "g", "groups", "attention groups", "attention groups (key/value heads with their query heads) in each layer"
         ),
         Axis("f", "ffn", "ffn channels", "feed-forward channels in each layer"),
-        Axis("w", "widths", "channels", "channels of a convolutional network, or of a layer that has no other width"),
+        Axis("w", "widths", "channels", "channels of a convolutional network"),
     )
 }
 """The axes by letter, in the order of names and grids."""

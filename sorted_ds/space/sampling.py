@@ -133,7 +133,7 @@ def equal_visits(subnets: Sequence[SubNet], num: float) -> dict[SubNet, float]:
 
 
 def add_visits(*visits: dict[SubNet, float]) -> dict[SubNet, float]:
-    """Returns the sum of the visits of a strategy's parts."""
+    """Returns the sum of several dictionaries of visits."""
     return {subnet: sum(part.get(subnet, 0.0) for part in visits) for subnet in {s for part in visits for s in part}}
 
 
