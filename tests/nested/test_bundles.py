@@ -46,7 +46,7 @@ def test_a_weight_that_the_loss_does_not_depend_on_has_a_gradient_of_zeros(name)
     bundle(model)
     model.set_subnet(name)
     mlp = model.model.layers[0].mlp
-    mlp.plain_forward = lambda hidden: mlp.up_proj(hidden)
+    mlp.half_forward = lambda hidden: mlp.up_proj(hidden)
     x = torch.randn(2, 3, mlp.bundles[0].hidden)
     mlp(x).sum().backward()
     active = mlp.active_bundles()
@@ -66,7 +66,7 @@ def test_a_linear_layer_that_runs_twice_has_the_gradient_of_both_times():
     x = torch.randn(2, 3, model.config.hidden_size)
     plain, mlp = model.model.layers[0].mlp.up_proj, bundled.model.layers[0].mlp
     (plain(x) + plain(2 * x)).sum().backward()
-    mlp.plain_forward = lambda hidden: mlp.up_proj(hidden) + mlp.up_proj(2 * hidden)
+    mlp.half_forward = lambda hidden: mlp.up_proj(hidden) + mlp.up_proj(2 * hidden)
     mlp(x).sum().backward()
     grad = torch.cat([own.weight.grad[slice(*own.row_ranges[1])] for own in mlp.bundles])
     torch.testing.assert_close(grad, torch.cat([block.weight.grad for block in plain.blocks]))
