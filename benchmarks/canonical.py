@@ -46,9 +46,9 @@ class Program:
     definitions: dict[tuple[str, str], ast.stmt] = field(default_factory=dict)
     """By (module, name)."""
     colours: dict[tuple[str, str], str] = field(default_factory=dict)
-    """Of definitions."""
+    """The colours of definitions."""
     members: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
-    """Of classes: the colours of what stands behind `self.`, by its name."""
+    """For each class, the colours of the attributes of `self`, by their names."""
 
     def resolved(self, target: Target) -> Target:
         """Follows imports to the covered module that defines a name."""

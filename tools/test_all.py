@@ -35,7 +35,7 @@ CLUSTER = ("tests/cluster/test_launchers.py", "tests/cluster/test_slurm.py")
 NO_CODE = ("docs/", "*.md", "LICENSE")
 """Tracked files that no test of the second tier reads."""
 LINES_SHOWN = 60
-"""Of the output of what failed."""
+"""The number of lines that are shown of the output of a failed name."""
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,13 @@ def _move_to_free(hidden: Path, path: Path) -> None:
         raise
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes left half written or half deleted in a folder that no other process writes to."""
+def remove_unfinished(folder: Path, name: str = "") -> None:
+    """Removes what killed processes left half written or half deleted in a folder that no other process writes to.
+
+    With `name`, only what was to become files and folders whose names start so.
+    """
     for prefix in (UNFINISHED, REPLACED):
-        for left in folder.glob(f"{prefix}*"):
+        for left in folder.glob(f"{prefix}{name}*"):
             remove(left)
 
 

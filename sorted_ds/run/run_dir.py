@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 import sorted_ds
 from sorted_ds.base.errors import UserError
-from sorted_ds.base.files import REPLACED, UNFINISHED, remove, replaced, share
+from sorted_ds.base.files import remove_unfinished, replaced, share
 from sorted_ds.checkpoint import Checkpoints
 from sorted_ds.checkpoint.folders import checkpoint_name
 from sorted_ds.checkpoint.identity import MODEL, Identity, flat, with_current_keys
@@ -155,7 +155,7 @@ class RunDir:
                 deque(weights, maxlen=0)  # all ranks gather each weight, so rank 0 must too, even if it cannot write
 
     def _write_model(self, model: NestedModel, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self._remove_unfinished_models()
+        remove_unfinished(self.run.run_dir, MODEL_FOLDER)
         try:
             with replaced(self._model_folder, durable=True) as hidden:
                 save_full(model, weights, hidden)
@@ -168,12 +168,6 @@ class RunDir:
             raise UserError(
                 f"{self._model_folder} could not be written: {error}. Free the space, and start the run again."
             ) from error
-
-    def _remove_unfinished_models(self) -> None:
-        """Removes what killed starts of this run left of their models. Other files of RUN_DIR are left alone."""
-        for prefix in (UNFINISHED, REPLACED):
-            for left in self.run.run_dir.glob(f"{prefix}{MODEL_FOLDER}*"):
-                remove(left)
 
     def _sorted(self, space: SubNetSpace) -> Sorted:
         """Returns the contents of sorted.json for the model of the last step."""
