@@ -59,7 +59,7 @@ def of_nested(ranks, setting: Setting, persistent: int) -> dict[str, list[Visit]
     engine.warm_up(blank(SIZE.rows, SIZE.row_tokens))
 
     def passes(subnet: SubNet, ids: torch.Tensor) -> None:
-        engine.backward(engine.forward(batch(ids, ids), Pass(subnet)))
+        engine.backward(engine.forward(batch(ids, ids), Pass(subnet)).loss)
 
     visits: dict[str, list[Visit]] = {name: [] for name in VISITED}
     for name in VISITED * 2:

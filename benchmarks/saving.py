@@ -40,7 +40,7 @@ def measure(ranks, stage: int, size_name: str, rounds: int, bf16: bool, folder: 
     def step() -> float:
         ranks.sum([0])
         began = time.perf_counter()
-        loss = engine.forward(batch(ids, ids), Pass(model.space.full))
+        loss = engine.forward(batch(ids, ids), Pass(model.space.full)).loss
         engine.backward(loss / (ids.numel() * ranks.size))
         engine.step(1e-4)
         ranks.sum([0])

@@ -20,7 +20,7 @@ from sorted_ds.nested import costs_of, sorted_by_cost, union_parameters
 from sorted_ds.run.config import Optim
 from sorted_ds.run.plan import FORWARD_AND_BACKWARD, state_bytes
 from sorted_ds.run.traffic import StepSizes, Traffic, step_traffic
-from sorted_ds.space import Pass, SubNet, SubNetSpace
+from sorted_ds.space import Pass, Policy, SubNet, SubNetSpace
 from sorted_ds.space.sampling import Sampler
 from tests.batches import LLAMA, TASK, batch, blank
 from tests.memory import StepBytes, of_subnets
@@ -65,7 +65,7 @@ def exchanged(ranks) -> dict[tuple[int, bool], dict[str, int]]:
         ids = token_ids(TINY, ranks)
         with counted() as traffic:
             for name in SUBNETS:
-                engine.backward(engine.forward(batch(ids, ids), Pass(engine.model.space[name])))
+                engine.backward(engine.forward(batch(ids, ids), Pass(engine.model.space[name])).loss)
             engine.step(0.0)
         found[stage, bf16] = traffic.bytes
     return found
@@ -128,7 +128,7 @@ def seconds(ranks, rounds: int) -> dict[str, list[float]]:
     ids, space = token_ids(TIMED, ranks), engine.model.space
 
     def passes(subnet: SubNet) -> None:
-        engine.backward(engine.forward(batch(ids, ids), Pass(subnet)))
+        engine.backward(engine.forward(batch(ids, ids), Pass(subnet)).loss)
 
     found: dict[str, list[float]] = {subnet.name: [] for subnet in space}
     for _ in range(rounds):
@@ -157,7 +157,7 @@ def print_compute(num_ranks: int, rounds: int, folder: Path) -> None:
 def print_many(gb_per_second: float, peak_tflops: float, mfu: float) -> None:
     space = sorted_by_cost(EIGHT_B_SPACE, LLAMA, EIGHT_B)
     costs = costs_of(space, LLAMA, EIGHT_B, ROW_TOKENS)
-    sampler = Sampler(space, SUBNETS_PER_STEP, "stratified", seed=0)
+    sampler = Sampler(space, Policy(SUBNETS_PER_STEP, "stratified"), seed=0)
     steps = [sampler.sample(step) for step in range(len(space))]
     full = costs[space.full].parameters
     print(

@@ -33,7 +33,7 @@ from sorted_ds.engine import Engine
 from sorted_ds.families import nest
 from sorted_ds.nested import costs_of, extract
 from sorted_ds.run.config import Optim
-from sorted_ds.space import Pass, SubNet, SubNetSpace
+from sorted_ds.space import Pass, Policy, SubNet, SubNetSpace
 from sorted_ds.space.sampling import STRATEGIES, Sampler
 from tests.batches import TASK, batch, blank, summed
 from tests.spawn import on_ranks
@@ -137,7 +137,7 @@ def times(ranks, setting: Setting, num_rounds: int) -> dict[int, Found]:
 
 
 def _pass(engine: Engine, ids: torch.Tensor, subnet: SubNet) -> None:
-    engine.backward(engine.forward(batch(ids, ids), Pass(subnet)) / ids.numel())
+    engine.backward(engine.forward(batch(ids, ids), Pass(subnet)).loss / ids.numel())
 
 
 def _plain_pass(engine, ids: torch.Tensor) -> None:
@@ -179,7 +179,7 @@ def python_ms(size: Size, space: SubNetSpace) -> dict[str, float]:
         "set_subnet": ms(lambda: [model.set_subnet(subnet) for subnet in model.space]) / len(space),
     }
     for strategy in STRATEGIES:
-        sampler = Sampler(model.space, 4, strategy, seed=1)
+        sampler = Sampler(model.space, Policy(4, strategy), seed=1)
         found[f"a step's plan, {strategy}"] = ms(lambda sampler=sampler: list(map(sampler.plan, range(50)))) / 50
         found[f"expected visits, {strategy}"] = ms(lambda sampler=sampler: sampler.expected_visits(1000))
     return found

@@ -91,7 +91,7 @@ def times(ranks, setting: Setting, num_rounds: int) -> Times:
 
     def nested(subnet: SubNet) -> float:
         return of_nested.micro_batch(
-            lambda: engine.backward(engine.forward(batch(ids, ids), Pass(subnet)) / ids.numel()),
+            lambda: engine.backward(engine.forward(batch(ids, ids), Pass(subnet)).loss / ids.numel()),
             lambda: engine.step(0.0),
         )
 

@@ -75,7 +75,7 @@ def our_step(ranks, setting: Setting, accumulation: int) -> Step:
     def step() -> float:
         losses = []
         for _ in range(accumulation):
-            nll = engine.forward(batch(ids, labels), Pass(engine.model.space.full))
+            nll = engine.forward(batch(ids, labels), Pass(engine.model.space.full)).loss
             engine.backward(nll / num_targets)
             losses.append(nll.detach())
         engine.step(LEARNING_RATE)

@@ -1,5 +1,6 @@
 """Which files run side by side, and one whole run that the tests of training share."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log) -> ByFile:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Gives each process one thread. Ranks and workers with more wait for each other's threads, many times as long."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     tiers.pytest_configure(config)
 
 

@@ -121,7 +121,7 @@ def of_steps(
 
         def passes(subnets: list[SubNet]) -> None:
             for subnet in subnets:
-                engine.backward(engine.forward(batch(ids, ids), Pass(subnet)) / ids.numel())
+                engine.backward(engine.forward(batch(ids, ids), Pass(subnet)).loss / ids.numel())
 
         return {
             name: _measured(ranks, live, partial(passes, subnets), lambda: engine.step(0.0))

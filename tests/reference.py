@@ -19,13 +19,16 @@ MicroBatch = tuple[SubNet, Tensor, Tensor]
 
 
 @contextmanager
-def masked_to(model: PreTrainedModel, subnet: SubNet, order: Sequence[int] = ()) -> Iterator[None]:
+def masked_to(
+    model: PreTrainedModel, subnet: SubNet, order: Sequence[int] = (), dropped: Sequence[int] = ()
+) -> Iterator[None]:
     """The full model computes what the sub-network would, for families without norms across heads.
 
-    `order`: the layers in the order in which depth takes them; without it a depth is a prefix.
+    `order`: the layers in the order in which depth takes them; without it a depth is a prefix. `dropped`: layers that
+    are left out.
     """
     layers = model.model.layers
-    chosen = sorted(order[: subnet.depth]) if order else range(subnet.depth)
+    chosen = [n for n in (sorted(order[: subnet.depth]) if order else range(subnet.depth)) if n not in dropped]
     channels = (
         subnet["g"] * model.model.layers[0].self_attn.num_key_value_groups * model.model.layers[0].self_attn.head_dim
     )
@@ -33,7 +36,7 @@ def masked_to(model: PreTrainedModel, subnet: SubNet, order: Sequence[int] = ())
     for layer in model.model.layers:
         hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(_zero_from(channels)))
         hooks.append(layer.mlp.down_proj.register_forward_pre_hook(_zero_from(subnet["f"])))
-    model.config.num_hidden_layers, full_depth = subnet.depth, model.config.num_hidden_layers
+    model.config.num_hidden_layers, full_depth = len(chosen), model.config.num_hidden_layers
     model.model.layers = nn.ModuleList([layers[number] for number in chosen])
     try:
         yield

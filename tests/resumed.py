@@ -19,7 +19,7 @@ from sorted_ds.engine import Engine
 from sorted_ds.families import nest
 from sorted_ds.nested.weights import hf_tensors
 from sorted_ds.run.learning_rate import lr_at
-from sorted_ds.space import Pass, Sampler, SubNetSpace
+from sorted_ds.space import Pass, Policy, Sampler, SubNetSpace
 from tests import exactness
 from tests.batches import TASK, blank
 from tests.checkpoint.fakes import delayed_writes
@@ -60,12 +60,12 @@ class Trainer:
     def __init__(self, ranks, leg: Leg, folder: str, facts: dict[str, str] | None = None, **settings):
         rows = PackedRows(TOKENS, exactness.ROW_TOKENS)
         self.ranks = ranks
-        self.loader = Loader(rows, collate, SEED, STEP_ROWS, SAMPLES, leg.micro_batch_rows, ranks.rank, ranks.size)
-        self.sampler = Sampler(list(leg.trained), SAMPLES, "stratified", SEED)
+        self.loader = Loader(rows, collate, SEED, STEP_ROWS, leg.micro_batch_rows, ranks.rank, ranks.size)
+        self.sampler = Sampler(list(leg.trained), Policy(SAMPLES, "stratified"), SEED)
         model = nest(exactness.plain_model(leg.case), leg.space)
         self.optim = leg.case.optim
         self.engine = Engine(model, TASK, leg.case.deepspeed(), "test.json", self.optim, leg.micro_batch_rows, ranks)
-        self.engine.warm_up(blank(self.loader.dealt.rows_per_forward, exactness.ROW_TOKENS))
+        self.engine.warm_up(blank(self.loader.dealt(SAMPLES).rows_per_forward, exactness.ROW_TOKENS))
         identity = Identity(facts or {"seed": "1"}, settings.pop("extends_space", False))
         settings = {"keep_last": 2, "asynchronous": leg.asynchronous, **settings}
         self.checkpoints = Checkpoints(Path(folder), identity=identity, ranks=ranks, **settings)
@@ -74,11 +74,11 @@ class Trainer:
 
     def train(self, first_step: int, last_step: int) -> None:
         for step in range(first_step, last_step):
-            samples, batches = self.sampler.sample(step), self.loader.batches(step)
+            samples, batches = self.sampler.sample(step), self.loader.batches(step, SAMPLES)
             num_targets = self.ranks.sum([sum(batch.num_targets for sample in batches for batch in sample)])[0]
             for subnet, sample in zip(samples, batches, strict=True):
                 for batch in sample:
-                    nll = self.engine.forward(batch.inputs, Pass(subnet))
+                    nll = self.engine.forward(batch.inputs, Pass(subnet)).loss
                     self.engine.backward(nll / num_targets)
             self.engine.step(lr_at(step, STEPS, self.optim))
             self.rows.append([self._rows_of(sample) for sample in batches])

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from sorted_ds.base.errors import UserError
 
 RATE = 0.5
-"""The source whose digest is compared."""
+"""The dropout rate."""
 
 
 class Base:

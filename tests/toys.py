@@ -25,8 +25,8 @@ from sorted_ds.families import FAMILIES
 from sorted_ds.nested.family import Family, Half, LogitsRule, Part
 from sorted_ds.run.run_file import load_run
 from sorted_ds.run.train import shared_data, train
-from sorted_ds.space import Pass, Sampler, SubNet, SubNetSpace
-from sorted_ds.space.sampling import STRATEGIES, Planned, Strategy
+from sorted_ds.space import Pass, Planned, SubNet, SubNetSpace
+from sorted_ds.space.sampling import STRATEGIES, PolicySampler, Strategy
 from sorted_ds.tasks import LOSS, TASKS, Metric
 from sorted_ds.tasks.causal_lm import CausalLM
 from sorted_ds.tasks.task import Sums, mean_of
@@ -119,7 +119,7 @@ class ToyFamily:
 
     auto_class = AutoModelForCausalLM
     axes = ("d", "w")
-    layers, body, head = "backbone.stack", "backbone", "readout"
+    layers, body, final_norm, head = "backbone.stack", "backbone", "backbone.last", "readout"
     owned: Mapping[str, tuple[str, ...]] = {"backbone.last": ("d",)}
 
     def full(self, config: ToyConfig) -> SubNet:
@@ -169,8 +169,8 @@ class WeightedLM(CausalLM):
     def attach(self, model: PreTrainedModel, family: Family) -> None:
         return
 
-    def sums(self, model: PreTrainedModel, family: Family, batch: Batch, with_metrics: bool) -> Sums:
-        logits = model.get_submodule(family.head)(family.hidden_states(model.get_submodule(family.body), batch))
+    def sums(self, model: PreTrainedModel, family: Family, states: Tensor, batch: Batch, with_metrics: bool) -> Sums:
+        logits = model.get_submodule(family.head)(states)
         labels = batch["labels"]
         nll = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=NO_TARGET, reduction="none")
         num_targets = (labels != NO_TARGET).sum()
@@ -181,24 +181,24 @@ class WeightedLM(CausalLM):
         return sums
 
 
-def _taught(sampler: Sampler, step: int) -> list[Planned]:
+def _taught(sampler: PolicySampler, step: int) -> list[Planned]:
     plan = []
     for share, subnet in enumerate(sampler.at_random(step, sampler.subnets_per_step)):
         plan += [Planned(Pass(sampler.full, "teach"), share), Planned(Pass(subnet), share)]
     return plan
 
 
-def _three_on_the_same_rows(sampler: Sampler, step: int) -> list[Planned]:
+def _three_on_the_same_rows(sampler: PolicySampler, step: int) -> list[Planned]:
     middle = sampler.at_random(step, 1)
     return [Planned(Pass(subnet), share=0) for subnet in (sampler.full, *middle, sampler.subnets[0])]
 
 
-def _visits_of_three(sampler: Sampler) -> dict[SubNet, float]:
+def _visits_of_three(sampler: PolicySampler) -> dict[SubNet, float]:
     visits = dict.fromkeys(sampler.subnets, 1 / len(sampler.subnets))
     return {**visits, sampler.full: visits[sampler.full] + 1, sampler.subnets[0]: visits[sampler.subnets[0]] + 1}
 
 
-def _visits_of_taught(sampler: Sampler) -> dict[SubNet, float]:
+def _visits_of_taught(sampler: PolicySampler) -> dict[SubNet, float]:
     return dict.fromkeys(sampler.subnets, sampler.subnets_per_step / len(sampler.subnets))
 
 
@@ -206,7 +206,9 @@ AutoConfig.register("toy", ToyConfig)
 AutoModelForCausalLM.register(ToyConfig, ToyForCausalLM)
 TOY_STRATEGIES = {
     "taught": Strategy(_taught, _visits_of_taught),
-    "same_rows": Strategy(_three_on_the_same_rows, _visits_of_three, fewest=3, shares=lambda subnets_per_step: 1),
+    "same_rows": Strategy(
+        _three_on_the_same_rows, _visits_of_three, fewest=lambda full_shares: 3, shares=lambda policy: 1
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """A run's directory as training leaves it: a tiny random llama, its tokenizer, sorted.json. Nothing is trained."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -64,3 +65,20 @@ def made_up_table() -> list[Measured]:
         )
         for subnet in SPACE
     ]
+
+
+def set_keys(file: Path, **keys: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+
+def add_code(folder: Path) -> Path:
+    """Makes a model's directory one that carries code. Returns the file that the code would make if it ran."""
+    ran = folder.parent / "ran"
+    (folder / "theirs.py").write_text(
+        f"open({str(ran)!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass Words: pass\n"
+    )
+    names = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model", "AutoTokenizer": "theirs.Words"}
+    set_keys(folder / "config.json", auto_map=names)
+    set_keys(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["theirs.Words", "theirs.Words"]})
+    set_keys(folder / "generation_config.json", auto_map={"AutoConfig": "theirs.Config"})
+    return ran

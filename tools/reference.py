@@ -99,7 +99,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.default
-    if value in ("", [], {}):
+    if value in ("", [], {}, None):
         return ""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from sorted_ds.base.errors import UserError
 from sorted_ds.cluster.ranks import Ranks
 
 Result = TypeVar("Result")
@@ -62,14 +63,14 @@ class Task(Generic[Result]):
     def __init__(self, work: Callable[[], Result]):
         """Starts the thread."""
         self._work = work
-        self._error: OSError | None = None
+        self._error: UserError | OSError | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
             self._result = self._work()
-        except OSError as error:
+        except (UserError, OSError) as error:
             self._error = error
         except Exception as error:  # a programming error: all ranks must learn of it
             traceback.print_exc()
@@ -81,7 +82,7 @@ class Task(Generic[Result]):
         return not self._thread.is_alive()
 
     def result(self) -> Result:
-        """Waits for the function and returns its result. Raises: OSError when the function has failed."""
+        """Waits for the function and returns its result. Raises: UserError or OSError when the function has failed."""
         self._thread.join()
         if self._error is not None:
             raise self._error

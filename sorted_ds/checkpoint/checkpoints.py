@@ -17,7 +17,7 @@ saved. Nothing is pickled.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,7 @@ from sorted_ds.checkpoint.shard_files import (
     Sharded,
     load_shards,
     rank_file,
+    require_finite,
     state_keys_of,
     tensors_to_save,
     write_file,
@@ -95,10 +96,12 @@ class Checkpoints:
         asynchronous: bool = True,
         strict: bool = False,
         heartbeat: Callable[[], None] = lambda: None,
+        keep_steps: Sequence[int] = (),
     ):
         """Keeps the newest `keep_last` checkpoints in `folder`, and calls `heartbeat` while work makes progress.
 
-        `strict` makes a damaged checkpoint an error, even if an older one is intact.
+        `strict` makes a damaged checkpoint an error, even if an older one is intact. The checkpoints of `keep_steps`
+        are never deleted.
         """
         self.folder = folder
         self.warnings: list[str] = []
@@ -109,6 +112,7 @@ class Checkpoints:
         """Time that training has waited for saves."""
         self._longest_save_seconds = 0.0
         self._keep_last, self._identity, self._ranks, self._strict = keep_last, identity, ranks, strict
+        self._kept = frozenset(checkpoint_name(step) for step in keep_steps)
         self._staging = Staging() if asynchronous else None
         self._pending: _PendingSave | None = None
         self._heartbeat = heartbeat
@@ -136,6 +140,7 @@ class Checkpoints:
         optimizer_steps = engine.steps_taken
 
         def write() -> dict:
+            require_finite(tensors)
             wait_for(hidden.is_dir)
             contents = {rank_file(ranks.rank): tensors, **({BUFFERS_FILE: buffers} if buffers else {})}
             on_chunk = save.chunks_read.append
@@ -272,7 +277,8 @@ class Checkpoints:
             with suppress(OSError):  # the checkpoint is published; what may fail now costs only space
                 sync(self.folder)
                 for old in published_checkpoints(self.folder)[: -self._keep_last]:
-                    delete(old)
+                    if old.name not in self._kept:
+                        delete(old)
 
         return write_index_and_publish
 

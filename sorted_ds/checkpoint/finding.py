@@ -4,8 +4,10 @@ In: the folder of checkpoints and the run's identity. Out: the index of one chec
 disk: newer checkpoints that are damaged are renamed, so that no later start takes one for the newest.
 """
 
+import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from sorted_ds.base.errors import AgreedError
@@ -72,18 +74,21 @@ def _examine(
 
     The two texts are the same on all ranks, and empty if nothing has grown or is damaged.
     """
-    index, growth, damage = None, "", ""
-    with ranks.fail_together():
+
+    def look() -> str:
         try:
             index = Index.read(checkpoint)
             growth = identity.check(index.identity, checkpoint.parent)
             index.check_sizes(checkpoint)
         except DamagedError as error:
-            damage = str(error)
-    damage = next(filter(None, ranks.gather(damage)), "")
-    if index and not damage:
-        damage = index.find_changed_file(checkpoint, ranks, heartbeat)
-    return index, growth, damage
+            return json.dumps({"damage": str(error)})
+        return json.dumps({"index": asdict(index), "growth": growth})
+
+    seen = json.loads(ranks.ask_first(look))
+    if "damage" in seen:
+        return None, "", seen["damage"]
+    index = Index(**seen["index"])
+    return index, seen["growth"], index.find_changed_file(checkpoint, ranks, heartbeat)
 
 
 def _rename_damaged(damages: dict[Path, str], intact: Path, ranks: Ranks) -> list[str]:

@@ -21,6 +21,12 @@ ADDED = {
     "task": '"causal_lm"',
     LAYER_ORDER: "[]",
     **{f"{SPACE}{axis.sizes}": "[]" for axis in AXES.values()},
+    "sampling.full_shares": "1",
+    "sampling.subnets_per_share": "1",
+    "sampling.hold_steps": "1",
+    "sampling.ladder": "[]",
+    "sampling.cost_power": "0.0",
+    "sampling.phases": "[]",
 }
 """Keys that a checkpoint of an earlier version may not have, with the value that it was trained with."""
 
@@ -53,6 +59,18 @@ class Identity:
             f"{folder} belongs to another run: {key} = {there.get(key)} there, {here.get(key)} here{more}. Set "
             "another run_dir, or make the run file as it was."
         )
+
+    def check_branch(self, facts: Mapping[str, str], checkpoint: Path) -> None:
+        """Compares a run that branches off with the checkpoint. Data, seed, sampling and batch may be others.
+
+        Raises: UserError when the model, its space, the task or the optimizer is another.
+        """
+        common = (SPACE, MODEL, "task", "optim.")
+        there, here = (
+            {key: value for key, value in each.items() if key.startswith(common)}
+            for each in (with_current_keys(facts), with_current_keys(self.facts))
+        )
+        Identity(here, self.extends_space).check(there, checkpoint)
 
     def _extended(self, there: Mapping[str, str], here: Mapping[str, str], folder: Path) -> str:
         before, now = _space_of(there), _space_of(here)

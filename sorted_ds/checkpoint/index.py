@@ -99,7 +99,12 @@ class Index:
         Raises: AgreedError when a file cannot be read.
         """
         own, chunks = list(self.files)[ranks.rank :: ranks.size], list[int]()
-        task = Task(lambda: {name: sha256_of(folder / name, chunks.append) for name in own})
+
+        def checksum(name: str) -> str:
+            wait_for((folder / name).exists)
+            return sha256_of(folder / name, chunks.append)
+
+        task = Task(lambda: {name: checksum(name) for name in own})
         wait_for_ranks(ranks, task, lambda: len(chunks), heartbeat)
         changed: list[str] = []
         with ranks.fail_together():

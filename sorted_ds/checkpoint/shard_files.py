@@ -10,7 +10,7 @@ reads only the ranges that it holds.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,6 +81,14 @@ def tensors_to_save(engine: Sharded) -> dict[str, Tensor]:
 def state_keys_of(tensors: Iterable[str]) -> list[str]:
     """Returns the keys of the optimizer's state that occur in the tensors' names, sorted."""
     return sorted({name.rpartition(SEPARATOR)[2] for name in tensors} - {MASTER})
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError for a tensor with a number that is not finite: a run that resumed from it could not go on."""
+    for name, value in tensors.items():
+        if value.numel() and not all(torch.isfinite(end) for end in torch.aminmax(value)):
+            weight, _, key = name.split(SEPARATOR)
+            raise UserError(f"{key} of {weight} has a number that is not finite")
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], on_chunk: Callable[[int], None]) -> dict:

@@ -110,7 +110,10 @@ def launch_environment(num_ranks: int) -> tuple[dict[str, str], list[str]]:
         env.pop("CUDA_VISIBLE_DEVICES", None)
         return env, [f"--num_accelerators={num_ranks}"]
     if num_ranks > num_devices():
-        raise UserError(f"--ranks {num_ranks} needs {num_ranks} GPUs, but this machine shows {num_devices()}.")
+        raise UserError(
+            f"--ranks {num_ranks} is a GPU for each rank, but this machine shows {num_devices()} GPUs. Set --ranks to "
+            f"{num_devices()} or less, or start the job on more machines (docs/cluster.md)."
+        )
     # With a flag for the number of GPUs the launcher would ignore CUDA_VISIBLE_DEVICES and take the first ones.
     visible = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_devices())))
     env["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:num_ranks])

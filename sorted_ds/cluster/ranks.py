@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,6 +94,23 @@ class Ranks:
             if failure:
                 raise AgreedError(failure if set(messages) == {failure} else f"rank {rank}: {failure}")
 
+    def ask_first(self, find: Callable[[], str]) -> str:
+        """Returns what `find` returns on rank 0, which alone calls it. Every rank must call this.
+
+        Raises: AgreedError, on all ranks, with the message of the UserError or OSError that `find` raises.
+        """
+        answer = {"found": "", "refusal": ""}
+        with self.fail_together():  # for defects
+            if self.is_first:
+                try:
+                    answer["found"] = find()
+                except (UserError, OSError) as error:
+                    answer["refusal"] = str(error) or repr(error)
+        answer = json.loads(self.gather(json.dumps(answer))[0])
+        if answer["refusal"]:
+            raise AgreedError(answer["refusal"])
+        return answer["found"]
+
     def require_same_facts(self, facts: Mapping[str, str]) -> None:
         """Raises: AgreedError, on all ranks, when the facts of a rank differ from rank 0's."""
         gathered = [json.loads(text) for text in self.gather(json.dumps(dict(facts)))]
@@ -106,11 +123,22 @@ class Ranks:
                     )
 
     def gather(self, text: str) -> list[str]:
-        """Returns the text of every rank, in the order of ranks."""
-        texts = [text] * self.size
-        if self.size > 1:
-            dist.all_gather_object(texts, text)
-        return texts
+        """Returns the text of every rank, in the order of ranks. It is sent as UTF-8: nothing is unpickled."""
+        if self.size == 1:
+            return [text]
+        own = text.encode("utf-8", "surrogatepass")
+        sizes = [int(size) for size in self._gather_tensors(torch.tensor([len(own)], device=self.device))]
+        padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
+        padded[: len(own)] = torch.frombuffer(bytearray(own + b"\0"), dtype=torch.uint8)[:-1]
+        parts = self._gather_tensors(padded.to(self.device))
+        found = [part.cpu().numpy().tobytes()[:size] for part, size in zip(parts, sizes, strict=True)]
+        return [part.decode("utf-8", "surrogatepass") for part in found]
+
+    def _gather_tensors(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """Returns the tensor of every rank. All have the same shape."""
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(found, own)
+        return found
 
 
 @contextmanager

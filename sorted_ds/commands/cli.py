@@ -75,6 +75,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -
         args.overrides.append(f"train.time_limit={args.time_limit}")
     if getattr(args, "extend_space", False):
         args.overrides.append("checkpoint.extend_space=true")
+    if getattr(args, "branch", None):
+        args.overrides.append(f"checkpoint.branch={os.path.abspath(args.branch)}")
     return args
 
 
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
     _add_prepare(commands)
+    _add_sort(commands)
     _add_train(commands)
     _add_launch(commands)
     _add_eval(commands)
@@ -131,6 +134,32 @@ def _add_prepare(commands: Commands) -> None:
     )
     _add_run_file(parser)
     _add_run_options(parser)  # the job scripts pass the arguments of `train` to `prepare`
+    _add_json(parser)
+
+
+def _add_sort(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "sort",
+        "put the important units of a pre-trained model first",
+        "The full network computes the same as before. Its important attention groups and channels come first, and\n"
+        'sorted.json gets an order of its layers, which a run file takes with space.layer_order = "model".',
+        "sorted-ds sort path/to/model --text docs --out path/to/sorted",
+    )
+    parser.add_argument("model", metavar="HF_DIR", help="a Hugging Face directory or hub id")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write, which must not exist")
+    text = "text files, and folders of them, to measure importance and losses on"
+    parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="PATH", help=text)
+    parser.add_argument("--jsonl", type=Path, nargs="+", default=[], metavar="PATH", help='JSONL files with "text"')
+    text = "names of the files that are read in folders (default: .txt .md)"
+    parser.add_argument("--suffixes", nargs="+", default=[".txt", ".md"], metavar="SUFFIX", help=text)
+    parser.add_argument("--row-tokens", type=_positive, default=0, metavar="N", help="tokens of a row (default: 256)")
+    text = "tokens on which importance is measured (default: 4096)"
+    parser.add_argument("--tokens", type=_positive, default=4096, metavar="N", help=text)
+    text = "tokens on which the loss without a layer is measured (default: 1024)"
+    parser.add_argument("--order-tokens", type=_positive, default=1024, metavar="N", help=text)
+    text = "leave out layers down to so many (default: half of them)"
+    parser.add_argument("--fewest-layers", type=_positive, default=0, metavar="N", help=text)
     _add_json(parser)
 
 
@@ -232,6 +261,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time-limit", metavar="TIME", help=text)
     text = "resume with the same weights after the space has grown (checkpoint.extend_space)"
     parser.add_argument("--extend-space", action="store_true", help=text)
+    text = "start from this checkpoint of another run, with its optimizer state (checkpoint.branch)"
+    parser.add_argument("--branch", metavar="RUN_DIR@STEP", help=text)
 
 
 def _add_dir(parser: argparse.ArgumentParser) -> None:

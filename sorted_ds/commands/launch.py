@@ -17,7 +17,7 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced
 from sorted_ds.cluster.launcher import environment_of_jobs
 from sorted_ds.cluster.stop import time_limit_seconds
-from sorted_ds.run.build import check_run
+from sorted_ds.run.build import check_run, warnings_of
 from sorted_ds.run.config import Run
 from sorted_ds.run.run_file import load_run
 
@@ -28,10 +28,12 @@ SECONDS_TO_SAVE = 300
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code. Raises: UserError for what the user can correct."""
     settings = load_run(args.run_file, args.overrides)
-    check_run(settings)
+    config, _ = check_run(settings)
     path = write_script(job_script(args, settings), settings.run_dir / SCRIPT)
     command = ["sbatch", "--parsable", *([f"--dependency=afterany:{args.after}"] if args.after else []), str(path)]
     console = Console(stderr=True, soft_wrap=True, highlight=False)
+    for warning in warnings_of(settings, config):
+        console.print(f"warning: {warning}", markup=False)
     console.print(f"wrote {path}: {args.nodes} x {args.gpus_per_node} ranks", markup=False)
     if args.dry_run:
         console.print(f"submit it with: {shlex.join(command)}", markup=False)

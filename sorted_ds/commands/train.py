@@ -19,5 +19,5 @@ def run(args: argparse.Namespace) -> int:
     console, num_ranks = Console(stderr=True, soft_wrap=True), args.ranks or num_devices() or 1
     prepare_data(settings, console)
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
-    console.print(f"starting {ranks}; at the first start DeepSpeed compiles its operations for a minute")
+    console.print(f"starting {ranks}, which takes half a minute; the first time DeepSpeed also compiles its operations")
     return launch(["sorted_ds.commands.rank", str(args.run_file), *args.overrides], num_ranks)

@@ -82,7 +82,10 @@ def _divide_up(number: int, parts: int) -> int:
 
 
 class Loader:
-    """The training rows of one rank. An epoch has each row once, and each epoch has another order."""
+    """The training rows of one rank. An epoch has each row once, and each epoch has another order.
+
+    Which rows a step uses does not depend on the number of its shares.
+    """
 
     def __init__(
         self,
@@ -90,31 +93,33 @@ class Loader:
         collate: Collate,
         seed: int,
         step_rows: int,
-        num_shares: int,
         micro_batch_rows: int,
         rank: int,
         world_size: int,
     ):
-        """Raises: UserError when the step's rows cannot be cut into equal shares."""
         self.rows, self.collate = rows, collate
         self.seed = seed
-        self.num_shares = num_shares
+        self.step_rows, self.micro_batch_rows = step_rows, micro_batch_rows
         self.rank = rank
         self.world_size = world_size
-        self.dealt = deal(step_rows, num_shares, micro_batch_rows, world_size)
 
-    def batches(self, step: int) -> list[list[MicroBatch]]:
+    def dealt(self, num_shares: int) -> Dealt:
+        """Returns how the rows of a share are divided. Raises: UserError when there are no equal shares."""
+        return deal(self.step_rows, num_shares, self.micro_batch_rows, self.world_size)
+
+    def batches(self, step: int, num_shares: int) -> list[list[MicroBatch]]:
         """Returns this rank's micro-batches, for each share of the step's rows.
 
         Every rank gets the same number of micro-batches, and all have the same shape.
         """
-        size = self.dealt.rows_per_share
-        starts = ((step * self.num_shares + share) * size for share in range(self.num_shares))
-        return [list(self._share(range(start, start + size))) for start in starts]
+        dealt = self.dealt(num_shares)
+        size = dealt.rows_per_share
+        starts = (step * self.step_rows + share * size for share in range(num_shares))
+        return [list(self._share(range(start, start + size), dealt)) for start in starts]
 
-    def _share(self, positions: range) -> Iterator[MicroBatch]:
+    def _share(self, positions: range, dealt: Dealt) -> Iterator[MicroBatch]:
         mine = [self.row_at(position) for position in positions[self.rank :: self.world_size]]
-        return _micro_batches(self.rows, self.collate, mine, self.dealt)
+        return _micro_batches(self.rows, self.collate, mine, dealt)
 
     def row_at(self, position: int) -> int:
         """Returns the number of the row at a position, which counts the rows of all steps and shares from 0."""

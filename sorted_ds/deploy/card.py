@@ -3,11 +3,15 @@
 In: the contents of sorted.json and a sub-network. Out: Markdown.
 """
 
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
+import yaml
 from transformers import PreTrainedConfig
 
-from sorted_ds.deploy.model_dir import Measured, Sorted
+from sorted_ds.deploy.license import card_tags, license_text
+from sorted_ds.deploy.model_dir import Base, Measured, Sorted
 from sorted_ds.nested import Family
 from sorted_ds.space import AXES, SubNet
 from sorted_ds.tasks import Task
@@ -15,8 +19,8 @@ from sorted_ds.tasks import Task
 HEADER = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
-tags: [sorted_ds, sortednet, {family}]
+pipeline_tag: {pipeline_tag}
+{base}tags: [sorted_ds, sortednet, {family}]
 ---
 
 # {name}
@@ -34,18 +38,23 @@ model was written, its logits were compared with those of the larger network: in
 """
 
 USAGE = """
+## License
+
+{license}
+
 ## Use
 
 ```python
-from transformers import {auto_class}, AutoTokenizer
-
-folder = {name!r}
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = {auto_class}.from_pretrained(folder)
-inputs = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+{usage}
 ```
+
+{versions}
 """
+VERSIONS = "It loads in transformers 5 and 4.57."
+LINE_WIDTH = 100
+"""The number of columns of a paragraph in the file."""
+CAPPED = """ Version 4.57 leaves out this model's cap of attention scores unless it is told to use
+`from_pretrained(..., attn_implementation="eager")`; its own gemma2 models need the same."""
 
 
 def model_card(
@@ -54,16 +63,20 @@ def model_card(
     family: Family,
     config: PreTrainedConfig,
     task: Task,
+    folder: Path,
     name: str,
     largest_difference: float,
 ) -> str:
     """Returns the card as Markdown. Its figures come from the measured table, if the sub-network was measured.
 
-    `largest_difference`: how far the logits may be from the nested model's, divided by the largest logit.
+    `folder`: where the model was written. `name`: the name that the folder will get. `largest_difference`: how far the
+    logits may be from the nested model's, divided by the largest logit.
     """
     widths = [f"the first {size:,} {AXES[letter].label}" for letter, size in subnet.sizes]
     header = HEADER.format(
         name=name,
+        pipeline_tag=task.pipeline_tag,
+        base=_yaml(card_tags(trained.base)),
         subnet=subnet,
         full=trained.space[-1],
         family=config.model_type,
@@ -72,8 +85,30 @@ def model_card(
         difference=largest_difference,
     )
     rows = {row.subnet: row for row in trained.subnets}
-    usage = USAGE.format(name=name, auto_class=family.auto_class.__name__)
-    return header + "\n" + _figures(rows, subnet.name, trained, task) + usage
+    usage = USAGE.format(
+        license=_paragraph(license_text(trained.base, folder)),
+        usage=task.usage(folder, name, family.auto_class.__name__),
+        versions=_paragraph(VERSIONS + (CAPPED if getattr(config, "attn_logit_softcapping", None) else "")),
+    )
+    return _even(header) + "\n" + _figures(rows, subnet.name, trained, task) + usage
+
+
+def _yaml(tags: Base) -> str:
+    """Returns the tags as lines of the header."""
+    if not tags:
+        return ""
+    return yaml.safe_dump(dict(tags), sort_keys=False, allow_unicode=True, width=float("inf"))
+
+
+def _even(markdown: str) -> str:
+    """Returns Markdown without code, with every paragraph of text on even lines."""
+    parts = markdown.split("\n\n")
+    return "\n\n".join(_paragraph(part) if part[:1].isalpha() else part for part in parts)
+
+
+def _paragraph(text: str) -> str:
+    """Returns the text on even lines, without breaks in a name or a link."""
+    return textwrap.fill(text, LINE_WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _layers(numbers: Sequence[int]) -> str:
@@ -96,10 +131,10 @@ def _figures(rows: dict[str, Measured], name: str, trained: Sorted, task: Task) 
         _line("forward FLOPs per token", [f"{row.flops_per_token:,}" for row in shown]),
         _line("key/value cache, bytes per token (2 per element)", [f"{row.kv_bytes_per_token:,}" for row in shown]),
     ]
-    note = f"\nThe loss is measured on {shown[0].num_targets:,} validation targets, in rows of {trained.row_tokens}."
+    note = f"The loss is measured on {shown[0].num_targets:,} validation targets, in rows of {trained.row_tokens}."
     for baseline, loss in (trained.baseline or {}).items():
         note += f" The loss of a {baseline} is {loss:.4f}."
-    return "\n".join(lines) + "\n" + note + "\n"
+    return "\n".join(lines) + "\n\n" + _paragraph(note) + "\n"
 
 
 def _line(title: str, values: list[str]) -> str:

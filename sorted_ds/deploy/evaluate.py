@@ -6,19 +6,22 @@ one process. On disk: the table in sorted.json and subnets.json, and pareto.png.
 at the end.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from sorted_ds.base.errors import UserError
+from sorted_ds.base.errors import UserError, naming, reason_of
 from sorted_ds.data.loader import MicroBatch, validation_batches
 from sorted_ds.deploy.figures import draw_pareto
 from sorted_ds.deploy.model_dir import FROM_RUN_DIR, SORTED_JSON, TOKENS_DIR, Measured, ModelDir, Sorted
 from sorted_ds.families import family_of
-from sorted_ds.nested import NestedModel, costs_of
+from sorted_ds.nested import Family, NestedModel, costs_of
+from sorted_ds.nested.family import check_space
 from sorted_ds.nested.load import build
 from sorted_ds.space import Cost, SubNet, SubNetSpace
 from sorted_ds.tasks import LOSS, Metric, Prepared, SummedLoss, Task, task_of
@@ -26,6 +29,12 @@ from sorted_ds.tasks.task import Sums
 
 MICRO_BATCH_TOKENS = 8192
 """The tokens of one forward pass of `sorted-ds eval`: enough for full speed, and little memory at any depth."""
+
+CONFIG = "config.json"
+STORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The precisions in which weights may be stored."""
+COPY_AGAIN = "Copy the model's files again."
+"""What to do about a file of a trained model that cannot be used."""
 
 Forward = Callable[[MicroBatch, SubNet], Sums]
 """Runs a sub-network on a micro-batch and returns the task's sums."""
@@ -90,21 +99,45 @@ def load_nested(folder: Path, dtype: torch.dtype | None = None, device: torch.de
     `dtype`: None keeps the stored precision. Raises: UserError when files are missing, damaged, or of another model.
     """
     where = ModelDir.find(folder)
-    space, config = where.read().sub_networks, _config(where)
-    family = family_of(config.model_type)
-    return build(family, config, space, where.model, seed=0, dtype=dtype or stored_dtype(where), device=device).eval()
+    space, config, stored = where.read().sub_networks, _config(where), stored_dtype(where)
+    family = _family(where, config, space)
+    return build(family, config, space, where.model, seed=0, dtype=dtype or stored, device=device).eval()
 
 
 def stored_dtype(where: ModelDir) -> torch.dtype:
-    """Returns the precision of the weights on disk, which the config states."""
-    dtype = _config(where).dtype or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    """Returns the precision of the weights on disk, which the config states. Raises: UserError if it is not known."""
+    stated = _config(where).dtype or torch.float32
+    dtype = getattr(torch, stated, None) if isinstance(stated, str) else stated
+    if dtype not in STORED_DTYPES:
+        raise UserError(f"{where.model / CONFIG}: dtype {stated!r} is not a precision of weights. {COPY_AGAIN}")
+    return dtype
 
 
 def _config(where: ModelDir) -> PreTrainedConfig:
-    if not (where.model / "config.json").is_file():
-        raise UserError(f"{where.model} has a {SORTED_JSON} but no config.json. Copy the model's files again.")
-    return AutoConfig.from_pretrained(where.model, local_files_only=True, trust_remote_code=False)
+    """Returns the config of a trained model. Raises: UserError when transformers refuses it."""
+    file = where.model / CONFIG
+    if not file.is_file():
+        raise UserError(f"{where.model} has a {SORTED_JSON} but no {CONFIG}. {COPY_AGAIN}")
+    with naming(file, COPY_AGAIN):
+        config = AutoConfig.from_pretrained(where.model, local_files_only=True, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{file} has a quantization_config, but the weights are not quantised. Remove this key.")
+    return config
+
+
+def _family(where: ModelDir, config: PreTrainedConfig, space: SubNetSpace) -> Family:
+    """Returns the family of a trained model.
+
+    Raises: UserError when no model of a known family can be made from the config, or when it does not fit the space.
+    """
+    try:
+        family = family_of(config.model_type)
+        with torch.device("meta"):
+            family.auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
+        check_space(space, family, config)
+    except Exception as error:  # transformers raises many types, down to AssertionError
+        raise UserError(f"{where.model / CONFIG} cannot be used: {reason_of(error)}. {COPY_AGAIN}") from error
+    return family
 
 
 @dataclass(frozen=True)
@@ -166,7 +199,7 @@ def forward_of(model: NestedModel, task: Task) -> Forward:
     @torch.no_grad()
     def forward(batch: MicroBatch, subnet: SubNet) -> Sums:
         model.set_subnet(subnet)
-        return loss(with_metrics=True, **{name: value.to(device) for name, value in batch.inputs.items()})
+        return loss(mode="evaluate", **{name: value.to(device) for name, value in batch.inputs.items()})
 
     return forward
 
@@ -205,9 +238,6 @@ def _data_folder(where: ModelDir, data: Mapping[str, object]) -> Path:
 def _validation_batches(task: Task, data: Prepared, row_tokens: int, num_rows: int) -> list[MicroBatch]:
     rows = task.rows(data, row_tokens, is_validation=True)
     micro_batch_rows = max(1, MICRO_BATCH_TOKENS // row_tokens)
-
-    def collate(chosen_rows: Sequence, size: int) -> MicroBatch:
-        return task.collate(chosen_rows, size, row_tokens)
-
+    collate = partial(task.collate, row_tokens=row_tokens)
     num_rows = min(num_rows, len(rows))
     return list(validation_batches(rows, collate, num_rows, micro_batch_rows, rank=0, world_size=1))

@@ -13,14 +13,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced, share
 from sorted_ds.data.loader import Batch
 from sorted_ds.deploy.card import model_card
 from sorted_ds.deploy.evaluate import load_nested, stored_dtype
-from sorted_ds.deploy.model_dir import ModelDir
+from sorted_ds.deploy.license import copy_license_files
+from sorted_ds.deploy.model_dir import Base, ModelDir
 from sorted_ds.nested import NestedModel, extract
+from sorted_ds.nested.save import add_older_names
 from sorted_ds.space import SubNet
 from sorted_ds.tasks import Task, task_of
 
@@ -40,7 +43,8 @@ class LogitsDifferError(Exception):
 def export(folder: Path, names: Sequence[str], outs: Sequence[Path], store_logits: bool = False) -> list[Path]:
     """Writes each named sub-network of the trained model in `folder` to its directory in `outs`. Returns `outs`.
 
-    Raises: UserError for an unknown name, or a directory that exists or cannot be written; LogitsDifferError.
+    Raises: UserError for an unknown name, a directory that exists or cannot be written, or a model that is damaged;
+    LogitsDifferError.
     """
     for out in outs:
         if out.exists():
@@ -62,7 +66,8 @@ def _export_one(
         with replaced(out, overwrite=False) as hidden:
             hidden.mkdir()
             _write(model, task, where, subnet, hidden, out.name)
-            logits = _compare(model, task, subnet, hidden, probe)
+            logits = _logits(model, task, where, subnet, probe)
+            _compare(model, task, subnet, hidden, probe, logits)
             if store_logits:
                 save_file({**probe, "logits": logits}, hidden / LOGITS_FILE)
             share(hidden)
@@ -72,27 +77,52 @@ def _export_one(
 
 def _write(model: NestedModel, task: Task, where: ModelDir, subnet: SubNet, hidden: Path, name: str) -> None:
     """Writes the files of the model, in the precision in which the full network is stored."""
-    plain = extract(model, subnet)
-    nn.Module.to(plain, stored_dtype(where))
-    plain.save_pretrained(hidden)
-    task.copy_processor(where.model, hidden)
-    card = model_card(where.read(), subnet, model.family, plain.config, task, name, LARGEST_RELATIVE_DIFFERENCE)
+    plain, trained, bound = extract(model, subnet), where.read(), LARGEST_RELATIVE_DIFFERENCE
+    write_plain(plain, stored_dtype(where), task, where.model, trained.base, hidden)
+    card = model_card(trained, subnet, model.family, plain.config, task, hidden, name, bound)
     (hidden / "README.md").write_text(card, encoding="utf-8")
 
 
+def write_plain(
+    plain: PreTrainedModel, dtype: torch.dtype, task: Task, source: Path, base: Base | None, folder: Path
+) -> None:
+    """Writes a plain model in `dtype`, with the processor and the license files of the directory `source`.
+
+    `base`: what `source` was trained from, which may name a license file. Changes the dtype of `plain`.
+
+    Raises: OSError.
+    """
+    nn.Module.to(plain, dtype)
+    plain.save_pretrained(folder)
+    add_older_names(folder)
+    task.copy_processor(source, folder)
+    copy_license_files(source, folder, base)
+
+
 @torch.no_grad()
-def _compare(model: NestedModel, task: Task, subnet: SubNet, hidden: Path, probe: Batch) -> Tensor:
-    """Returns the nested model's logits. Raises: LogitsDifferError when those of the written files differ."""
+def _logits(model: NestedModel, task: Task, where: ModelDir, subnet: SubNet, probe: Batch) -> Tensor:
+    """Returns the nested model's logits. Raises: UserError when they are not finite."""
     model.set_subnet(subnet)
-    expected = task.logits(model, probe)
+    logits = task.logits(model, probe)
     model.set_subnet(model.space.full)
+    if not logits.isfinite().all():
+        raise UserError(
+            f"{where.model}: the logits of {subnet} are not finite, although the weights are. Train again from an "
+            "earlier checkpoint, or correct config.json if it was changed."
+        )
+    return logits
+
+
+@torch.no_grad()
+def _compare(model: NestedModel, task: Task, subnet: SubNet, hidden: Path, probe: Batch, expected: Tensor) -> None:
+    """Raises: LogitsDifferError when the logits of the written files differ from those of the nested model."""
     written = model.family.auto_class.from_pretrained(
         hidden, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
-    difference = ((task.logits(written, probe) - expected).abs().max() / expected.abs().max()).item()
-    if not difference <= LARGEST_RELATIVE_DIFFERENCE:
+    difference, largest = (task.logits(written, probe) - expected).abs().max(), expected.abs().max()
+    if not difference <= LARGEST_RELATIVE_DIFFERENCE * largest:
         raise LogitsDifferError(
-            f"{subnet} was not exported: the written model's logits differ from the nested model's by {difference:.1e} "
-            f"of the largest logit; {LARGEST_RELATIVE_DIFFERENCE:.0e} is allowed. Please report this."
+            f"{subnet} was not exported: the written model's logits differ from the nested model's by "
+            f"{difference / largest:.1e} of the largest logit; {LARGEST_RELATIVE_DIFFERENCE:.0e} is allowed. Please "
+            "report this."
         )
-    return expected

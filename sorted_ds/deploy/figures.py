@@ -187,7 +187,7 @@ def _label(axes: Axes, table: Sequence[Measured]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(MaxNLocator(8))
     axes.set_xlabel("parameters (log scale)", fontsize=13, color=INK)
-    axes.set_ylabel("validation loss (nats per token)", fontsize=13, color=INK)
+    axes.set_ylabel("validation loss (nats per target)", fontsize=13, color=INK)
     axes.grid(color="#e6e6e6", linewidth=0.8, which="major")
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=11, colors=INK)

@@ -12,7 +12,7 @@ import torch, so `sorted-ds select` is quick.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,12 @@ TOKENS_DIR, FROM_RUN_DIR = "tokens_dir", "from_run_dir"
 """Keys of `Sorted.data`: the absolute path of the prepared data, and its path relative to the run's directory."""
 LOSS = "loss"
 """The name of the metric that every task has (`tasks.LOSS`, which this module cannot import without torch)."""
+
+
+TRAINED_FROM, SCRATCH, CHECKPOINT = "trained_from", "scratch", "checkpoint"
+"""The key of `Sorted.base` that is always there, and its two values."""
+Base = Mapping[str, str | list[str]]
+"""What a network was trained from, and the license of that (`Sorted.base`)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,12 @@ class Sorted:
     """The order in which a depth takes the layers; None for the network's own sequence."""
     checkpoint: str | None = None
     """The fingerprint of the checkpoint that the weights are from; None in files of earlier versions."""
+    base: Base | None = None
+    """What the network was trained from; None if that is not known, as in files of earlier versions.
+
+    `trained_from` is "scratch" or "checkpoint". For a checkpoint the other keys are those of its model card's header
+    that state its license: `license`, which may be a list, `license_name` and `license_link`; and `base_model`, its
+    name on the hub. A checkpoint without a license has none of them."""
     subnets: tuple[Measured, ...] = ()
     """The measured table, which is empty before the first evaluation."""
     baseline: Mapping[str, float] | None = None
@@ -116,14 +128,18 @@ class ModelDir:
         path = self.model / SORTED_JSON
         try:
             contents = json.loads(path.read_text(encoding="utf-8"))
+            if "space" not in contents and "sorted" in contents:
+                raise ValueError("`sorted-ds sort` wrote it, and the model is not trained yet")
             rows = tuple(Measured.from_json(row) for row in contents.pop("subnets", ()))
             nats = contents.pop("unigram_nats", None)  # files of earlier versions, which had no other baseline
             contents = {"baseline": None if nats is None else {"unigram model": nats}, **contents}
             order = contents.pop("layer_order", None)
             contents |= {"space": tuple(contents["space"]), "layer_order": None if order is None else tuple(order)}
+            if isinstance(base := contents.get("base"), dict):  # earlier versions stated it for checkpoints alone
+                contents["base"] = {TRAINED_FROM: CHECKPOINT, **base}
             found = Sorted(**contents, subnets=rows)
-            _ = found.sub_networks
-        except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+            _check(found)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
             raise UserError(f"{path} is not a valid {SORTED_JSON} ({error}). Train again, or copy it again.") from error
         return found
 
@@ -151,6 +167,38 @@ class ModelDir:
         self.write(replace(contents, subnets=table, baseline=baseline))
         _write_json(self.root / SUBNETS_JSON, {"baseline": baseline, "subnets": [row.to_json() for row in table]})
         return table
+
+
+def _check(found: Sorted) -> None:
+    """Raises: TypeError, ValueError or UserError when a field has a value that it cannot have."""
+    _ = found.sub_networks
+    if found.base is not None:
+        _check_base(found.base)
+    is_valid = {
+        "data": isinstance(found.data, Mapping),
+        "row_tokens": isinstance(found.row_tokens, int) and found.row_tokens > 0,
+        "eval_rows": isinstance(found.eval_rows, int) and found.eval_rows > 0,
+        "task": isinstance(found.task, str),
+        "baseline": found.baseline is None or _are_numbers(found.baseline.values()),
+    }
+    for name, valid in is_valid.items():
+        if not valid:
+            raise ValueError(f"{name} is {getattr(found, name)!r}")
+
+
+def _are_numbers(values: Iterable[object]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _check_base(base: Base) -> None:
+    """Raises: TypeError or ValueError."""
+    if not isinstance(base, Mapping):
+        raise TypeError(f"base is {base!r}")
+    for key, value in base.items():
+        if not all(isinstance(text, str) for text in (value if isinstance(value, list) else [value])):
+            raise TypeError(f"base.{key} is {value!r}")
+    if base.get(TRAINED_FROM) not in (SCRATCH, CHECKPOINT):
+        raise ValueError(f"base.{TRAINED_FROM} is {base.get(TRAINED_FROM)!r}")
 
 
 def _write_json(path: Path, fields: dict[str, object]) -> None:

@@ -51,7 +51,7 @@ def reason(selected: Measured, rows: Sequence[Measured]) -> str:
     """Explains the selection in one line, which compares the row's loss and size with the largest one's."""
     largest = max(rows, key=lambda row: row.parameters)
     return (
-        f"{selected.subnet} has the lowest loss within the budget: {selected.loss:.4f} nats per token "
+        f"{selected.subnet} has the lowest loss within the budget: {selected.loss:.4f} nats per target "
         f"({selected.loss - largest.loss:+.4f} against {largest.subnet}); {human(selected.parameters)} parameters "
         f"({selected.parameters / largest.parameters:.0%} of {largest.subnet}), "
         f"{human(selected.flops_per_token)} FLOPs per token ({selected.flops_per_token / largest.flops_per_token:.0%})"

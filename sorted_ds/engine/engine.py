@@ -51,7 +51,8 @@ from sorted_ds.nested.layout import lay_out
 from sorted_ds.nested.weights import buffers_of, named_values, slices_of
 from sorted_ds.space import Pass, SubNet
 from sorted_ds.tasks import SummedLoss, Task
-from sorted_ds.tasks.task import Sums
+from sorted_ds.tasks.losses import Teacher, Terms
+from sorted_ds.tasks.task import Outcome, Sums
 
 warnings.filterwarnings("ignore", r".*torch\.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
 
@@ -69,10 +70,12 @@ class Engine:
         micro_batch_rows: int,
         ranks: Ranks,
         compile_layers: bool = False,
+        terms: Terms | None = None,
     ):
         """Builds DeepSpeed's engine from the user's engine keys `config`. Messages name their file `where`.
 
-        `compile_layers` compiles the layers with torch.compile, at stages 0 to 2.
+        `compile_layers` compiles the layers with torch.compile, at stages 0 to 2. `terms`: the weights of the loss, for
+        passes with exits or a teacher.
 
         Raises: UserError for a mode that is not proven exact.
         """
@@ -86,7 +89,7 @@ class Engine:
             gather_active(model)
         if compile_layers:
             compiled.compile_layers(model)
-        loss = SummedLoss(model, task, model.family)
+        loss = SummedLoss(model, task, model.family, terms)
         self.deepspeed_config = complete_config(config, micro_batch_rows, ranks.size, optim.clip_norm)
         implementation = implementation_of(optim, is_offloaded(config), ranks.device.type == "cuda")
         with ranks.fail_together():
@@ -117,19 +120,21 @@ class Engine:
 
     # The step
 
-    def forward(self, batch: Batch, run: Pass) -> Tensor:
-        """Returns the loss of one micro-batch, in nats summed over its targets, with a gradient if the pass trains.
+    def forward(self, batch: Batch, run: Pass, teacher: Teacher | None = None) -> Outcome:
+        """Runs one micro-batch. The loss of a pass that trains is in nats, summed over its targets.
 
-        A pass that trains must be followed by its `backward`. The task defines the tensors of `batch`.
+        A pass that trains must be followed by the `backward` of its loss. A pass that teaches has no loss. The task
+        defines the tensors of `batch`. `teacher`: the states of a teacher on the same rows.
 
         Raises: RuntimeError if another pass still waits for its `backward`.
         """
         self._select(run)
-        if run.has_gradient:
-            self._awaits_backward = True
-            return self.deepspeed(**self._on_device(batch))
-        with torch.no_grad():
-            return self.deepspeed(**self._on_device(batch))
+        if not run.has_gradient:
+            with torch.no_grad():
+                return Outcome(None, self.deepspeed(mode="teach", **self._on_device(batch)))
+        self._awaits_backward = True
+        found = self.deepspeed(teacher=teacher, **self._on_device(batch))
+        return Outcome(found) if isinstance(found, Tensor) else Outcome(*found)
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.ranks.device) for name, value in batch.items()}
@@ -137,7 +142,7 @@ class Engine:
     def _select(self, run: Pass) -> None:
         """Prepares the model for a pass. No other pass may start until it is complete: layers have one active width."""
         self._check_no_backward_pending()
-        self.model.set_subnet(run.subnet)
+        self.model.set_pass(run)
         if self.model.training != run.has_gradient:  # 2 ms for 8 layers: it walks over all modules
             self.deepspeed.train(run.has_gradient)
         if self._traces is not None:
@@ -195,7 +200,8 @@ class Engine:
         if self._traces is not None:
             self._traces.start_recording()
         for subnet in subnets:
-            loss = self.forward(micro_batch.inputs, Pass(subnet))
+            loss = self.forward(micro_batch.inputs, Pass(subnet)).loss
+            assert loss is not None, "the pass trains"
             self.backward(loss / (max(1, micro_batch.num_targets) * self.ranks.size))
         self.step(learning_rate=0.0)
         for subnet in subnets:
@@ -217,7 +223,7 @@ class Engine:
     def evaluate(self, batch: Batch, subnet: SubNet) -> Sums:
         """Returns the task's sums over one micro-batch, with their counts. Every rank must call this equally often."""
         self._select(Pass(subnet, "evaluate"))
-        return self.deepspeed(with_metrics=True, **self._on_device(batch))
+        return self.deepspeed(mode="evaluate", **self._on_device(batch))
 
     # Buffers
 

@@ -16,7 +16,7 @@ Source: DeepSpeed 0.19.8, runtime/zero/partition_parameters.py (`_init_external_
 import operator
 from collections.abc import Callable, ItemsView, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -59,10 +59,17 @@ def _list_active(module: nn.Module, width: Width, by_step: Sequence[dict[str, nn
 
 
 def _list_owned_copy(module: OwnedModule) -> None:
-    """Makes `module` list the parameters of the active copy as external."""
-    copies = {owner: dict(copy.named_parameters()) for owner, copy in module.copies.items()}
+    """Makes `module` list the parameters of the active copies as external."""
+    copies = {
+        owner: [(f"{owner}.{name}", parameter) for name, parameter in copy.named_parameters()]
+        for owner, copy in module.copies.items()
+    }
+
+    def active() -> ItemsView[str, nn.Parameter]:
+        return dict(chain.from_iterable(copies[owner] for owner in module.active)).items()
+
     module._external_params = {}  # type: ignore[assignment]
-    module.ds_external_parameters = lambda: copies[module.owner].items()  # type: ignore[assignment]
+    module.ds_external_parameters = active  # type: ignore[assignment]
 
 
 def _parameters_by_step(half: BundledHalf) -> list[dict[str, nn.Parameter]]:

@@ -4,13 +4,17 @@ In: DeepSpeed's parameter coordinator and the next pass. Out: the coordinator wi
 records the order of modules in one pass and prefetches by this trace in the next one. If sub-networks change, it would
 discard and record traces again and again, and run without prefetch or gather layers that are skipped. Here the full
 network's trace is recorded once for training and once for evaluation. The trace of a sub-network is derived from it,
-with only the sub-network's layers and bundles. Tests prove that it equals a recorded trace.
+with only the sub-network's layers and bundles, and so are DeepSpeed's decisions what to release after which module.
+Tests prove that both equal DeepSpeed's own.
 Source of the attributes: DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
 from deepspeed.runtime.zero.partitioned_param_coordinator import (
     PartitionedParameterCoordinator,
@@ -21,10 +25,12 @@ from torch import nn
 
 from sorted_ds.nested import NestedModel
 from sorted_ds.space import Pass
+from sorted_ds.space.passes import layers_that_run
 
 PRIVATE = "_PartitionedParameterCoordinator__"
-MAX_TRACES = 256
-"""The largest number of derived traces that are kept. Beyond it the least recently used one is dropped."""
+MAX_TRACES = 1024
+"""The largest number of derived traces that are kept: some 90 MiB at 80 layers (docs/benchmarks.md). Beyond it the
+least recently used one is dropped."""
 
 Order = tuple[nn.Module, ...]
 
@@ -35,8 +41,30 @@ class Trace:
 
     order: Order
     parameters: tuple
-    to_release: dict[tuple[nn.Module, int], set[int]] = field(default_factory=dict)
-    """The parameters that DeepSpeed releases after a module, by module and position."""
+    to_release: dict[tuple[nn.Module, int], frozenset[int]] = field(default_factory=dict)
+    """The ids of the parameters that DeepSpeed releases when a module ends, by module and position, once decided."""
+
+
+class Reuse:
+    """Says whether a pass uses a parameter again soon, so that DeepSpeed keeps it."""
+
+    def __init__(self, trace: Trace, distance: int):
+        """`distance`: within how many gathered elements a use counts (`stage3_max_reuse_distance`)."""
+        self._distance = distance
+        self._elements = [0, *accumulate(sum(p.ds_numel for p in iter_params(module)) for module in trace.order)]
+        """For each position, the elements that all modules before it use."""
+        self._positions: dict[int, list[int]] = defaultdict(list)
+        """For each parameter, the positions at which it is used, ascending."""
+        for used in trace.parameters:
+            self._positions[used.param.ds_id].append(used.step_id_last_used_at)
+
+    def is_soon(self, ds_id: int, position: int) -> bool:
+        """Returns whether the parameter is used at this position or soon after it."""
+        positions = self._positions.get(ds_id, [])
+        number = bisect_left(positions, position)
+        if number == len(positions):
+            return False
+        return self._elements[positions[number]] - self._elements[position] < self._distance
 
 
 class Traces:
@@ -52,7 +80,12 @@ class Traces:
         self._is_recording = False
         self.num_invalidated = 0
         """The number of passes that did not follow their trace and lost their prefetch. Tests check that it is 0."""
-        self._decide = _uncached(getattr(type(coordinator), f"{PRIVATE}params_to_release"))
+        self._reuse: Reuse | None = None
+        """What the running pass uses again. It is made when the pass first needs a decision that is not kept yet."""
+        self._uses: dict[tuple[int, int], Any] = {}
+        """What traces hold, by parameter and position. They share it, because widths do not change positions."""
+        self._sets: dict[frozenset[int], frozenset[int]] = {}
+        """The sets of parameters to release, which traces share too."""
         self._set("params_to_release", self._params_to_release)
 
     def start_recording(self) -> None:
@@ -71,7 +104,7 @@ class Traces:
         """Ends the last pass and sets the trace of the next one. While recording, every rank must call this."""
         self._coordinator.reset_step()
         self._finish()
-        self._running = run
+        self._running, self._reuse = run, None
         trace = self._trace()
         self._set("trace_mode", ZeRoTraceMode.COMPLETE if trace else ZeRoTraceMode.INVALID)
         self._set("submodule_order", trace.order if trace else [])
@@ -79,9 +112,14 @@ class Traces:
 
     def order_of(self, run: Pass) -> Order:
         """Returns the modules that a pass runs, in order. The full network must have been recorded before."""
-        layers = set(self._model.space.layers_of(run.subnet))
+        layers = set(layers_that_run(run, self._model.space))
         order = self._recorded[_kind_of(run)]
-        return tuple(module for module in order if self._layers.get(module) in layers or module not in self._layers)
+        head = self._model.get_submodule(self._model.family.head) if run.mode == "teach" else None  # it does not run
+        return tuple(
+            module
+            for module in order
+            if module is not head and (module not in self._layers or self._layers[module] in layers)
+        )
 
     def _finish(self) -> None:
         """Keeps the order that the last pass recorded, or counts the pass if it did not follow its trace."""
@@ -105,21 +143,42 @@ class Traces:
             self._derived.move_to_end(self._running)
         return self._derived.get(self._running)
 
-    def _parameters(self, order: Iterable[nn.Module]) -> Iterator:
+    def _parameters(self, order: Order) -> Iterator:
         """Yields each parameter at each position where it is used at the active widths, as `record_parameters` does."""
         for position, module in enumerate(order):
             for parameter in sorted(set(iter_params(module)), key=lambda p: p.ds_id):
-                yield self._get("ParamInTrace")(param=parameter, step_id_last_used_at=position)
+                key = parameter.ds_id, position
+                if key not in self._uses:
+                    used = self._get("ParamInTrace")(param=parameter, step_id_last_used_at=position)
+                    self._uses[key] = used
+                yield self._uses[key]
 
     def _params_to_release(self, module: nn.Module, position: int) -> set[int]:
-        """Returns DeepSpeed's decision, cached for each trace. DeepSpeed's own cache does not distinguish traces."""
-        assert self._running is not None
-        cached = self._derived[self._running].to_release
-        if (module, position) not in cached:
-            cached[module, position] = self._decide(self._coordinator, module, position)
-        return cached[module, position]
+        """Returns the ids of the parameters to release, cached for each trace. The caller may change the set.
 
-    def _get(self, name: str):
+        DeepSpeed's own cache does not distinguish traces.
+        """
+        assert self._running is not None
+        trace = self._derived[self._running]
+        if (module, position) not in trace.to_release:
+            decided = frozenset(self._decide(trace, module, position))
+            trace.to_release[module, position] = self._sets.setdefault(decided, decided)
+        return set(trace.to_release[module, position])
+
+    def _decide(self, trace: Trace, module: nn.Module, position: int) -> Iterator[int]:
+        """Yields what DeepSpeed would release, which for each module looks through the rest of the trace.
+
+        It keeps what is persistent, what was gathered ahead for a later module, and what is used again soon.
+        """
+        if self._reuse is None:
+            self._reuse = Reuse(trace, self._get("max_reuse_dist_in_numel"))
+        gathered_for = self._get("most_recent_step_id_param_fetched_for")
+        for parameter in iter_params(module):
+            is_kept = parameter.ds_persist or gathered_for[parameter] > position
+            if not is_kept and not self._reuse.is_soon(parameter.ds_id, position):
+                yield parameter.ds_id
+
+    def _get(self, name: str) -> Any:
         return getattr(self._coordinator, f"{PRIVATE}{name}")
 
     def _set(self, name: str, value: object) -> None:
@@ -129,12 +188,6 @@ class Traces:
 def _kind_of(run: Pass) -> str:
     """Returns the kind of the full network's recorded pass from which the order of this pass is derived."""
     return "with a gradient" if run.has_gradient else "without"
-
-
-def _uncached(decorated) -> Callable[..., set[int]]:
-    """Returns DeepSpeed's function without its two decorators, a timer and an lru_cache."""
-    cached = next(c.cell_contents for c in decorated.__closure__ if hasattr(c.cell_contents, "cache_clear"))
-    return cached.__wrapped__
 
 
 def _layer_numbers(model: NestedModel) -> Iterator[tuple[nn.Module, int]]:

@@ -37,6 +37,7 @@ class Decoder:
     axes: tuple[str, ...] = ("d", "g", "f")
     layers: str = "model.layers"
     body: str = "model"
+    final_norm: str = "model.norm"
     head: str = "lm_head"
     owned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 

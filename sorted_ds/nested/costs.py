@@ -24,6 +24,11 @@ def costs_of(space: SubNetSpace, family: Family, config: PreTrainedConfig, row_t
     return {subnet: counts.cost(subnet, row_tokens) for subnet in space}
 
 
+def head_flops(family: Family, config: PreTrainedConfig) -> int:
+    """Returns the forward FLOPs of the head for one token. They are part of every sub-network's."""
+    return 2 * _LayerCounts(family, config).head_products
+
+
 def union_parameters(steps: Iterable[Sequence[SubNet]], family: Family, config: PreTrainedConfig) -> list[int]:
     """Returns, for each step, the number of parameters that at least one of its sub-networks uses."""
     counts = _LayerCounts(family, config)
@@ -45,7 +50,7 @@ class _LayerCounts:
         self.widths = tuple(letter for letter in family.axes if letter != "d")
         with torch.device("meta"):
             one_layer = family.subnet_config(config, full.replace(d=1), layers=[0])
-            model = family.auto_class.from_config(one_layer)
+            model = family.auto_class.from_config(one_layer, trust_remote_code=False)
         layer = layers_of(model, family)[0]
         self.parameters = dict.fromkeys(self.widths, 0)
         self.products = dict.fromkeys(self.widths, 0)

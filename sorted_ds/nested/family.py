@@ -68,6 +68,10 @@ class Family(Protocol):
         """The path of the module that returns the last hidden states, like `model`."""
 
     @property
+    def final_norm(self) -> str:
+        """The path of the norm after the last layer, like `model.norm`. The body calls it with the hidden states."""
+
+    @property
     def head(self) -> str:
         """The path of the output head, a linear layer without bias, like `lm_head`."""
 

@@ -1,4 +1,4 @@
-"""Transformer layers that run on their active weights, and the list that runs some of a model's layers.
+"""Transformer layers that run on their active weights, the list that runs some of them, and the final norm.
 
 In: a Hugging Face layer whose linear layers are nested. Out: the same object, which first joins the active blocks of
 each weight into one matrix. One autograd function does this for all weights of a layer, because one for each weight
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sorted_ds.nested.blocks import NestedModule, are_adjacent, joined_view
+from sorted_ds.nested.exits import Exits
 from sorted_ds.nested.family import Half
 
 Joined = list[dict[str, Tensor]]
@@ -67,22 +68,44 @@ class NestedLayer(nn.Module):
     nested: tuple[NestedModule, ...]
     """The nested modules in the layer."""
     halves: tuple[Half, ...]
+    number: int
+    """The number of the layer in the full network."""
+    exits: Exits
     run: Callable
     """How the layer runs: `run_joined`, `run_by_blocks`, or a compiled function (compiled.py)."""
 
     def forward(self, hidden: Tensor, *args, **kwargs):
-        return self.run(self, hidden, args, kwargs)
+        output = self.run(self, hidden, args, kwargs)
+        self.exits.keep(self.number, output)
+        return output
 
 
-def nest_layer(layer: nn.Module, halves: tuple[Half, ...]) -> None:
+def nest_layer(layer: nn.Module, halves: tuple[Half, ...], number: int, exits: Exits) -> None:
     """Makes a layer run on its active weights, in place. The linear layers of the halves must be nested already."""
     hf_class = type(layer)
     # Hugging Face wraps the forward of each class, also of the new one, so its own wrapper is removed here.
     layer.__class__ = subclass_of(hf_class, NestedLayer, plain_forward=unwrap(hf_class.forward))
     assert isinstance(layer, NestedLayer)
     layer.nested = tuple(module for module in layer.modules() if isinstance(module, NestedModule))
-    layer.halves = halves
+    layer.halves, layer.number, layer.exits = halves, number, exits
     layer.run = run_joined
+
+
+class FinalNorm(nn.Module):
+    """The class of a model's final norm, extended by `attach_exits`."""
+
+    plain_forward: Callable
+    exits: Exits
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.plain_forward(self.exits.joined(hidden))
+
+
+def attach_exits(norm: nn.Module, exits: Exits) -> None:
+    """Makes the final norm run on the states of all exits, in place."""
+    hf_class = type(norm)
+    norm.__class__ = subclass_of(hf_class, FinalNorm, plain_forward=hf_class.forward)
+    norm.exits = exits  # type: ignore[assignment]
 
 
 def run_joined(layer: NestedLayer, hidden: Tensor, args: tuple, kwargs: dict):

@@ -12,12 +12,13 @@ import hashlib
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
+from sorted_ds.base.errors import naming
 from sorted_ds.nested.blocks import NestedModule
 from sorted_ds.nested.bundles import Contents, bundle, contents_of
 from sorted_ds.nested.family import Family
@@ -67,15 +68,10 @@ def build(
     Raises: UserError for a space that does not fit the model, or for weights that are missing or have another shape.
     Both are found before the first parameter is filled.
     """
-    config = copy.deepcopy(config)
-    with torch.device("meta"):
-        plain = family.auto_class.from_config(config, dtype=dtype)
-    modules = dict(copy.deepcopy(plain).named_modules())  # these modules stay on the meta device
-    model = nest_as(family, plain, space)
+    model, modules = _unfilled(family, config, space, dtype)
     if on_filled is not None:
         bundle(model)
-    shapes = _hf_shapes(model, modules)
-    reader = _ScratchReader(model, modules, seed) if source is None else CheckpointReader(source, shapes)
+    reader = _ScratchReader(model, modules, seed) if source is None else _checkpoint_reader(source, model, modules)
     if on_filled is None:
         materialize(model, torch.device(device))
         _fill(model, reader, heartbeat)
@@ -83,9 +79,47 @@ def build(
         _materialize_buffers(model, torch.device(device))
         _fill_one_by_one(model, reader, torch.device(device), on_filled, heartbeat)
     _fill_buffers(model, reader)
-    if source is not None and (source / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source)
+    if source is not None and (generation_config := generation_config_of(source)):
+        model.generation_config = generation_config
     return model
+
+
+def generation_config_of(source: Path) -> GenerationConfig | None:
+    """Returns the generation config of a Hugging Face directory, if there is one. Raises: UserError if it is refused.
+
+    transformers refuses some values only when the config is saved, so it is also checked as for saving.
+    """
+    file = source / "generation_config.json"
+    if not file.is_file():
+        return None
+    with naming(file, "Correct the file, or remove it."):
+        config = GenerationConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        config.validate(strict=True)
+    return config
+
+
+def check_weights(family: Family, config: PreTrainedConfig, space: SubNetSpace, source: Path) -> None:
+    """Checks that the files of a Hugging Face directory hold what `build` will read, and nothing else.
+
+    Only the headers of the weight files are read. Raises: UserError.
+    """
+    _checkpoint_reader(source, *_unfilled(family, config, space, torch.float32))
+    generation_config_of(source)
+
+
+def _unfilled(
+    family: Family, config: PreTrainedConfig, space: SubNetSpace, dtype: torch.dtype
+) -> tuple[NestedModel, dict[str, nn.Module]]:
+    """Returns a nested model on the meta device, and the modules of a plain one there."""
+    with torch.device("meta"):
+        plain = family.auto_class.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
+    modules = dict(copy.deepcopy(plain).named_modules())
+    return nest_as(family, plain, space), modules
+
+
+def _checkpoint_reader(source: Path, model: NestedModel, modules: Mapping[str, nn.Module]) -> CheckpointReader:
+    plain: Any = modules[""]
+    return CheckpointReader(source, _hf_shapes(model, modules), plain.all_tied_weights_keys)
 
 
 def materialize(model: NestedModel, device: torch.device) -> None:

@@ -18,11 +18,13 @@ from transformers.initialization import no_init_weights
 from sorted_ds.base.errors import UserError
 from sorted_ds.nested.blocks import InputNestedLinear, NestedRMSNorm, OutputNestedLinear, Width
 from sorted_ds.nested.costs import sorted_by_cost
+from sorted_ds.nested.exits import Exits
 from sorted_ds.nested.family import Family, Part, check_space, layers_of
-from sorted_ds.nested.layers import SelectedLayers, nest_layer, set_cache_indices, subclass_of
+from sorted_ds.nested.layers import SelectedLayers, attach_exits, nest_layer, set_cache_indices, subclass_of
 from sorted_ds.nested.owned import OwnedModule
 from sorted_ds.nested.weights import hf_buffers, hf_tensors, named_values
-from sorted_ds.space import SubNet, SubNetSpace
+from sorted_ds.space import Pass, SubNet, SubNetSpace
+from sorted_ds.space.passes import layers_that_run
 
 
 class NestedModel(PreTrainedModel):
@@ -37,21 +39,42 @@ class NestedModel(PreTrainedModel):
     """The active sub-network."""
     widths: dict[str, Width]
     """The active width along each axis except depth, by the axis's letter."""
-    layer_fields: dict[int, dict[str, Any]]
-    """The config's fields that say which layers run, for each depth."""
+    whole_config: PreTrainedConfig
+    """The full network's config. That of the model itself says which layers run."""
+    layer_fields: dict[tuple[int, ...], dict[str, Any]]
+    """The config's fields that say which layers run, by the numbers of these layers."""
+    exits: Exits
 
     def set_subnet(self, subnet: SubNet | str) -> None:
         """Makes `subnet` the active one, without a copy. Raises: UserError if it is not in the space."""
-        self.subnet = self.space[str(subnet)]
+        self.set_pass(Pass(self.space[str(subnet)]))
+
+    def set_pass(self, run: Pass) -> None:
+        """Prepares the next forward pass. With exits it returns the hidden states of all of them (exits.py).
+
+        Raises: UserError if the sub-network is not in the space.
+        """
+        self.subnet = self.space[str(run.subnet)]
         for letter, width in self.widths.items():
             width.select(self.subnet[letter])
-        layers = self.space.layers_of(self.subnet)
+        layers = layers_that_run(run, self.space)
         if self.selected_layers.select(layers) and self.space.has_own_order:
             set_cache_indices(self.selected_layers)
-        for key, value in self.layer_fields[self.subnet.depth].items():
+        for key, value in self._fields_of(layers).items():
             setattr(self.config, key, value)
-        for owned in self.owned_modules:
-            owned.select(self.subnet)
+        shallower = [self.subnet.replace(d=depth) for depth in run.exits]
+        self.exits.select([self._last_layer(subnet, layers) for subnet in shallower])
+        for path, owned in self.owned_modules.items():
+            owned.select(*(shallower if path == self.family.final_norm else ()), self.subnet)
+
+    def _fields_of(self, layers: tuple[int, ...]) -> dict[str, Any]:
+        if layers not in self.layer_fields:
+            self.layer_fields[layers] = self.family.layer_fields(self.whole_config, layers)
+        return self.layer_fields[layers]
+
+    def _last_layer(self, subnet: SubNet, layers: tuple[int, ...]) -> int:
+        """Returns the last of the layers that belongs to the sub-network."""
+        return max(set(layers).intersection(self.space.layers_of(subnet)))
 
     @property
     def selected_layers(self) -> SelectedLayers:
@@ -66,9 +89,9 @@ class NestedModel(PreTrainedModel):
         return layers_of(self, self.family)
 
     @property
-    def owned_modules(self) -> list[OwnedModule]:
-        """The modules whose copies belong to sub-networks."""
-        return [self.get_submodule(path) for path in self.family.owned]  # type: ignore[misc]
+    def owned_modules(self) -> dict[str, OwnedModule]:
+        """The modules whose copies belong to sub-networks, by their paths."""
+        return {path: self.get_submodule(path) for path in self.family.owned}  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | PathLike, *args, **kwargs) -> None:
         """Writes the full network as an ordinary checkpoint. The arguments are Hugging Face's.
@@ -91,15 +114,14 @@ def nest_as(family: Family, model: PreTrainedModel, space: SubNetSpace) -> Neste
     assert isinstance(model, NestedModel)
     model.family = family
     model.space = sorted_by_cost(space, family, model.config)
-    layers_by_depth = {subnet.depth: model.space.layers_of(subnet) for subnet in space}
-    model.layer_fields = {depth: family.layer_fields(model.config, layers) for depth, layers in layers_by_depth.items()}
+    model.whole_config, model.layer_fields, model.exits = copy.deepcopy(model.config), {}, Exits()
     halves = family.halves(model.config)
     model.widths = {half.axis: Width(half.axis, space.sizes(half.axis)) for half in halves}
-    for layer in layers_of(model, family):
+    for number, layer in enumerate(layers_of(model, family)):
         for half in halves:
             for part in half.parts:
                 _replace_module(layer.get_submodule(half.path), part, model.widths[half.axis])
-        nest_layer(layer, halves)
+        nest_layer(layer, halves, number, model.exits)
     layers = model.get_submodule(family.layers)
     layers.__class__ = SelectedLayers
     for path, axes in family.owned.items():
@@ -107,6 +129,7 @@ def nest_as(family: Family, model: PreTrainedModel, space: SubNetSpace) -> Neste
         owners = sorted({subnet.name_along(axes) for subnet in space})
         owned = OwnedModule(model.get_submodule(path), owners, axes, space.full)
         setattr(model.get_submodule(parent), name, owned)
+    attach_exits(model.get_submodule(family.final_norm), model.exits)
     model.set_subnet(model.space.full)
     return model
 
@@ -158,7 +181,7 @@ def copy_generation_config(model: PreTrainedModel, plain: PreTrainedModel) -> No
 
 def full_config(model: NestedModel) -> PreTrainedConfig:
     """Returns the full network's config, independent of the active sub-network."""
-    changed = model.layer_fields[model.space.full.depth]
+    changed = model.family.layer_fields(model.whole_config, range(model.space.full.depth))
     config = type(model.config).from_dict({**model.config.to_dict(), **changed})
     config._attn_implementation = model.config._attn_implementation
     return config

@@ -8,7 +8,8 @@ disk, the full network's copy is in its plain checkpoint under the module's name
 import copy
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sorted_ds.space import SubNet
 
@@ -20,21 +21,21 @@ class OwnedModule(nn.Module):
         """Makes a copy for each of `owners`, like `d4`. The full network's copy is `original` itself."""
         super().__init__()
         self.axes = tuple(axes)
-        self.owner = full.name_along(self.axes)
-        copies = {owner: original if owner == self.owner else copy.deepcopy(original) for owner in owners}
+        self.active: tuple[str, ...] = (full.name_along(self.axes),)
+        """The owners of the copies that run, one for each exit of the pass (exits.py)."""
+        copies = {owner: original if owner in self.active else copy.deepcopy(original) for owner in owners}
         self.copies = nn.ModuleDict(copies)
 
-    def select(self, subnet: SubNet) -> None:
-        """Makes the copy of `subnet` the active one."""
-        self.owner = subnet.name_along(self.axes)
+    def select(self, *subnets: SubNet) -> None:
+        """Makes the copy of the sub-network the active one, or for a pass with exits those of all of them."""
+        self.active = tuple(subnet.name_along(self.axes) for subnet in subnets)
 
-    @property
-    def active(self) -> nn.Module:
-        """The active copy."""
-        return self.copies[self.owner]
-
-    def forward(self, *args, **kwargs):
-        return self.active.forward(*args, **kwargs)
+    def forward(self, hidden: Tensor, *args, **kwargs):
+        """Returns the output of the active copy. With exits each copy runs on the rows of its own exit."""
+        if len(self.active) == 1:
+            return self.copies[self.active[0]].forward(hidden, *args, **kwargs)
+        parts = zip(self.active, hidden.chunk(len(self.active)), strict=True)
+        return torch.cat([self.copies[owner].forward(part, *args, **kwargs) for owner, part in parts])
 
 
 def is_owner(owner: str, subnet: SubNet) -> bool:

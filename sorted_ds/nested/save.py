@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from sorted_ds.nested.nest import NestedModel, copy_generation_config, empty_model, full_config
 from sorted_ds.nested.weights import all_slices, assembled
@@ -34,6 +34,7 @@ def save_full(
     plain = empty_model(model.hf_class, full_config(model), like)
     copy_generation_config(model, plain)
     plain.save_pretrained(folder, state_dict={})  # writes only the configs
+    add_older_names(folder)
     names = {part.key for part in slices.values()}  # a tied weight occurs once
     sizes = {name: tensor for name, tensor in plain.state_dict().items() if name in names}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=largest_file)
@@ -55,3 +56,18 @@ def save_full(
         metadata = {"total_parameters": plain.num_parameters(), **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def add_older_names(folder: Path) -> None:
+    """Adds to a directory's config.json the names under which transformers 4 reads what version 5 has renamed.
+
+    Version 5 reads its own names and ignores these. Without them, 4.57 takes a `rope_theta` of 10,000.
+    """
+    path = folder / CONFIG_NAME
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["torch_dtype"] = config["dtype"]
+    if rope := config.get("rope_parameters"):
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        config["rope_theta"] = rope["rope_theta"]
+        config["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

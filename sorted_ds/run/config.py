@@ -5,9 +5,10 @@ else: tools/reference.py writes docs/run-file.md from it. Each number is stated 
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from sorted_ds.space import AXES
 
@@ -16,14 +17,25 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 SCRATCH = "scratch"
 """The value of `model.init` for random weights."""
+FULL_TEACHES = "full"
+"""The value of `loss.teacher` for the full network itself."""
 TRAIN_TOKENIZER = "train"
 """The value of `data.tokenizer` for a tokenizer that is trained on the run's text."""
 
 
 class Section(BaseModel):
-    """A section of a run file. An unknown key is an error, and the values cannot be changed."""
+    """A section of a run file. An unknown key and an infinite number are errors, and the values cannot be changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _require_no_number_to_be_true(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read `true` as the number 1."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation in (int, float):
+            raise PydanticCustomError("number", "Input should be a number")
+        return value
 
 
 class Model(Section):
@@ -50,9 +62,10 @@ class SpaceBase(Section):
 
     subnets: list[str] = []
     """The names of the sub-networks, like `["d4-g2-f256", "d8-g4-f512"]`, instead of sizes along the axes."""
-    layer_order: list[Annotated[int, Field(ge=0)]] = []
+    layer_order: list[Annotated[int, Field(ge=0)]] | Literal["model"] = []
     """A permutation of the layers, counted from 0. A sub-network of depth n has the first n layers of this order, and
-    runs them in the network's own sequence. Default: the network's own sequence."""
+    runs them in the network's own sequence. `"model"` takes the order that `sorted-ds sort` has written beside
+    `model.init`. Default: the network's own sequence."""
 
     @property
     def sizes(self) -> dict[str, list[int]]:
@@ -74,7 +87,7 @@ else:
     )
 
 
-class Sampling(Section):
+class SamplingBase(Section):
     """Which sub-networks a step trains."""
 
     subnets_per_step: Positive = 4
@@ -83,7 +96,77 @@ class Sampling(Section):
     strategy: str = "stratified"
     """How a step samples its sub-networks. `stratified`: one from each cost quantile, so that all are sampled equally
     often. `uniform`: each one at random from the whole space. `sandwich`: the full one, the smallest one, and the rest
-    at random. `full_plus`: the full one, and the rest stratified."""
+    at random. `full_plus`: the full one, and the rest stratified. `full`: the full one alone."""
+    full_shares: Positive = 1
+    """With `sandwich` and `full_plus`: how many of a step's `subnets_per_step` are the full one, so it trains on that
+    share of the rows."""
+    subnets_per_share: Positive = 1
+    """How many of a step's sub-networks train on the same rows. With 2, a step of 4 sub-networks cuts its rows into two
+    shares."""
+    hold_steps: Positive = 1
+    """For how many steps the sampled sub-networks stay the same. Their rows change in each step."""
+    ladder: list[str] = []
+    """The names of the sub-networks that are sampled. The others are evaluated and exported as they come out. The
+    default is all."""
+    cost_power: float = 0.0
+    """Samples a sub-network in proportion to this power of its FLOPs: above 0 favours large ones, below 0 small ones.
+    The sub-networks that a strategy always trains do not count."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Samples these sub-networks so many times as often, like `{"d4-g2-f256" = 2.0}`. 0 means never."""
+
+
+class Phase(SamplingBase):
+    """Settings that hold from a step on. What a phase does not set is as in `[sampling]`."""
+
+    from_step: Positive
+    """The first step of the phase."""
+
+
+class Sampling(SamplingBase):
+    """Which sub-networks a step trains."""
+
+    phases: list[Phase] = []
+    """Later phases of the run, each a table `[[sampling.phases]]` with `from_step`, the first step of the phase, and
+    the settings of this section that change then, like `strategy = "full"`."""
+
+    @model_validator(mode="after")
+    def _require_each_phase_once(self) -> Self:
+        starts = [phase.from_step for phase in self.phases]
+        if len(set(starts)) < len(starts):
+            raise PydanticCustomError("phases", "Input should name each from_step once")
+        return self
+
+    @property
+    def phases_by_step(self) -> dict[int, SamplingBase]:
+        """The complete settings of each later phase, by its first step."""
+        base = {key: getattr(self, key) for key in SamplingBase.model_fields}
+        return {
+            phase.from_step: SamplingBase(
+                **base | {key: getattr(phase, key) for key in phase.model_fields_set & {*base}}
+            )
+            for phase in self.phases
+        }
+
+
+class Loss(Section):
+    """What a sub-network learns from, beside the labels."""
+
+    teacher: str = ""
+    """Who teaches: `"full"` for the full network itself, or the Hugging Face directory or hub id of another model with
+    the same tokenizer. A taught sub-network also minimizes the Kullback-Leibler divergence of its predictions from the
+    teacher's on the same rows. The full network teaches from its own training pass where it trains on these rows, and
+    from a pass without a gradient elsewhere. The default is no teacher."""
+    teacher_weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The weight of that divergence. The loss of the labels has the rest."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """The temperature of both predictions in the divergence, which is multiplied by its square."""
+    exit_weight: Annotated[float, Field(ge=0)] = 0.0
+    """The weight of the loss of each shallower sub-network of the same widths that a pass contains, relative to the
+    loss of the sampled one. One pass so trains all depths up to its own. 0 means none. Sums are divided by the sum of
+    the weights."""
+    layer_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The probability that a pass leaves out the last layer of its sub-network. It falls exponentially towards the
+    first layer, which always runs."""
 
 
 class Data(Section):
@@ -98,6 +181,9 @@ class Data(Section):
     tokenizer: str = ""
     """The directory or hub id of a Hugging Face tokenizer, or `"train"` for a SentencePiece model that is trained on
     this text. The default is the tokenizer of `model.init`, and `"train"` for a network from scratch."""
+    bos: bool | None = None
+    """Whether the tokenizer's beginning-of-text token leads each document. The default is what the tokenizer does by
+    itself; one that is trained does not add it. The end-of-text token always follows a document."""
     vocab_size: Positive = 32_000
     """The number of tokens of a tokenizer that is trained. Other tokenizers ignore it."""
     validation_fraction: Fraction = 0.01
@@ -128,6 +214,9 @@ class Train(Section):
     """The run saves and ends before this time has passed since its start. It is written like Slurm's `--time`: `90`
     (minutes), `1:30:00` or `1-12:00:00` (days first). A Slurm job is then put into the queue again. The default is no
     limit."""
+    skip_steps: list[Annotated[int, Field(ge=0)]] = []
+    """Steps that are not trained: their rows are left out, and the weights stay as they are. Name a step here if its
+    loss is not finite; the error message says its number. The first step is 0."""
     hang_minutes: Annotated[float, Field(ge=0)] = 30.0
     """The time without progress (a step, an evaluation, a save or a part of the start) after which every rank writes
     its stacks to RUN_DIR/stacks and ends. 0 means never."""
@@ -147,6 +236,10 @@ class Optim(Section):
     """The number of steps in which the learning rate grows linearly to its peak."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from its peak to `final_fraction` of the peak at the last step."""
+    decay_steps: Annotated[int, Field(ge=0)] = 0
+    """How many steps the fall of the learning rate takes, at the end of the run. Before them it stays at its peak, so a
+    run can go on from there with more steps (`checkpoint.branch`). 0 means that it falls from the end of the warm-up
+    on."""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The learning rate of the last step, as a fraction of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
@@ -185,6 +278,13 @@ class Checkpoint(Section):
     damaged."""
     extend_space: bool = False
     """Lets a run resume with the same weights after its space has grown."""
+    keep_steps: list[Positive] = []
+    """Steps whose checkpoints are saved and never deleted, for example to branch off from them later."""
+    branch: str = ""
+    """`RUN_DIR@STEP`: the run starts from that checkpoint of another run with the same model, with its weights, its
+    optimizer state and its step number. The data, the batch, the sampling, the learning rate and the number of steps
+    may be others. A run that has a checkpoint of its own resumes from that. A relative RUN_DIR starts at the folder of
+    the run file."""
 
 
 class Log(Section):
@@ -219,6 +319,7 @@ class Run(Section):
     model: Model
     space: Space
     sampling: Sampling = Sampling()
+    loss: Loss = Loss()
     data: Data
     batch: Batch
     train: Train

@@ -3,14 +3,17 @@
 In: a `Run`. Out: a config that the family and the task accept, or one error that says which key is refused.
 """
 
+import copy
 import difflib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from sorted_ds.base.errors import UserError
+from sorted_ds.base.errors import UserError, naming, reason_of
+from sorted_ds.deploy.model_dir import SORTED_JSON
 from sorted_ds.families import family_of
 from sorted_ds.nested.hf_weights import resolve_source
 from sorted_ds.run.config import SCRATCH, Run
@@ -28,35 +31,99 @@ def model_config(run: Run) -> PreTrainedConfig:
     task = task_of(run.task)
     config = _scratch_config(run, task) if run.model.init == SCRATCH else _checkpoint_config(run)
     task.check_config(run, config)
-    config._attn_implementation = _attention(run, config)
+    config._attn_implementation = attention_of(config, run.model.attention)
     return config
 
 
-def _attention(run: Run, config: PreTrainedConfig) -> str:
+def source_of(run: Run, asks_hub: bool = True) -> Path | None:
+    """Returns the folder of the first weights on this host, after a download if needed; None for random weights.
+
+    Without `asks_hub` another process of this host must have downloaded them. Raises: UserError when they cannot be
+    found.
+    """
+    return None if run.model.init == SCRATCH else resolve_source(run.model.init, asks_hub)
+
+
+def layer_order_of(run: Run) -> list[int]:
+    """Returns the layer order of the run file, or of sorted.json beside `model.init`. Empty for the network's own.
+
+    Raises: UserError if the model has none.
+    """
+    if run.space.layer_order != "model":
+        return list(run.space.layer_order)
+    source = source_of(run)
+    if source is None:
+        raise UserError(
+            f'space.layer_order = "model", but model.init = "{SCRATCH}". Name the layers, or in model.init a directory '
+            "that `sorted-ds sort` has written."
+        )
+    path = source / SORTED_JSON
+    try:
+        order = json.loads(path.read_text(encoding="utf-8"))["layer_order"]
+        return [int(number) for number in order]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'space.layer_order = "model", but {path} has no layer order. Make one with `sorted-ds sort`, or name the '
+            "layers."
+        ) from error
+
+
+def json_of_config(config: PreTrainedConfig) -> str:
+    """Returns a config as JSON, for other ranks."""
+    return config.to_json_string(use_diff=False)
+
+
+def config_of_json(run: Run, text: str) -> PreTrainedConfig:
+    """Returns the config that `json_of_config` has written."""
+    fields = json.loads(text)
+    config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    config._attn_implementation = attention_of(config, run.model.attention)
+    return config
+
+
+def attention_of(config: PreTrainedConfig, wanted: str = "") -> str:
+    """Returns the attention implementation that is wanted, or the family's best one.
+
+    Raises: UserError if the family does not have the one that is wanted.
+    """
     model_class = family_of(config.model_type).auto_class._model_mapping[type(config)]
     has_sdpa = getattr(model_class, "_supports_sdpa", False)
-    if run.model.attention == "sdpa" and not has_sdpa:
+    if wanted == "sdpa" and not has_sdpa:
         raise UserError(
             f'model.attention = "sdpa", but {config.model_type} has no such attention. Set "eager", or remove the key.'
         )
-    return run.model.attention or ("sdpa" if has_sdpa else "eager")
+    return wanted or ("sdpa" if has_sdpa else "eager")
 
 
 def _checkpoint_config(run: Run) -> PreTrainedConfig:
-    """Returns the checkpoint's config without dropout, because a resumed run could not repeat the random masks."""
+    if not run.model.init:
+        raise UserError(f'model.init is empty. Name a directory, a hub id, or "{SCRATCH}".')
     if run.model.family or run.model.config:
         raise UserError(
             f"model.init = {run.model.init!r} is a checkpoint, which has its own config. Remove model.family and "
             f'model.config, or set model.init = "{SCRATCH}".'
         )
-    source = resolve_source(run.model.init)
-    try:
+    source = source_of(run)
+    assert source is not None
+    return checkpoint_config(source, "model.init")
+
+
+def checkpoint_config(source: Path, key: str) -> PreTrainedConfig:
+    """Returns a checkpoint's config without dropout, because a resumed run could not repeat the random masks.
+
+    `key`: the key of the run file that names the checkpoint. Raises: UserError when the config cannot be used.
+    """
+    file, advice = source / "config.json", f"Correct the file, or name another checkpoint in {key}."
+    with naming(file, advice):
         config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+    family = family_of(config.model_type)
+    if getattr(config, "quantization_config", None):
         raise UserError(
-            f"{source / 'config.json'} cannot be used: {_reason(error)}. Name another checkpoint in model.init."
-        ) from error
-    family_of(config.model_type)
+            f"{file} has a quantization_config, so the weights are codes. Set {key} to the checkpoint that it was "
+            "made from, or save a dequantised copy without this key."
+        )
+    with naming(file, advice), torch.device("meta"):
+        family.auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
     for key in _dropout_keys(config.to_dict()):
         setattr(config, key, 0.0)
     return config
@@ -79,19 +146,13 @@ def _scratch_config(run: Run, task: Task) -> PreTrainedConfig:
     try:
         config = AutoConfig.for_model(run.model.family, **fields)
         with torch.device("meta"):
-            family.auto_class.from_config(config)
-    except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
+            family.auto_class.from_config(config, trust_remote_code=False)
+    except Exception as error:  # the library raises many types, down to AssertionError
         raise UserError(
-            f"model.config is refused by {run.model.family}: {_reason(error)}. Correct the value in model.config."
+            f"model.config is refused by {run.model.family}: {reason_of(error)}. Correct the value in model.config."
         ) from error
     return config
 
 
 def _dropout_keys(config: Mapping[str, object]) -> list[str]:
     return [key for key, value in config.items() if ("dropout" in key or key.endswith("pdrop")) and value]
-
-
-def _reason(error: Exception) -> str:
-    """Returns the line of the message that states the reason: the last one of a strict dataclass, else the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    return lines[-1 if isinstance(error, StrictDataclassError) else 0].rstrip(".")

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sorted_ds.base.errors import AgreedError
 from sorted_ds.checkpoint import Checkpoints
 from sorted_ds.cluster.ancestors import Ancestors
 from sorted_ds.cluster.ranks import Ranks
@@ -17,11 +16,12 @@ from sorted_ds.data.loader import Loader, MicroBatch
 from sorted_ds.engine import Engine
 from sorted_ds.families import family_of
 from sorted_ds.nested import NestedModel, costs_of
-from sorted_ds.run.build import check_run, engine_of, load_model, sampler_of, training_loader, validation_of
+from sorted_ds.run.build import check_once, engine_of, load_model, sampler_of, training_loader, validation_of
 from sorted_ds.run.config import Run
 from sorted_ds.run.monitor import Monitor
-from sorted_ds.run.run_dir import RunDir
+from sorted_ds.run.run_dir import RunDir, require_step
 from sorted_ds.run.run_file import load_engine_config
+from sorted_ds.run.teacher import Teaching, load_teaching
 from sorted_ds.space import Cost, Sampler, SubNet, SubNetSpace
 from sorted_ds.tasks import Prepared, Task
 
@@ -37,6 +37,7 @@ class Parts:
     costs: Mapping[SubNet, Cost]
     sampler: Sampler
     loader: Loader
+    teacher: Teaching
     validation: Sequence[MicroBatch]
     """This rank's validation rows."""
     stop: StopCauses
@@ -75,16 +76,19 @@ def build_parts(run: Run, task: Task, data: Prepared, ranks: Ranks, heartbeat: C
     with ranks.fail_together():
         launchers = Ancestors(os.environ, PARENT_PID, is_launched=ranks.size > 1)
         stop = StopCauses(run.run_dir, run.train.time_limit, ranks.is_first, launchers.has_one_ended)
-        config, space = check_run(run)
+    config, space = check_once(run, ranks)
+    with ranks.fail_together():
         costs = costs_of(space, family_of(config.model_type), config, run.batch.row_tokens)
-        sampler = sampler_of(run, costs)
-        loader = training_loader(run, task, data, sampler.num_shares, ranks)
+        sampler = sampler_of(run, space, costs)
+        loader = training_loader(run, task, data, ranks)
         validation = validation_of(run, task, data, ranks)
     model = load_model(run, config, space, ranks, heartbeat)
-    engine = _warm_engine(run, task, model, loader, ranks, heartbeat)
+    teacher = load_teaching(run, task, space, ranks)
+    engine = _warm_engine(run, task, model, loader, sampler, ranks, heartbeat)
     folder = RunDir(run, config, task, data, ranks, heartbeat)
+    folder.branch_off()
     checkpoints = folder.checkpoints()
-    first_step = _restore(checkpoints, engine, run.train.steps)
+    first_step = _restore(checkpoints, engine, run.train.steps, ranks)
     changes = folder.write_run_json(load_engine_config(run.engine.deepspeed), engine.deepspeed_config)
     with ranks.fail_together():
         monitor = Monitor(run, space, first_step, ranks)
@@ -96,6 +100,7 @@ def build_parts(run: Run, task: Task, data: Prepared, ranks: Ranks, heartbeat: C
         costs=costs,
         sampler=sampler,
         loader=loader,
+        teacher=teacher,
         validation=validation,
         stop=stop,
         engine=engine,
@@ -109,26 +114,30 @@ def build_parts(run: Run, task: Task, data: Prepared, ranks: Ranks, heartbeat: C
 
 
 def _warm_engine(
-    run: Run, task: Task, model: NestedModel, loader: Loader, ranks: Ranks, heartbeat: Callable[[], None]
+    run: Run,
+    task: Task,
+    model: NestedModel,
+    loader: Loader,
+    sampler: Sampler,
+    ranks: Ranks,
+    heartbeat: Callable[[], None],
 ) -> Engine:
     """Returns the engine around the model, with its operations and layers compiled. Every rank must call this."""
     heartbeat()
     engine = engine_of(run, task, model, ranks)
     heartbeat()
-    engine.warm_up(loader.batches(step=0)[0][0])
+    most = min(sampler.phases, key=lambda phase: phase.num_shares).num_shares  # rows in a forward pass
+    engine.warm_up(loader.batches(0, most)[0][0])
     heartbeat()
     return engine
 
 
-def _restore(checkpoints: Checkpoints, engine: Engine, num_steps: int) -> int:
+def _restore(checkpoints: Checkpoints, engine: Engine, num_steps: int, ranks: Ranks) -> int:
     """Loads the last checkpoint and returns its step, or 0 if there is none. Every rank must call this.
 
     Raises: AgreedError when the checkpoint is beyond the last step of the run.
     """
     step = checkpoints.restore_latest(engine)
-    if step > num_steps:
-        raise AgreedError(
-            f"train.steps = {num_steps}, but {checkpoints.folder} has a checkpoint of step {step}. Set train.steps to "
-            f"{step} or more, or set another run_dir."
-        )
+    with ranks.fail_together():
+        require_step(step, num_steps, checkpoints.folder)
     return step

@@ -6,7 +6,7 @@ the memory of the model states at each ZeRO stage; and warnings. Nothing is toke
 allocated for weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,16 +15,18 @@ from sorted_ds.data.loader import deal
 from sorted_ds.engine.modes import STAGES, has_offloaded_weights, is_bf16, is_offloaded, mode_warnings, stage_of
 from sorted_ds.families import family_of
 from sorted_ds.nested import costs_of, union_parameters
-from sorted_ds.run.build import sampler_of
-from sorted_ds.run.config import Run
+from sorted_ds.nested.costs import head_flops
+from sorted_ds.run.build import sampler_of, warnings_of
+from sorted_ds.run.config import FULL_TEACHES, Run
 from sorted_ds.run.run_file import load_engine_config
+from sorted_ds.run.teacher import space_of_teacher, teacher_config
 from sorted_ds.run.traffic import REUSE_DISTANCE, StepSizes, step_traffic
 from sorted_ds.space import Cost, Sampler, SubNet, SubNetSpace
 
 FEWEST_VISITS = 100
 """With fewer expected visits, the weights that only this sub-network and larger ones have are hardly trained."""
 SAMPLED_STEPS = 100
-"""The expected traffic is the mean over the first steps, at most so many."""
+"""The expected traffic, and what the terms of the loss cost, are means over at most so many steps of the run."""
 FORWARD_AND_BACKWARD = 3
 """FLOPs of a forward and a backward pass, in forward passes. Activation checkpointing adds one more."""
 WEIGHT_BYTES, MOMENT_BYTES = 4, {"adamw": 8, "sgd": 0}
@@ -54,13 +56,24 @@ class TrainingFlops:
 
     forwards: int
     """The cost of training on a micro-batch, in forward passes: 3, or 4 with activation checkpointing."""
-    run: float
-    """This run: `forwards` x forward FLOPs x tokens, summed over the sub-networks. Training each sub-network separately
-    on as many tokens as it has in this run costs the same."""
+    sampled: float
+    """The sampled sub-networks: `forwards` x forward FLOPs x tokens. Training each sub-network separately on as many
+    tokens as it has in this run costs the same."""
+    teacher: float
+    """The passes of a teacher, and its predictions."""
+    exits: float
+    """The head at the exits of the passes."""
+    dropped: float
+    """What layer dropout saves."""
     full_alone: float
     """Training only the full network on all tokens of the run."""
     each_alone: float
     """Training every sub-network separately, each on all tokens of the run."""
+
+    @property
+    def run(self) -> float:
+        """All of this run."""
+        return self.sampled + self.teacher + self.exits - self.dropped
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,9 @@ class Memory:
     """The stage of this run."""
     bytes_per_parameter: dict[int, StateBytes]
     bytes_per_rank: dict[int, float]
+    """Without another model that teaches."""
+    teacher_bytes: int
+    """The weights of another model that teaches, which each rank holds whole."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +127,7 @@ class Plan:
     subnets: tuple[PlannedSubNet, ...]
     num_ranks: int
     steps: int
+    """The number of steps that are trained: those of `train.skip_steps` are not."""
     subnets_per_step: int
     rows_per_subnet: int
     tokens_per_step: int
@@ -132,11 +149,15 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
     """Returns the plan of a checked run. `space` and `config` are what `build.check_run` returned."""
     family = family_of(config.model_type)
     costs = costs_of(space, family, config, run.batch.row_tokens)
-    sampler = sampler_of(run, costs)
-    visits = sampler.expected_visits(run.train.steps)
-    dealt = deal(run.batch.step_rows, sampler.num_shares, run.batch.micro_batch_rows, num_ranks)
+    sampler = sampler_of(run, space, costs)
+    skipped = set(run.train.skip_steps)
+    num_steps = run.train.steps - len(skipped)
+    visits = sampler.expected_visits(run.train.steps, skipped)
+    rows = sampler.expected_visits(run.train.steps, skipped, lambda phase: run.batch.step_rows / phase.num_shares)
+    dealt = deal(run.batch.step_rows, sampler.num_shares(0), run.batch.micro_batch_rows, num_ranks)
     num_visits = sum(visits.values())
     engine = load_engine_config(run.engine.deepspeed)
+    other = teacher_cost(run)
     planned = []
     for subnet in space:
         cost = costs[subnet]
@@ -149,13 +170,13 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
                 cost.kv_bytes_per_token,
                 visits[subnet] / num_visits,
                 visits[subnet],
-                visits[subnet] * dealt.rows_per_share * run.batch.row_tokens,
+                rows[subnet] * run.batch.row_tokens,
             )
         )
     return Plan(
         subnets=tuple(planned),
         num_ranks=num_ranks,
-        steps=run.train.steps,
+        steps=num_steps,
         subnets_per_step=run.sampling.subnets_per_step,
         rows_per_subnet=dealt.rows_per_share,
         tokens_per_step=run.batch.step_rows * run.batch.row_tokens,
@@ -164,30 +185,82 @@ def make_plan(run: Run, space: SubNetSpace, config, num_ranks: int) -> Plan:
         padded_fraction=dealt.padded_fraction,
         flops=training_flops(
             planned,
-            run.train.steps * run.batch.step_rows * run.batch.row_tokens,
+            num_steps * run.batch.step_rows * run.batch.row_tokens,
             FORWARD_AND_BACKWARD + run.model.activation_checkpointing,
+            extra_flops(run, sampler, costs, head_flops(family, config), other),
         ),
-        memory=memory(engine, run.optim.name, planned[-1].parameters, num_ranks),
-        sent_bytes=sent_bytes(run, engine, sampler, config, costs, dealt.forwards, num_ranks),
+        memory=memory(engine, run.optim.name, planned[-1].parameters, num_ranks, other.parameters if other else 0),
+        sent_bytes=sent_bytes(run, engine, sampler, config, costs, num_ranks),
         checkpoint_bytes=planned[-1].parameters * (WEIGHT_BYTES + MOMENT_BYTES[run.optim.name]),
-        warnings=(*warnings(planned), *mode_warnings(engine, torch.cuda.is_available())),
+        warnings=(*warnings_of(run, config), *warnings(planned), *mode_warnings(engine, torch.cuda.is_available())),
     )
 
 
-def training_flops(subnets: Sequence[PlannedSubNet], num_tokens: int, forwards: int) -> TrainingFlops:
+def teacher_cost(run: Run) -> Cost | None:
+    """Returns the costs of another model that teaches, or None."""
+    config = teacher_config(run)
+    if config is None:
+        return None
+    space = space_of_teacher(config)
+    return costs_of(space, family_of(config.model_type), config, run.batch.row_tokens)[space.full]
+
+
+@dataclass(frozen=True)
+class ExtraFlops:
+    """FLOPs for each token of the step's rows, beside those of the sampled sub-networks."""
+
+    teacher: float = 0.0
+    exits: float = 0.0
+    dropped: float = 0.0
+
+
+def extra_flops(run: Run, sampler: Sampler, costs: Mapping[SubNet, Cost], head: int, other: Cost | None) -> ExtraFlops:
+    """Returns what the terms of the loss cost or save, as the mean over steps that are spread over the run.
+
+    `head`: the forward FLOPs of the head for a token. `other`: the costs of another model that teaches.
+    """
+    forwards = FORWARD_AND_BACKWARD + run.model.activation_checkpointing
+    teacher, exits, dropped = 0.0, 0.0, 0.0
+    steps = sampled_steps(run)
+    for step in steps:
+        shares = sampler.num_shares(step)
+        teacher += other.flops_per_token if other else 0.0
+        for planned in sampler.plan(step):
+            each, flops = planned.run, costs[planned.run.subnet].flops_per_token
+            if not each.has_gradient:
+                teacher += (flops - head) / shares
+                continue
+            learns_from_full = run.loss.teacher == FULL_TEACHES and each.subnet != sampler.full
+            teacher += head / shares if learns_from_full else 0.0
+            exits += FORWARD_AND_BACKWARD * head * len(each.exits) / shares
+            dropped += forwards * (flops - head) / each.subnet.depth * len(each.dropped) / shares
+    return ExtraFlops(teacher / len(steps), exits / len(steps), dropped / len(steps))
+
+
+def sampled_steps(run: Run) -> range:
+    """Returns at most `SAMPLED_STEPS` steps that are spread over the run."""
+    return range(0, run.train.steps, -(-run.train.steps // SAMPLED_STEPS))
+
+
+def training_flops(
+    subnets: Sequence[PlannedSubNet], num_tokens: int, forwards: int, extra: ExtraFlops
+) -> TrainingFlops:
     """Returns the FLOPs of a run on `num_tokens` tokens whose micro-batches cost `forwards` forward passes each.
 
     `subnets`: in ascending order, the full network last.
     """
     return TrainingFlops(
         forwards=forwards,
-        run=forwards * sum(s.flops_per_token * s.tokens for s in subnets),
+        sampled=forwards * sum(s.flops_per_token * s.tokens for s in subnets),
+        teacher=extra.teacher * num_tokens,
+        exits=extra.exits * num_tokens,
+        dropped=extra.dropped * num_tokens,
         full_alone=forwards * float(subnets[-1].flops_per_token) * num_tokens,
         each_alone=forwards * float(sum(s.flops_per_token for s in subnets)) * num_tokens,
     )
 
 
-def memory(engine: dict, optimizer: str, num_parameters: int, num_ranks: int) -> Memory:
+def memory(engine: dict, optimizer: str, num_parameters: int, num_ranks: int, num_teacher: int = 0) -> Memory:
     """Returns the memory of the model states at each ZeRO stage, in the precision of the engine keys."""
     bf16 = is_bf16(engine)
     offload = (is_offloaded(engine), has_offloaded_weights(engine))
@@ -198,18 +271,25 @@ def memory(engine: dict, optimizer: str, num_parameters: int, num_ranks: int) ->
         chosen_stage=stage_of(engine),
         bytes_per_parameter=sizes,
         bytes_per_rank={stage: size.per_rank(stage, num_parameters, num_ranks) for stage, size in sizes.items()},
+        teacher_bytes=num_teacher * (2 if bf16 else 4),
     )
 
 
 def sent_bytes(
-    run: Run, engine: dict, sampler: Sampler, config, costs: dict[SubNet, Cost], forwards: int, num_ranks: int
+    run: Run, engine: dict, sampler: Sampler, config, costs: dict[SubNet, Cost], num_ranks: int
 ) -> dict[int, float]:
-    """Returns the bytes that a rank sends in a step at each ZeRO stage, as the mean over the first steps."""
+    """Returns the bytes that a rank sends in a step at each ZeRO stage, as the mean over steps spread over the run."""
     distance = engine.get("zero_optimization", {}).get("stage3_max_reuse_distance", REUSE_DISTANCE)
     full = costs[sampler.full].parameters
-    steps = [sampler.sample(step) for step in range(min(SAMPLED_STEPS, run.train.steps))]
+    numbers = sampled_steps(run)
+    plans = [[planned.run for planned in sampler.plan(step)] for step in numbers]
+    steps = [[each.subnet for each in passes if each.has_gradient] for passes in plans]
     unions = union_parameters(steps, family_of(config.model_type), config)
-    sizes = [StepSizes([costs[s].parameters for s in step], u, forwards) for step, u in zip(steps, unions, strict=True)]
+    sizes = []
+    for number, passes, sampled, union in zip(numbers, plans, steps, unions, strict=True):
+        dealt = deal(run.batch.step_rows, sampler.num_shares(number), run.batch.micro_batch_rows, num_ranks)
+        teachers = sum(costs[each.subnet].parameters for each in passes if not each.has_gradient)
+        sizes.append(StepSizes([costs[s].parameters for s in sampled], union, dealt.forwards, teachers))
 
     def mean_sent(stage: int) -> float:
         traffic = [

@@ -52,8 +52,11 @@ def compute_lines(plan: Plan, tflops: float | None) -> Iterator[str]:
     flops, tokens = plan.flops, human(plan.steps * plan.tokens_per_step)
     full, each = human(flops.full_alone), human(flops.each_alone)
     yield f"Expected compute of forward and backward passes ({flops.forwards} x forward), without the optimizer:"
-    yield f"  this run, which trains {len(plan.subnets)} sub-networks: {human(flops.run)} FLOPs"
-    yield "  each sub-network separately, on the tokens that it has in this run: the same"
+    terms = {"teacher": flops.teacher, "exits": flops.exits, "layer dropout": -flops.dropped}
+    parts = "".join(f", {name} {value / flops.run:+.1%}" for name, value in terms.items() if value)
+    yield f"  this run, which trains {len(plan.subnets)} sub-networks: {human(flops.run)} FLOPs{parts}"
+    alone = _times(flops.sampled, flops.run) if parts else "the same"
+    yield f"  each sub-network separately, on the tokens that it has in this run: {alone}"
     yield f"  only the full network, on all {tokens} tokens: {full} FLOPs, {_times(flops.full_alone, flops.run)}"
     yield f"  each sub-network separately, on all {tokens} tokens: {each} FLOPs, {_times(flops.each_alone, flops.run)}"
     if tflops:
@@ -63,13 +66,15 @@ def compute_lines(plan: Plan, tflops: float | None) -> Iterator[str]:
 
 def stage_line(plan: Plan) -> str:
     """Returns a sentence for each column of the stage table."""
+    extra = plan.memory.teacher_bytes
+    teacher = f" The teacher needs {extra / GIB:,.3g} GiB more." if extra else ""
     offload = " Offload keeps in host memory what counts 0 bytes here." if plan.memory.offload else ""
     return (
         f"Model states on each GPU in {plan.memory.precision}, in bytes per parameter, for "
         f"{human(plan.subnets[-1].parameters)} parameters on {plan.num_ranks} ranks. Stage 1 divides the optimizer's "
-        f"part among the ranks, stage 2 also the gradients, stage 3 also the weights.{offload} Activations and buffers "
-        "need memory in addition. The last column is what each rank sends in an optimizer step, on average: gradients "
-        "and gathered weights. At stages 2 and 3 it grows with sampling.subnets_per_step."
+        f"part among the ranks, stage 2 also the gradients, stage 3 also the weights.{offload}{teacher} Activations "
+        "and buffers need memory in addition. The last column is what each rank sends in an optimizer step, on "
+        "average: gradients and gathered weights. At stages 2 and 3 it grows with sampling.subnets_per_step."
     )
 
 

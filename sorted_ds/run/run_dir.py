@@ -25,17 +25,20 @@ import sorted_ds
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import remove_unfinished, replaced, share
 from sorted_ds.checkpoint import Checkpoints
-from sorted_ds.checkpoint.folders import checkpoint_name
-from sorted_ds.checkpoint.identity import MODEL, Identity, flat, with_current_keys
+from sorted_ds.checkpoint.branch import CHECKPOINTS_FOLDER, Origin
+from sorted_ds.checkpoint.folders import checkpoint_name, published_checkpoints
+from sorted_ds.checkpoint.identity import LAYER_ORDER, MODEL, Identity, flat, with_current_keys
 from sorted_ds.checkpoint.index import checkpoint_fingerprint
 from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.deploy.evaluate import baseline_of, save_table, stored_dtype
+from sorted_ds.deploy.license import base_of, copy_license_files
 from sorted_ds.deploy.model_dir import (
     FROM_RUN_DIR,
     MODEL_FOLDER,
     PARETO_PNG,
     SUBNETS_JSON,
     TOKENS_DIR,
+    Base,
     Measured,
     ModelDir,
     Sorted,
@@ -43,12 +46,12 @@ from sorted_ds.deploy.model_dir import (
 from sorted_ds.engine import Engine
 from sorted_ds.nested import NestedModel, save_full
 from sorted_ds.run.config import Run
+from sorted_ds.run.model_config import layer_order_of, source_of
 from sorted_ds.run.run_file import load_engine_config
 from sorted_ds.space import SubNetSpace
 from sorted_ds.tasks import Prepared, Task
 
 RUN_JSON = "run.json"
-CHECKPOINTS_FOLDER = "checkpoints"
 PACKAGE = Path(sorted_ds.__file__).parent
 IDENTITY_KEYS = ("seed", "task", "space.", "sampling.", "batch.step_rows", "batch.row_tokens", "optim.name")
 """Sections and keys of the run file that are part of a run's identity. A run that changes one cannot resume."""
@@ -86,7 +89,19 @@ class RunDir:
             settings.asynchronous,
             settings.strict,
             self.heartbeat,
+            settings.keep_steps,
         )
+
+    def branch_off(self) -> None:
+        """Puts the checkpoint of `checkpoint.branch` into RUN_DIR, if that has none. Every rank must call this.
+
+        Raises: AgreedError when it cannot be used.
+        """
+        origin = self.run.checkpoint.branch
+        with self.ranks.fail_together():
+            if origin and self.ranks.is_first and not published_checkpoints(self._checkpoints_folder):
+                identity = identity_of(self.run, self.config, self.data.key)
+                Origin.parse(origin).branch(self._checkpoints_folder, identity)
 
     @property
     def _checkpoints_folder(self) -> Path:
@@ -160,6 +175,8 @@ class RunDir:
             with replaced(self._model_folder, durable=True) as hidden:
                 save_full(model, weights, hidden)
                 self.task.write_processor(self.data, hidden)
+                if (source := source_of(self.run)) is not None:
+                    copy_license_files(source, hidden, self._base())
                 ModelDir(self.run.run_dir, hidden).write(self._sorted(model.space))
                 share(hidden)
             for name in (SUBNETS_JSON, PARETO_PNG):  # left by an earlier model
@@ -179,8 +196,14 @@ class RunDir:
             eval_rows=self.run.eval.rows,
             task=self.run.task,
             layer_order=space.layer_order,
+            base=self._base(),
             checkpoint=checkpoint_fingerprint(self._checkpoints_folder / checkpoint_name(self.run.train.steps)),
         )
+
+    def _base(self) -> Base | None:
+        """Returns what training began with, and the license of that."""
+        init = self.run.model.init
+        return base_of(source_of(self.run), None if Path(init).is_dir() else init)
 
     def _in_step(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yields the weights on all ranks at the speed of rank 0, which writes them.
@@ -210,7 +233,17 @@ def identity_of(run: Run, config: PreTrainedConfig, data_key: str) -> Identity:
     model = flat({key: value for key, value in config.to_dict().items() if key not in NOT_THE_MODEL})
     facts = {key: value for key, value in keys.items() if key.startswith(IDENTITY_KEYS)}
     facts |= {f"{MODEL}{key}": value for key, value in model.items()}
+    facts[LAYER_ORDER] = json.dumps(layer_order_of(run))
     return Identity({**facts, "data": data_key}, run.checkpoint.extend_space)
+
+
+def require_step(step: int, num_steps: int, folder: Path) -> None:
+    """Raises UserError when the checkpoint in `folder` is beyond the last step of the run."""
+    if step > num_steps:
+        raise UserError(
+            f"train.steps = {num_steps}, but {folder} has a checkpoint of step {step}. Set train.steps to {step} or "
+            "more, or set another run_dir."
+        )
 
 
 def versions() -> dict[str, str]:

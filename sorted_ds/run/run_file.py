@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.run.config import SCRATCH, TRAIN_TOKENIZER, Run, Section
+from sorted_ds.run.config import FULL_TEACHES, SCRATCH, TRAIN_TOKENIZER, Run, Section
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
@@ -34,7 +34,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"run file {path} cannot be read: {error.strerror}. Name an existing file.") from None
     except ValueError as error:  # of the TOML or of UTF-8
@@ -72,7 +72,8 @@ def _is_text(path: tuple[str, ...]) -> bool:
 def _explain(error: ValidationError) -> str:
     """Describes one mistake on one line. An unknown key comes first, because a misspelt key is also a missing one."""
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    *sections, key = [str(part) for part in first["loc"]]
+    # A key that takes one of several types, as space.layer_order does, has the type in its place: `list[int]`.
+    *sections, key = [str(part) for part in first["loc"] if "[" not in str(part)]
     name = ".".join([*sections, key])
     if name in MOVED:
         return f"{name!r} was renamed to {MOVED[name]!r}. Rename it in the run file."
@@ -114,6 +115,9 @@ def _with_absolute_paths(run: Run, path: Path) -> Run:
         return str(absolute(Path(value))) if value and absolute(Path(value)).is_dir() else value
 
     init = SCRATCH if run.model.init == SCRATCH else local_or_id(run.model.init)
+    teacher = run.loss.teacher if run.loss.teacher == FULL_TEACHES else local_or_id(run.loss.teacher)
+    run_dir, at, step = run.checkpoint.branch.rpartition("@")
+    branch = f"{absolute(Path(run_dir))}@{step}" if at and run_dir else run.checkpoint.branch
     tokenizer = run.data.tokenizer or (TRAIN_TOKENIZER if init == SCRATCH else init)
     data = run.data.model_copy(
         update={
@@ -127,7 +131,9 @@ def _with_absolute_paths(run: Run, path: Path) -> Run:
         update={
             "run_dir": absolute(Path(str(run.run_dir).replace("{name}", path.stem).replace("{seed}", str(run.seed)))),
             "model": run.model.model_copy(update={"init": init}),
+            "loss": run.loss.model_copy(update={"teacher": teacher}),
             "data": data,
+            "checkpoint": run.checkpoint.model_copy(update={"branch": branch}),
             "engine": run.engine.model_copy(update={"deepspeed": absolute(run.engine.deepspeed)}),
         }
     )
@@ -158,10 +164,10 @@ def load_engine_config(path: Path) -> dict[str, Any]:
     Raises: UserError for a missing or damaged file, or a key that follows from the run file.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"engine.deepspeed: {path} cannot be read: {error.strerror}. Name an existing file.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}. Correct that line.") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} should hold a JSON object. Write {{}} for DeepSpeed's defaults.")

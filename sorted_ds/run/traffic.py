@@ -25,6 +25,8 @@ class StepSizes:
     """The parameters that at least one of them uses."""
     forwards: int
     """Forward passes of each sub-network on each rank."""
+    teachers: int = 0
+    """The parameters of the passes without a gradient."""
 
 
 @dataclass(frozen=True)
@@ -73,4 +75,5 @@ def step_traffic(
         return Traffic(gathered=width * full, reduced=width * used)
     kept = reuse_distance // (3 if recomputed else 2)
     gathered_again = sizes.forwards * sum(max(0, size - kept) for size in sizes.each)
-    return Traffic(gathered=width * (used + gathered_again), scattered=width * used)
+    taught = sizes.forwards * sizes.teachers
+    return Traffic(gathered=width * (used + gathered_again + taught), scattered=width * used)

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from sorted_ds.base.errors import AgreedError, UserError
@@ -25,18 +24,18 @@ from sorted_ds.cluster.stop import StopRequest
 from sorted_ds.cluster.watchdog import Watchdog
 from sorted_ds.data.loader import MicroBatch
 from sorted_ds.engine import Engine
-from sorted_ds.run.build import source_of
 from sorted_ds.run.config import Run
 from sorted_ds.run.evaluation import evaluate_during_training, last_evaluated_step
 from sorted_ds.run.finish import finish
 from sorted_ds.run.learning_rate import lr_at
-from sorted_ds.run.monitor import LossSums
+from sorted_ds.run.model_config import source_of
+from sorted_ds.run.monitor import LossSums, PassLoss
 from sorted_ds.run.parts import build_parts
 from sorted_ds.run.plan import make_plan
 from sorted_ds.run.run_dir import facts_to_compare
 from sorted_ds.run.run_file import load_run
-from sorted_ds.space import Pass, SubNet
-from sorted_ds.space.sampling import Planned
+from sorted_ds.run.teacher import Teaching, teacher_source
+from sorted_ds.space import Pass, Planned
 from sorted_ds.tasks import Prepared, Task, task_of
 
 # The loop
@@ -50,10 +49,11 @@ def train(run: Run, task: Task, data: Prepared, ranks: Ranks, watchdog: Watchdog
     parts = build_parts(run, task, data, ranks, watchdog.heartbeat)
     sampler, loader, engine = parts.sampler, parts.loader, parts.engine
     checkpoints, monitor = parts.checkpoints, parts.monitor
-    sums = LossSums(parts.space, 1 / (loader.dealt.forwards * ranks.size), ranks.device)
+    sums = LossSums(parts.space, ranks.device)
     request, learning_rate, norm = StopRequest(), 0.0, 0.0
     with monitor, checkpoints.finish_on_error():
-        plan_of_run = make_plan(run, parts.space, parts.folder.config, ranks.size)
+        with ranks.fail_together():
+            plan_of_run = make_plan(run, parts.space, parts.folder.config, ranks.size) if ranks.is_first else None
         monitor.report_start(parts.first_step, plan_of_run, parts.changes, checkpoints.warnings)
         step, evaluated_step = parts.first_step, last_evaluated_step(parts)
         while step < run.train.steps:
@@ -63,20 +63,22 @@ def train(run: Run, task: Task, data: Prepared, ranks: Ranks, watchdog: Watchdog
                     break
                 evaluated_step = step
             plan = sampler.plan(step)  # the same on every rank
-            batches = loader.batches(step)  # this rank's rows
+            batches = loader.batches(step, sampler.num_shares(step))  # this rank's rows
             request, num_targets = parts.agree(describe_step(step, plan), count_targets(plan, batches))
             if request.stops:
                 break
-            losses = accumulate(engine, plan, batches, num_targets)
-            learning_rate = lr_at(step, run.train.steps, run.optim)
-            norm = engine.step(learning_rate)
-            check_finite(step, losses, norm, checkpoints, ranks)
-            sums.add(losses)
+            if step not in run.train.skip_steps:
+                losses = accumulate(engine, plan, batches, num_targets, parts.teacher)
+                learning_rate = lr_at(step, run.train.steps, run.optim)
+                norm = engine.step(learning_rate)
+                check_finite(step, losses, norm, checkpoints, run.train.skip_steps, ranks)
+                sums.add(losses, 1 / (loader.dealt(sampler.num_shares(step)).forwards * ranks.size))
             step += 1
             watchdog.heartbeat()
             if is_due(step, run.log.every_steps):
                 monitor.report_training(step, sums.take(ranks), learning_rate, norm, checkpoints.total_pause_seconds)
-            if is_due(step, run.checkpoint.every_steps):  # before the evaluation, which takes long
+            # Before the evaluation, which takes long.
+            if is_due(step, run.checkpoint.every_steps) or step in run.checkpoint.keep_steps:
                 monitor.report_saves(checkpoints.start_save(engine, step))
                 watchdog.heartbeat()
         if step > monitor.reported_step:
@@ -111,23 +113,35 @@ def count_targets(plan: Sequence[Planned], batches: Sequence[Sequence[MicroBatch
 
 
 def accumulate(
-    engine: Engine, plan: Sequence[Planned], batches: Sequence[Sequence[MicroBatch]], num_targets: float
-) -> list[tuple[SubNet, Tensor, int]]:
+    engine: Engine,
+    plan: Sequence[Planned],
+    batches: Sequence[Sequence[MicroBatch]],
+    num_targets: float,
+    teaching: Teaching,
+) -> list[PassLoss]:
     """Runs a step's passes and accumulates the gradient of the mean loss over the targets of all ranks.
 
-    Returns the sub-network, the loss in nats, summed over targets, and the number of targets of each pass that trains.
+    Returns the losses of each pass that trains.
     """
-    losses = []
+    losses, rows, lesson = [], None, None
     for each, batch in passes_of(plan, batches):
-        nll = engine.forward(batch.inputs, each)
-        if each.has_gradient:
-            engine.backward(nll / num_targets)
-            losses.append((each.subnet, nll.detach(), batch.num_targets))
+        if batch is not rows:
+            rows, lesson = batch, teaching.before(batch.inputs)
+        outcome = engine.forward(batch.inputs, each, teaching.for_pass(each, lesson))
+        if outcome.loss is not None:
+            engine.backward(outcome.loss / num_targets)
+            losses.append(PassLoss(each, outcome.nll, batch.num_targets, outcome.parts))
+        lesson = teaching.after(each, outcome, lesson)
     return losses
 
 
 def check_finite(
-    step: int, losses: Sequence[tuple[SubNet, Tensor, int]], norm: float, checkpoints: Checkpoints, ranks: Ranks
+    step: int,
+    losses: Sequence[PassLoss],
+    norm: float,
+    checkpoints: Checkpoints,
+    skipped: Sequence[int],
+    ranks: Ranks,
 ) -> None:
     """Raises: AgreedError, on all ranks, when the gradient is not finite. It names a sub-network whose loss is not.
 
@@ -135,12 +149,15 @@ def check_finite(
     """
     if math.isfinite(norm):
         return
-    bad = [(subnet, float(nll)) for subnet, nll, _ in losses if not math.isfinite(float(nll))]
+    bad = [(each.run.subnet, float(each.nll)) for each in losses if not math.isfinite(float(each.nll))]
     found = ranks.gather(f"the loss of {bad[0][0]} is {bad[0][1]}" if bad else "")
     what = next(filter(None, found), "the gradient is not finite")
     with suppress(AgreedError):
         checkpoints.finish()
-    raise AgreedError(f"step {step}: {what} (gradient norm {norm}). Nothing was saved. {checkpoints.last_good()}")
+    raise AgreedError(
+        f"step {step}: {what} (gradient norm {norm}). Nothing was saved. {checkpoints.last_good()} To go on from there "
+        f"without this step, set train.skip_steps = {[*skipped, step]}."
+    )
 
 
 # One rank
@@ -153,9 +170,7 @@ def shared_data(run: Run, task: Task, ranks: Ranks) -> Prepared:
 
     Raises: AgreedError when it is not prepared.
     """
-    with ranks.fail_together():
-        found = task.find_prepared(run) if ranks.is_first else None
-    folder = ranks.gather(str(found.folder) if found else "")[0]
+    folder = ranks.ask_first(lambda: str(task.find_prepared(run).folder))
     with ranks.fail_together():
         return task.open_prepared(Path(folder))
 
@@ -173,8 +188,14 @@ def main(arguments: Sequence[str]) -> int:
                 run = load_run(Path(arguments[0]), arguments[1:])
                 task, facts = task_of(run.task), facts_to_compare(run)
             ranks.require_same_facts(facts)
+            # One rank of each host asks the hub, before the watchdog starts, because a download may take long.
             with ranks.fail_together():
-                source_of(run)  # a download may take longer than the watchdog waits
+                if ranks.local_rank == 0:
+                    source_of(run)
+                    teacher_source(run)
+            with ranks.fail_together():
+                source_of(run, asks_hub=False)
+                teacher_source(run, asks_hub=False)
                 claimed = claim(run.run_dir) if ranks.is_first else nullcontext()
                 remove_stale_locks(prints=ranks.local_rank == 0)
             with claimed, Watchdog(run.train.hang_minutes, run.run_dir, ranks.rank) as watchdog:

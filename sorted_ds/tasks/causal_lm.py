@@ -6,35 +6,36 @@ prepared tokens, and the tokenizer beside an exported model.
 """
 
 import math
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import NO_TARGET, Batch, MicroBatch
 from sorted_ds.data.rows import PackedRows
-from sorted_ds.data.text.content_key import TOKENIZER_FILES
 from sorted_ds.data.text.prepare import TRAIN_A_TOKENIZER, DataSpec, find_prepared, prepare
 from sorted_ds.data.text.sources import find_files
 from sorted_ds.data.text.tokenizer import (
     Vocabulary,
+    adds_bos,
+    leads_with_bos,
     load_tokenizer,
+    read_tokenizer,
     save_tokenizer,
     trained_vocabulary,
     vocabulary_of,
 )
 from sorted_ds.data.text.tokens import TokenizedText, open_tokens
 from sorted_ds.nested.family import Family
-from sorted_ds.tasks.losses import LossHead, attach_loss_head
+from sorted_ds.tasks.losses import Parts, Teacher, Terms, attach_loss_head
 from sorted_ds.tasks.task import LOSS, Baseline, Metric, Report, Sums, Totals, mean_of
 
-COPIED_FILES = (*TOKENIZER_FILES, "chat_template.jinja")
 PROBE_TOKENS = 64
 PROBE_RANDOM_ROWS = 3
 PROBE_TEXT = (
@@ -42,7 +43,20 @@ PROBE_TEXT = (
     "def add(left, right):\n    return left + right  # as expected\n"
     "Numbers 0123456789, (brackets) [and] {braces}; naïve café, λ → 東京.\n"
 ) * 8
+USAGE = """\
+from transformers import {auto_class}, {tokenizer_class}
+
+folder = {name!r}
+tokenizer = {tokenizer_class}.from_pretrained(folder)
+model = {auto_class}.from_pretrained(folder)
+inputs = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
+NOT_AUTOMATIC = "# AutoTokenizer would read the tokenizer as that of the model's family, and give other ids."
 ACCURACY = "accuracy"
+LARGEST_VALIDATION_SHARE = 0.5
+"""With a larger share of the tokens for validation the user is warned."""
+SHOWN_KEYS = 5
+"""Number of unread keys that are shown to the user."""
 LARGEST_EXPONENT = 700.0
 """exp of a larger number is not a double precision number."""
 
@@ -60,6 +74,7 @@ class CausalLM:
         Metric("perplexity", "perplexity", _perplexity, "{:.2f}".format),
         Metric(ACCURACY, "accuracy", mean_of(ACCURACY), "{:.1%}".format),
     )
+    pipeline_tag = "text-generation"
 
     # Data
 
@@ -77,9 +92,14 @@ class CausalLM:
 
     def check_data(self, run: Any) -> None:
         find_files(run.data.text, run.data.jsonl, run.data.suffixes)
+        if run.data.tokenizer != TRAIN_A_TOKENIZER:
+            leads_with_bos(load_tokenizer(run.data.tokenizer), run.data.bos)
 
     def describe(self, data: TokenizedText) -> dict[str, Any]:
+        counts = {} if data.counts is None else asdict(data.counts)
         return {
+            **counts,
+            "left_out": dict(data.left_out),
             "tokens_dir": str(data.folder),
             "tokenizer_dir": str(data.tokenizer_dir),
             "vocab_size": data.vocab_size,
@@ -91,6 +111,37 @@ class CausalLM:
     def summary(self, data: TokenizedText) -> str:
         train, validation = len(data.train), len(data.validation)
         return f"{train:,} training and {validation:,} validation tokens, vocabulary {data.vocab_size:,}"
+
+    def notes(self, data: TokenizedText) -> list[str]:
+        lines = []
+        if data.counts is not None:
+            (train, validation), (train_bytes, validation_bytes) = data.counts.documents, data.counts.bytes
+            lines.append(
+                f"{data.counts.files:,} files: {train:,} documents ({train_bytes:,} bytes) for training, "
+                f"{validation:,} ({validation_bytes:,} bytes) for validation"
+            )
+            if data.counts.blank:
+                were = "document is blank and is" if data.counts.blank == 1 else "documents are blank and are"
+                lines.append(f"{data.counts.blank:,} {were} left out")
+            if data.counts.unread_keys:
+                keys = _most_frequent(data.counts.unread_keys, data.counts.further_keys > 0)
+                lines.append(f"keys of JSONL lines that are not read: {keys}")
+        beginning = "begins with its beginning-of-text token and " if data.begins_with_bos else ""
+        lines.append(f"each document {beginning}ends with the end-of-text token")
+        if data.begins_with_bos != adds_bos(load_tokenizer(str(data.tokenizer_dir))):
+            lines.append(
+                f"warning: data.bos is {str(data.begins_with_bos).lower()}, but the tokenizer itself does the opposite "
+                "when it is called. Keep to data.bos when you use the trained model."
+            )
+        if data.left_out:
+            lines.append(f"files that are not read: {_counted(data.left_out)}")
+        share = len(data.validation) / (len(data.train) + len(data.validation))
+        if share > LARGEST_VALIDATION_SHARE:
+            lines.append(
+                f"warning: {share:.2%} of the tokens are for validation, because validation takes whole documents. Cut "
+                "long documents into several, or set another seed."
+            )
+        return lines
 
     def baseline(self, data: TokenizedText) -> Baseline:
         return Baseline("unigram model", data.unigram_nats)
@@ -132,38 +183,82 @@ class CausalLM:
         if size > config.vocab_size:
             raise UserError(
                 f"data.tokenizer = {run.data.tokenizer!r} has {size} tokens, but the vocabulary of {run.model.init} "
-                f"has {config.vocab_size}. Remove data.tokenizer to use the checkpoint's own tokenizer."
+                f"has {config.vocab_size}. {_tokenizer_advice(run)}"
             )
         longest = getattr(config, "max_position_embeddings", run.batch.row_tokens)
         if run.batch.row_tokens > longest:
             raise UserError(
                 f"batch.row_tokens = {run.batch.row_tokens}, but the model's max_position_embeddings is {longest}. "
-                f"Raise max_position_embeddings in model.config, or set batch.row_tokens to {longest} or less."
+                f"Set batch.row_tokens to {longest} or less{', or raise the other' if run.model.config else ''}."
             )
+
+    def check_teacher(self, run: Any, source: Path) -> None:
+        if run.data.tokenizer == TRAIN_A_TOKENIZER:
+            raise UserError(
+                f"loss.teacher = {run.loss.teacher!r} has a tokenizer of its own, but data.tokenizer = "
+                f"{TRAIN_A_TOKENIZER!r}. Set data.tokenizer = {str(run.loss.teacher)!r}."
+            )
+        own, other = (load_tokenizer(name).get_vocab() for name in (run.data.tokenizer, str(source)))
+        if own != other:
+            raise UserError(
+                f"loss.teacher = {run.loss.teacher!r} has another tokenizer than data.tokenizer = "
+                f"{run.data.tokenizer!r}, so it predicts other tokens. Name a teacher with the same tokenizer."
+            )
+
+    def warnings(self, run: Any, config: PreTrainedConfig, generation: GenerationConfig | None) -> list[str]:
+        ends = getattr(generation, "eos_token_id", None)
+        ends = config.eos_token_id if ends is None else ends
+        own = vocabulary_of_run(run).eos_id
+        if ends is None or own in (ends if isinstance(ends, list) else [ends]):
+            return []
+        return [
+            f"each document ends with token {own}, the tokenizer's end-of-text token, but the model's configs say "
+            f"{ends}, so a trained model may not stop. Correct eos_token_id in config.json and generation_config.json."
+        ]
 
     def attach(self, model: PreTrainedModel, family: Family) -> None:
         attach_loss_head(model, family)
 
-    def sums(self, model: PreTrainedModel, family: Family, batch: Batch, with_metrics: bool) -> Sums:
+    def states(self, model: PreTrainedModel, family: Family, batch: Batch) -> Tensor:
+        """Shapes: input_ids [B, T] -> [E * B, T, H], where E counts the exits of the pass (nested/exits.py)."""
+        return family.hidden_states(model.get_submodule(family.body), batch)
+
+    def sums(self, model: PreTrainedModel, family: Family, states: Tensor, batch: Batch, with_metrics: bool) -> Sums:
         """Units: nats, and correctly predicted tokens, both summed over targets."""
         head, labels = model.get_submodule(family.head), batch["labels"]
-        assert isinstance(head, LossHead)
-        hidden = family.hidden_states(model.get_submodule(family.body), batch)
         num_targets = (labels != NO_TARGET).sum()
         if not with_metrics:
-            return {LOSS: (head(hidden, labels), num_targets)}
-        nll, num_correct = head(hidden, labels, count_correct=True)
+            return {LOSS: (head(states, labels), num_targets)}
+        nll, num_correct = head(states, labels, count_correct=True)
         return {LOSS: (nll, num_targets), ACCURACY: (num_correct, num_targets)}
 
+    def weighted_loss(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        states: Tensor,
+        batch: Batch,
+        terms: Terms,
+        teacher: Teacher | None,
+    ) -> tuple[Tensor, Parts]:
+        """Units: nats, summed over targets."""
+        return model.get_submodule(family.head)(states, batch["labels"], terms=terms, teacher=teacher)
+
     # Export
+
+    def usage(self, folder: Path, name: str, auto_class: str) -> str:
+        own = _tokenizer_of(folder)
+        automatic = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        is_right = own(PROBE_TEXT).input_ids == automatic(PROBE_TEXT).input_ids
+        tokenizer_class = "AutoTokenizer" if is_right else "PreTrainedTokenizerFast"
+        code = USAGE.format(name=name, auto_class=auto_class, tokenizer_class=tokenizer_class)
+        return code if is_right else f"{NOT_AUTOMATIC}\n{code}"
 
     def write_processor(self, data: TokenizedText, folder: Path) -> None:
         save_tokenizer(load_tokenizer(str(data.tokenizer_dir)), folder)
 
     def copy_processor(self, source: Path, folder: Path) -> None:
-        for file in COPIED_FILES:
-            if (source / file).is_file():
-                shutil.copyfile(source / file, folder / file)
+        save_tokenizer(_tokenizer_of(source), folder)
 
     def probe(self, folder: Path, config: PreTrainedConfig) -> Batch:
         """Returns a row of a fixed text, and rows of random ids of the whole vocabulary. Shape [B, T]."""
@@ -185,6 +280,28 @@ class CausalLM:
         return model(**batch, use_cache=False).logits
 
 
+def _counted(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{what} ({number:,})" for what, number in sorted(numbers.items()))
+
+
+def _most_frequent(numbers: Mapping[str, int], has_further: bool) -> str:
+    """Returns the `SHOWN_KEYS` most frequent with their numbers, and how many more there are, or "over" so many."""
+    ranked = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{what} ({number:,})" for what, number in ranked[:SHOWN_KEYS])
+    more = len(ranked) - SHOWN_KEYS
+    return f"{shown}, and {'over ' * has_further}{more:,} more" if more > 0 else shown
+
+
+def _tokenizer_advice(run: Any) -> str:
+    """Returns which of tokenizer and model to correct, if the tokenizer has more tokens than the model."""
+    if run.data.tokenizer == run.model.init:
+        return (
+            "Its own tokenizer does not belong to its weights: set data.tokenizer to the right one, or add rows to the "
+            "embedding with transformers' resize_token_embeddings."
+        )
+    return "Remove data.tokenizer to use the checkpoint's own tokenizer."
+
+
 def data_spec(run: Any) -> DataSpec:
     """Returns the settings that the prepared tokens depend on."""
     data = run.data
@@ -196,6 +313,7 @@ def data_spec(run: Any) -> DataSpec:
         vocab_size=data.vocab_size,
         validation_fraction=data.validation_fraction,
         seed=run.seed,
+        bos=data.bos,
     )
 
 
@@ -209,7 +327,7 @@ def vocabulary_of_run(run: Any) -> Vocabulary:
 def _tokenizer_of(folder: Path):
     """Returns the folder's tokenizer. Raises: UserError when transformers cannot read one there."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return read_tokenizer(str(folder))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder} has no tokenizer ({reason}). Put the tokenizer's files there.") from error

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from sorted_ds.data.loader import Batch, MicroBatch, Rows
 from sorted_ds.nested.family import Family
+from sorted_ds.space.passes import Mode
+from sorted_ds.tasks.losses import Parts, Teacher, Terms
 
 LOSS = "loss"
 """The name of the sum that training minimizes, in nats, and of the metric that is its mean."""
@@ -67,6 +69,10 @@ class Task(Protocol):
     def metrics(self) -> tuple[Metric, ...]:
         """The metrics that are shown. The first one is the loss."""
 
+    @property
+    def pipeline_tag(self) -> str:
+        """Hugging Face's name of what an exported model is used for, such as `text-generation`."""
+
     # Data
 
     def prepare(self, run: Any, report: Report) -> Prepared:
@@ -87,6 +93,9 @@ class Task(Protocol):
     def summary(self, data: Any) -> str:
         """Returns a few words about what the data holds."""
 
+    def notes(self, data: Any) -> list[str]:
+        """Returns lines about what was read, what was left out, and what the user should be warned of."""
+
     def baseline(self, data: Any) -> Baseline | None:
         """Returns the loss of a trivial model of this data, or None."""
 
@@ -104,13 +113,48 @@ class Task(Protocol):
     def check_config(self, run: Any, config: PreTrainedConfig) -> None:
         """Checks that the model can be trained on the data. Raises: UserError when it cannot."""
 
+    def check_teacher(self, run: Any, source: Path) -> None:
+        """Checks that another model can teach on the run's data. Raises: UserError when it cannot.
+
+        `source`: the Hugging Face directory of the teacher.
+        """
+
+    def warnings(self, run: Any, config: PreTrainedConfig, generation: GenerationConfig | None) -> list[str]:
+        """Returns what does not fit together of the model and the data, although it can be trained.
+
+        `generation`: the generation config of the checkpoint that training begins with, if it has one.
+        """
+
     def attach(self, model: PreTrainedModel, family: Family) -> None:
         """Adds to the model's head what the loss needs, in place. Names and weights stay as they are."""
 
-    def sums(self, model: PreTrainedModel, family: Family, batch: Batch, with_metrics: bool) -> Sums:
-        """Returns the sums of a batch for the model's current sub-network; only the loss unless `with_metrics`."""
+    def states(self, model: PreTrainedModel, family: Family, batch: Batch) -> Tensor:
+        """Returns what the model's current sub-network gives to its head. A teacher hands this to its students.
+
+        The first dimension counts rows. For a pass with exits it has the rows of each exit, the shallowest first.
+        """
+
+    def sums(self, model: PreTrainedModel, family: Family, states: Tensor, batch: Batch, with_metrics: bool) -> Sums:
+        """Returns the sums of a batch for the states of its pass; only the loss unless `with_metrics`."""
+
+    def weighted_loss(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        states: Tensor,
+        batch: Batch,
+        terms: Terms,
+        teacher: Teacher | None,
+    ) -> tuple[Tensor, Parts]:
+        """Returns the weighted loss of a pass with exits, a teacher or both, and its parts, summed over targets."""
 
     # Export
+
+    def usage(self, folder: Path, name: str, auto_class: str) -> str:
+        """Returns Python code that loads the exported model and uses it, for the model card.
+
+        `folder`: where the model was written; `name`: the name that the folder will get.
+        """
 
     def write_processor(self, data: Any, folder: Path) -> None:
         """Writes the tokenizer or image processor, which turns a user's input into a batch, beside the model."""
@@ -128,18 +172,50 @@ class Task(Protocol):
         """Returns the logits of a nested or plain model for a probe."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a pass that trains or teaches."""
+
+    loss: Tensor | None
+    """The loss with a gradient, in nats, summed over targets. A teacher has none."""
+    states: Tensor | None = None
+    """What the head got, without a gradient, for students on the same rows. Only with a teacher or exits."""
+    parts: Parts | None = None
+    """The parts of a weighted loss."""
+
+    @property
+    def nll(self) -> Tensor:
+        """The loss of the labels at the pass's own end, in nats, summed over targets, without a gradient."""
+        assert self.loss is not None
+        return self.loss.detach() if self.parts is None else self.parts.nll[-1]
+
+
 class SummedLoss(nn.Module):
     """A model that returns its summed loss, as the engine trains it. Names of parameters start with `model.`."""
 
-    def __init__(self, model: PreTrainedModel, task: Task, family: Family):
+    def __init__(self, model: PreTrainedModel, task: Task, family: Family, terms: Terms | None = None):
+        """With `terms` the loss is weighted."""
         super().__init__()
         task.attach(model, family)
-        self.model, self.task, self.family = model, task, family
+        self.model, self.task, self.family, self.terms = model, task, family, terms
 
-    def forward(self, with_metrics: bool = False, **batch: Tensor) -> Tensor | Sums:
-        """Returns the summed loss of a micro-batch for the current sub-network, or all sums with their counts."""
-        sums = self.task.sums(self.model, self.family, batch, with_metrics)
-        return sums if with_metrics else sums[LOSS][0]
+    def forward(
+        self, mode: Mode = "train", teacher: Teacher | None = None, **batch: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor, Parts] | Sums:
+        """Returns what the mode asks for, for the current sub-network.
+
+        `train`: the summed loss; with `terms` also the states of the pass's own end, without a gradient, and the parts
+        of the loss. `teach`: the states. `evaluate`: all sums with their counts.
+        """
+        states = self.task.states(self.model, self.family, batch)
+        if mode == "teach":
+            return states
+        if mode == "evaluate" or self.terms is None:
+            sums = self.task.sums(self.model, self.family, states, batch, with_metrics=mode == "evaluate")
+            return sums if mode == "evaluate" else sums[LOSS][0]
+        loss, parts = self.task.weighted_loss(self.model, self.family, states, batch, self.terms, teacher)
+        num_rows = len(next(iter(batch.values())))
+        return loss, states.detach()[-num_rows:], parts
 
 
 def mean_of(name: str) -> Callable[[Totals], float]:

@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 
 from sorted_ds.commands.cli import main
+from sorted_ds.deploy.evaluate import load_nested
+from sorted_ds.nested import extract
 from tests.launched import run_dir, train_by_command
 from tests.runs import run_file
+from tests.trained import add_code
 
 ODD = 'it\'s "a" $(touch pwned) `touch pwned` b;c&d'
 SECRET = "hf_ThisMustNotBeSeen"
@@ -22,6 +25,18 @@ def test_a_run_works_in_an_oddly_named_folder_and_writes_no_secret(tmp_path):
     files = [path for path in run_dir(run).rglob("*") if path.is_file()]
     assert len(files) > 10
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_code_in_a_trained_models_directory_never_runs(whole, tmp_path, monkeypatch):
+    """transformers asks whether to run it where nothing is said; here the answer would be yes."""
+    run = Path(shutil.copytree(run_dir(whole), tmp_path / "run"))
+    ran = add_code(run / "model")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert main(["eval", str(run)]) == 0
+    assert main(["select", str(run), "--max-params", "1G"]) == 0
+    assert main(["export", str(run), "--subnet", "d1-g1-f32", "--out", str(tmp_path / "small")]) == 0
+    assert extract(load_nested(run), "d1-g2-f32").config.num_hidden_layers == 1
+    assert not ran.exists()
 
 
 def test_files_follow_the_umask(whole, tmp_path):

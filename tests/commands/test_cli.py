@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from sorted_ds.cluster.launcher import launch
+from sorted_ds.base.errors import UserError
+from sorted_ds.cluster.launcher import launch, launch_environment
 from sorted_ds.commands.cli import main
 from sorted_ds.deploy.model_dir import ModelDir
 from tests.launched import hears_all
 from tests.runs import run_file
 from tests.trained import made_up_table, measured_run, trained_run
 
-COMMANDS = ["plan", "prepare", "train", "launch", "eval", "select", "export"]
+COMMANDS = ["plan", "prepare", "sort", "train", "launch", "eval", "select", "export"]
 ROOT = Path(__file__).parents[2]
 
 
@@ -193,9 +195,9 @@ TERM, INT, USR1, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIG
     ("sent", "got"),
     [
         ([TERM], ["SIGTERM"]),
-        ([INT], ["SIGINT"]),
-        ([INT, INT], ["SIGINT", "SIGINT"]),  # at once: one key, passed on by two
-        ([USR1, TERM], ["SIGUSR1", "SIGTERM"]),  # as Slurm does at a time limit
+        pytest.param([INT], ["SIGINT"], marks=pytest.mark.long),
+        pytest.param([INT, INT], ["SIGINT", "SIGINT"], marks=pytest.mark.long),  # at once: one key, passed on by two
+        pytest.param([USR1, TERM], ["SIGUSR1", "SIGTERM"], marks=pytest.mark.long),  # as Slurm does at a time limit
         ([HUP, HUP], ["SIGINT", "SIGINT"]),  # as a terminal that is closed does
     ],
 )
@@ -225,3 +227,11 @@ def _left_after(rank_module, sent, seconds, *before):
         time.sleep(seconds)
     left, _ = process.communicate(timeout=60)
     return process.returncode, sorted(left.splitlines())
+
+
+def test_more_ranks_than_gpus_are_refused_with_what_works(monkeypatch):
+    monkeypatch.setattr("sorted_ds.cluster.launcher.num_devices", lambda: 2)
+    with pytest.raises(UserError, match=r"this machine shows 2 GPUs\. Set --ranks to (\d) or less,") as refused:
+        launch_environment(3)
+    works = int(re.search(r"--ranks to (\d)", str(refused.value))[1])
+    assert launch_environment(works)[0]["CUDA_VISIBLE_DEVICES"] == "0,1"

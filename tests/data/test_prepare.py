@@ -13,19 +13,23 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.text.content_key import HASHES_FILE
 from sorted_ds.data.text.encode import BATCH_CHARACTERS
 from sorted_ds.data.text.prepare import DataSpec, find_prepared, open_tokens, prepare
+from sorted_ds.data.text.sources import MOST_KEYS
+from sorted_ds.data.text.split import hash_position
 from sorted_ds.data.text.tokens import TokenizedText
+from sorted_ds.tasks.causal_lm import CausalLM
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,11 +74,14 @@ def contents_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def word_tokenizer(folder: Path, words: int, end: str = "</s>") -> str:
+def word_tokenizer(folder: Path, words: int, end: str = "</s>", bos: str | None = None, adds_bos: bool = False) -> str:
+    """Writes a tokenizer whose ids are the numbers of its words: w2 is 2. `bos` names the word that begins a text."""
     vocabulary = {end: 0, "<unk>": 1, **{f"w{k}": k for k in range(2, words)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(folder)
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=bos).save_pretrained(folder)
     return str(folder)
 
 
@@ -116,6 +123,43 @@ def test_each_side_has_a_document_for_any_fraction(tmp_path, fraction):
     assert len(documents_in(tokens.train, tokens)) == len(documents_in(tokens.validation, tokens)) == 1
 
 
+@pytest.mark.parametrize(
+    ("adds_bos", "bos", "expected"),
+    [(False, None, []), (True, None, [7]), (False, True, [7]), (True, False, []), (True, True, [7])],
+)
+def test_the_beginning_of_text_token_leads_each_document_by_habit_or_by_the_setting(tmp_path, adds_bos, bos, expected):
+    texts = [f"w{k} w9" for k in range(10, 19)]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = word_tokenizer(tmp_path / "words", 20, bos="w7", adds_bos=adds_bos)
+    tokens = prepare(DataSpec((), (path,), (), tokenizer, 0, 0.3, 1, bos), tmp_path / "cache", 1)
+    for is_validation, ids in ((False, tokens.train), (True, tokens.validation)):
+        numbers = [k for k, text in enumerate(texts, 10) if is_validation == is_validation_text(text)]
+        assert ids.tolist() == [i for k in numbers for i in [*expected, k, 9, 0]]
+    notes = "\n".join(CausalLM().notes(tokens))
+    assert f"each document {'begins with its beginning-of-text token and ' if expected else ''}ends with" in notes
+    assert ("does the opposite" in notes) == (bos is not None and bos != adds_bos)
+
+
+def is_validation_text(text: str) -> bool:
+    return is_validation(text, 1, 0.3)
+
+
+def test_a_tokenizer_that_is_trained_adds_the_beginning_of_text_token_if_the_documents_have_it(tmp_path):
+    spec = corpus(tmp_path)
+    plain, leading = (prepare(replace(spec, bos=bos), tmp_path / "cache", 1) for bos in (None, True))
+    assert leading.train.tolist()[:2] == [1, plain.train[0]]
+    assert len(leading.train) == len(plain.train) + (plain.train == 2).sum()
+    ids = [AutoTokenizer.from_pretrained(tokens.tokenizer_dir)("def").input_ids for tokens in (plain, leading)]
+    assert ids[1] == [1, *ids[0]]
+
+
+def test_a_tokenizer_without_a_beginning_of_text_token_is_refused(tmp_path):
+    spec = replace(corpus(tmp_path), tokenizer=word_tokenizer(tmp_path / "words", 20), bos=True)
+    with pytest.raises(UserError, match=r"data\.bos = true, but the tokenizer has no beginning-of-text token"):
+        prepare(spec, tmp_path / "cache", 1)
+
+
 def test_the_tokenizer_is_trained_on_training_documents_only(tmp_path):
     texts = [text_of(number) for number in range(30)]
     number = next(number for number, text in enumerate(texts) if is_validation(text, 17, 0.2))
@@ -144,6 +188,178 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path):
     assert alone.key == two.key
     assert reports == sorted(reports)
     assert reports[-1][0] == reports[-1][1]
+
+
+def test_a_long_document_between_short_ones_has_the_same_bytes_for_any_number_of_workers(tmp_path):
+    long = "".join(f"w{k % 17 + 2}".ljust(16) for k in range(BATCH_CHARACTERS // 8 + 999))
+    assert len(long) > 2 * BATCH_CHARACTERS
+    texts = ["w3 w4", long, "w5", "w6 w7", "w8"]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = word_tokenizer(tmp_path / "words", 20, bos="w19")
+    spec = DataSpec((), (tmp_path / "lines.jsonl",), (), tokenizer, 0, 0.3, 2, bos=True)
+    reports: list[tuple[int, int]] = []
+    alone = prepare(spec, tmp_path / "one", 1, lambda done, total: reports.append((done, total)))
+    assert contents_of(alone.folder) == contents_of(prepare(spec, tmp_path / "two", 2).folder)
+    for side, ids in ((False, alone.train), (True, alone.validation)):
+        taken = [text for text in texts if is_validation(text, 2, 0.3) == side]
+        expected = [i for text in taken for i in [19, *(int(word[1:]) for word in text.split()), 0]]
+        assert taken
+        assert np.array_equal(ids, expected)
+    assert reports == sorted(reports)
+    assert reports[-1] == (sum(map(len, texts)), sum(map(len, texts)))
+    assert max(after - before for (before, _), (after, _) in pairwise(reports)) <= BATCH_CHARACTERS
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from sorted_ds.data.text.prepare import DataSpec, prepare
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    prepare(DataSpec((folder / "text",), (), (".txt",), str(folder / "words"), 0, 0.2, 17), folder / "cache", 1)
+    print(sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+"""
+
+
+def peak_bytes(folder: Path, size: int) -> int:
+    """Returns the peak memory of a process that prepares one long and one short document.
+
+    One thread encodes, because several would leave different amounts of free memory behind.
+    """
+    (folder / "text").mkdir(parents=True)
+    (folder / "text" / "a.txt").write_text("w2")
+    (folder / "text" / "b.txt").write_text((f"w2{'w3':>14}" * (size // 16 + 1))[:size])
+    word_tokenizer(folder / "words", 20)
+    command = [sys.executable, "-c", MEASURED, str(folder)]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, text=True, capture_output=True, check=True, cwd=ROOT, env=environment)
+    return 1024 * int(done.stdout)
+
+
+@pytest.mark.long
+def test_the_memory_does_not_grow_with_a_document_except_by_its_text(tmp_path):
+    """Measured: 364 and 412 MiB, so 1.7 bytes for each byte of text, which is in memory twice while it is read."""
+    small, large = 2**22, 2**25
+    peaks = [peak_bytes(tmp_path / str(size), size) for size in (small, large)]
+    assert peaks[1] - peaks[0] < 3 * (large - small) + 2**24
+
+
+def test_a_tokenizer_with_dropout_gives_the_tokens_of_one_without(tmp_path):
+    folder = tmp_path / "bpe"
+    prepared_by = prepare(corpus(tmp_path), tmp_path / "cache", 1)
+    shutil.copytree(prepared_by.tokenizer_dir, folder)
+    spec = replace(prepared_spec(tmp_path), tokenizer=str(folder))
+    plain = prepare(spec, tmp_path / "cache", 1)
+    file = folder / "tokenizer.json"
+    contents = json.loads(file.read_text())
+    assert contents["model"]["dropout"] is None
+    contents["model"]["dropout"] = 0.3
+    file.write_text(json.dumps(contents))
+    once, twice = (prepare(spec, tmp_path / name, workers) for name, workers in (("once", 1), ("twice", 2)))
+    for name in ("train.bin", "validation.bin"):
+        expected = (plain.folder / name).read_bytes()
+        assert (once.folder / name).read_bytes() == (twice.folder / name).read_bytes() == expected
+    assert once.key != plain.key
+
+
+def prepared_spec(folder: Path) -> DataSpec:
+    return DataSpec((folder / "text",), (), (".txt",), "train", 300, 0.2, 17)
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path):
+    spec = corpus(tmp_path)
+    once = prepare(spec, tmp_path / "cache", 1)
+    (tmp_path / "link.txt").symlink_to("text/01.txt")
+    again = replace(spec, text=(*spec.text, tmp_path / "text" / "00.txt", tmp_path / "link.txt"))
+    twice = prepare(again, tmp_path / "cache", 1)
+    assert twice.key == once.key
+    assert twice.left_out == {"named more than once": 2}
+    assert "files that are not read: named more than once (2)" in CausalLM().notes(twice)
+
+
+def test_blank_documents_are_left_out_and_counted(tmp_path):
+    spec = corpus(tmp_path, 4)
+    for number in range(50):
+        (tmp_path / "text" / f"blank{number}.txt").write_text(" \n" * (number % 3))
+    tokens = prepare(spec, tmp_path / "cache", 1)
+    assert tokens.counts is not None
+    assert (tokens.counts.files, sum(tokens.counts.documents), tokens.counts.blank) == (54, 4, 50)
+    assert "50 documents are blank and are left out" in CausalLM().notes(tokens)
+    assert CausalLM().describe(tokens)["blank"] == 50
+    one = replace(tokens, counts=replace(tokens.counts, blank=1))
+    assert "1 document is blank and is left out" in CausalLM().notes(one)
+
+
+def test_prepared_tokens_of_an_earlier_version_open_without_the_newer_counts(tmp_path):
+    tokens = prepare(corpus(tmp_path, 4), tmp_path / "cache", 1)
+    path = tokens.folder / "meta.json"
+    meta = json.loads(path.read_text())
+    for name in ("blank", "further_keys"):
+        del meta["counts"][name]
+    path.write_text(json.dumps(meta))
+    assert open_tokens(tokens.folder).counts == tokens.counts
+
+
+def test_only_the_most_frequent_unread_keys_are_shown(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps(
+                {"text": f"w{k % 17 + 2}", "id": k, "url": "", f"key{k:05}": 0, "k1": 0, **({"k2": 0} if k else {})}
+            )
+            + "\n"
+            for k in range(20_000)
+        )
+    )
+    spec = DataSpec((), (path,), (), word_tokenizer(tmp_path / "words", 20), 0, 0.3, 1)
+    tokens = prepare(spec, tmp_path / "cache", 1)
+    assert tokens.counts is not None
+    assert len(tokens.counts.unread_keys) == MOST_KEYS
+    assert sum(tokens.counts.unread_keys.values()) + tokens.counts.further_keys == 5 * 20_000 - 1
+    line = next(line for line in CausalLM().notes(tokens) if "keys of JSONL" in line)
+    frequent = "id (20,000), k1 (20,000), url (20,000), k2 (19,999), key00000 (1)"
+    assert line == f"keys of JSONL lines that are not read: {frequent}, and over {MOST_KEYS - 5} more"
+    few = replace(tokens, counts=replace(tokens.counts, unread_keys=dict.fromkeys("abcdefg", 2), further_keys=0))
+    assert any(
+        line.endswith("not read: a (2), b (2), c (2), d (2), e (2), and 2 more") for line in CausalLM().notes(few)
+    )
+    fewer = replace(tokens, counts=replace(tokens.counts, unread_keys={"a": 1, "b": 1_200}, further_keys=0))
+    assert any(line.endswith("not read: b (1,200), a (1)") for line in CausalLM().notes(fewer))
+
+
+def test_the_advice_on_a_long_validation_document_works(tmp_path):
+    """The longest document has the lowest hash of seed 1 here, so no fraction moves it to the other side."""
+    path = tmp_path / "lines.jsonl"
+    texts = [f"w{k}" for k in range(2, 12)]
+    long = min((f"w{k % 18 + 2} " * (500 + k) for k in range(200)), key=lambda text: hash_position(text, 1))
+    assert hash_position(long, 1) < min(hash_position(text, 1) for text in texts)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, long]))
+    spec = DataSpec((), (path,), (), word_tokenizer(tmp_path / "words", 20), 0, 1e-9, 1)
+
+    def warnings(spec: DataSpec) -> list[str]:
+        return [line for line in CausalLM().notes(prepare(spec, tmp_path / "cache", 1)) if line.startswith("warning")]
+
+    (warning,) = warnings(spec)
+    assert warning.endswith(
+        "% of the tokens are for validation, because validation takes whole documents. Cut long documents into "
+        "several, or set another seed."
+    )
+    assert any(warnings(replace(spec, seed=seed)) == [] for seed in (2, 3, 4))
+    pieces = [*texts, *([f"w{k} " * 5 for k in range(2, 20)])]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in pieces))
+    assert warnings(spec) == []
+
+
+def test_a_cache_folder_that_cannot_be_made_is_one_line_with_its_name(tmp_path):
+    spec = corpus(tmp_path, 4)
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    for cache_dir in (file, file / "cache", file / "deep" / "cache"):
+        expected = rf"^data could not be prepared in {cache_dir}: .*, or set another data\.cache_dir\.$"
+        with pytest.raises(UserError, match=expected) as raised:
+            prepare(spec, cache_dir, 1)
+        assert "\n" not in str(raised.value)
+    assert file.read_text() == "no folder"
 
 
 def test_the_unigram_loss_equals_an_independent_count(tmp_path):
@@ -211,6 +427,49 @@ def test_a_tokenizer_directory_enters_the_key_by_its_contents_of(tmp_path):
     assert find_prepared(replace(spec, tokenizer=str(tmp_path / "moved")), tmp_path / "cache").key == first
     word_tokenizer(tmp_path / "words", 11)
     assert prepare(spec, tmp_path / "cache", 1).key != first
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "additional_chat_templates/tool.jinja"])
+def test_a_corrected_chat_template_reaches_the_prepared_tokenizer(tmp_path, file):
+    folder = tmp_path / "words"
+    spec = replace(corpus(tmp_path, 2), tokenizer=word_tokenizer(folder, 10))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "chat_template.jinja").write_text("default")
+    (folder / file).write_text("old")
+    first = prepare(spec, tmp_path / "cache", 1)
+    assert (first.tokenizer_dir / file).read_text() == "old"
+    (folder / file).write_text("new")
+    assert (prepare(spec, tmp_path / "cache", 1).tokenizer_dir / file).read_text() == "new"
+
+
+def test_what_was_read_and_left_out_is_counted_for_each_side(tmp_path):
+    spec = corpus(tmp_path, 10)
+    (tmp_path / "text" / "notes.md").write_text("left out")
+    (tmp_path / "more.jsonl").write_text('{"text": "a b c", "id": 1}\n' * 2)
+    spec = replace(spec, jsonl=(tmp_path / "more.jsonl",))
+    tokens = prepare(spec, tmp_path / "cache", 1)
+    counts = tokens.counts
+    texts = [*(path.read_text() for path in sorted((tmp_path / "text").glob("*.txt"))), "a b c", "a b c"]
+    sides = [
+        [text for text in texts if is_validation(text, spec.seed, spec.validation_fraction) == side] for side in (0, 1)
+    ]
+    assert counts is not None
+    assert counts.files == 11
+    assert counts.documents == tuple(len(side) for side in sides)
+    assert counts.bytes == tuple(sum(len(text.encode()) for text in side) for side in sides)
+    assert counts.unread_keys == {"id": 2}
+    assert tokens.left_out == {"ending in .md": 1}
+    assert find_prepared(spec, tmp_path / "cache").counts == counts
+
+
+def test_a_byte_order_mark_gives_the_tokens_of_the_text_without_it_and_another_key(tmp_path):
+    spec = corpus(tmp_path)
+    plain = prepare(spec, tmp_path / "cache", 1)
+    path = tmp_path / "text" / "04.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked = prepare(spec, tmp_path / "cache", 1)
+    assert marked.key != plain.key
+    assert np.array_equal(marked.train, plain.train)
 
 
 def change_within_the_same_time(path: Path) -> None:

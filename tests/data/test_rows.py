@@ -16,6 +16,8 @@ NUM_ROWS = 23
 TOKENS = np.arange(100, 100 + NUM_ROWS * ROW_TOKENS + 3, dtype="<u2")
 """Each id occurs once, so that a row's first id tells which row it is."""
 
+NUM_SHARES = 3
+
 
 def packed() -> PackedRows:
     return PackedRows(TOKENS, ROW_TOKENS)
@@ -26,7 +28,7 @@ def collate(rows, size: int) -> MicroBatch:
 
 
 def loader(rank: int = 0, world_size: int = 1, **changes) -> Loader:
-    settings = {"seed": 17, "step_rows": 12, "num_shares": 3, "micro_batch_rows": 2, **changes}
+    settings = {"seed": 17, "step_rows": 12, "micro_batch_rows": 2, **changes}
     return Loader(packed(), collate, rank=rank, world_size=world_size, **settings)
 
 
@@ -101,8 +103,8 @@ def test_the_rows_of_a_sample_do_not_depend_on_the_number_of_ranks(world_size):
     alone = loader()
     ranks = [loader(rank, world_size) for rank in range(world_size)]
     for step in range(9):
-        per_rank = [one.batches(step) for one in ranks]
-        for sample, expected in enumerate(alone.batches(step)):
+        per_rank = [one.batches(step, NUM_SHARES) for one in ranks]
+        for sample, expected in enumerate(alone.batches(step, NUM_SHARES)):
             union = [row for batches in per_rank for row in rows_in(batches[sample])]
             assert sorted(union) == sorted(rows_in(expected))
 
@@ -112,7 +114,7 @@ def test_every_rank_runs_the_same_number_of_forwards_of_the_same_shape(world_siz
     dealt = deal(12, 3, 2, world_size)
     real = 0
     for rank in range(world_size):
-        shares = loader(rank, world_size).batches(3)
+        shares = loader(rank, world_size).batches(3, NUM_SHARES)
         assert [len(share) for share in shares] == [dealt.forwards] * 3
         for batch in (batch for share in shares for batch in share):
             assert (
@@ -128,7 +130,7 @@ def test_every_rank_runs_the_same_number_of_forwards_of_the_same_shape(world_siz
 
 def test_an_epoch_has_each_row_once_and_each_epoch_has_another_order():
     one = loader(step_rows=6)
-    trained = [row for step in range(23) for sample in one.batches(step) for row in rows_in(sample)]
+    trained = [row for step in range(23) for sample in one.batches(step, NUM_SHARES) for row in rows_in(sample)]
     epochs = [trained[start : start + NUM_ROWS] for start in range(0, 6 * NUM_ROWS, NUM_ROWS)]
     assert all(sorted(epoch) == list(range(NUM_ROWS)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
@@ -137,7 +139,7 @@ def test_an_epoch_has_each_row_once_and_each_epoch_has_another_order():
 
 def test_the_shares_of_a_step_take_consecutive_positions():
     one = loader()
-    assert [rows_in(sample) for sample in one.batches(5)] == [
+    assert [rows_in(sample) for sample in one.batches(5, NUM_SHARES)] == [
         [one.row_at(5 * 12 + sample * 4 + k) for k in range(4)] for sample in range(3)
     ]
 
@@ -145,10 +147,10 @@ def test_the_shares_of_a_step_take_consecutive_positions():
 def test_a_steps_rows_follow_from_seed_and_step_alone():
     used = loader()
     for step in range(8):
-        used.batches(step)
-    again = [rows_in(sample) for sample in loader().batches(7)]
-    assert [rows_in(sample) for sample in used.batches(7)] == again
-    assert [rows_in(sample) for sample in loader(seed=18).batches(7)] != again
+        used.batches(step, NUM_SHARES)
+    again = [rows_in(sample) for sample in loader().batches(7, NUM_SHARES)]
+    assert [rows_in(sample) for sample in used.batches(7, NUM_SHARES)] == again
+    assert [rows_in(sample) for sample in loader(seed=18).batches(7, NUM_SHARES)] != again
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

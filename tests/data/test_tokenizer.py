@@ -7,12 +7,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.data.text import parts as parts_module
+from sorted_ds.data.text.encode import Encoding, encode_part, encode_texts
+from sorted_ds.data.text.parts import Joiner, PartTokens, Span, cut
 from sorted_ds.data.text.tokenizer import (
     TRAINING_CHARACTERS,
     Vocabulary,
@@ -186,12 +190,6 @@ def fast(folder: Path, vocabulary: dict[str, int], **special: str) -> str:
     return str(folder)
 
 
-def damaged(folder: Path) -> str:
-    fast(folder, {"<unk>": 0, "</s>": 1}, eos_token="</s>")
-    (folder / "tokenizer.json").write_text('{"version"')
-    return str(folder)
-
-
 def slow(folder: Path) -> str:
     ByT5Tokenizer().save_pretrained(folder)
     return str(folder)
@@ -201,8 +199,6 @@ def slow(folder: Path) -> str:
     ("make", "reason"),
     [
         (lambda folder: "no/such/one", r"cannot be loaded \(.+\)"),
-        (str, r"cannot be loaded \(.+\)"),
-        (damaged, r"cannot be loaded \(.+\)"),
         (slow, r"has no tokenizer\.json, from which a fast tokenizer is read"),
         (lambda folder: fast(folder, {"<unk>": 0, "a": 1}), r"has no end-of-text token, .*"),
         (lambda folder: fast(folder, {"<unk>": 0, "</s>": 7}, eos_token="</s>"), r"has ids up to 7 for 2 tokens"),
@@ -215,3 +211,127 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_by_name(make, reason, tmp_pa
     ) as raised:
         load_tokenizer(name)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("tokenizer.json", '{"version"', r"Expecting .+"),
+        ("tokenizer.json", "[]", ".+"),
+        ("tokenizer.json", "{}", ".+"),
+        ("tokenizer_config.json", "[]", r"AttributeError: 'list' object has no attribute 'get'"),
+        ("tokenizer_config.json", "{", r"Expecting .+"),
+        ("added_tokens.json", "[1]", r"[A-Z]\w+Error: .+"),
+        (None, "", ".+"),
+    ],
+)
+def test_a_damaged_tokenizer_in_a_directory_is_refused_with_the_advice_to_repair_it(file, content, reason, tmp_path):
+    if file:
+        fast(tmp_path, {"<unk>": 0, "</s>": 1}, eos_token="</s>")
+        (tmp_path / file).write_text(content)
+    with pytest.raises(
+        UserError,
+        match=rf"^data\.tokenizer: '{tmp_path}' cannot be loaded \({reason}\)\. Correct or replace the tokenizer's "
+        r"files in that directory, or name another tokenizer in data\.tokenizer\.$",
+    ) as raised:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def byte_level(texts: list[str]) -> Tokenizer:
+    """As GPT-2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet))
+    return tokenizer
+
+
+def without_words(texts: list[str]) -> Tokenizer:
+    """As llama 2's: a text is not cut into words before its characters are joined."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, max_token_length=16))
+    return tokenizer
+
+
+LONG_TEXTS = {
+    "code": "".join(path.read_text(encoding="utf-8") for path in sorted(Path(json.__file__).parent.glob("*.py"))),
+    "runs": ("a" + " " * 150 + "b\n" * 60 + "é🎉" * 60 + "=" * 150) * 40,
+}
+
+
+def encode_in_parts(tokenizer: Tokenizer, text: str, size: int, bos_id: int | None = None) -> list[int]:
+    """Encodes a text as `write_tokens` does if `size` is `BATCH_CHARACTERS`. The end-of-text token is 9999."""
+    encoding, joiner = Encoding(Path(), bos_id, 9999, "<u2"), Joiner()
+    parts = list(cut(text, False, size))
+    assert "".join(text[part.span.start : part.span.stop] for part in parts) == text
+    return [int(i) for part in parts for i in joiner.add(encode_part(tokenizer, part, encoding))]
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
+@pytest.mark.parametrize("make", [byte_level, without_words])
+def test_a_long_text_in_parts_has_the_tokens_of_the_whole(make, text):
+    tokenizer = make(["".join(LONG_TEXTS.values())[:20_000], *LONG_TEXTS.values()])
+    whole = encode_texts(tokenizer, [text])[0].tolist()
+    for size in (1_000, 7_000, len(text) - 1, len(text)):
+        assert encode_in_parts(tokenizer, text, size) == [*whole, 9999]
+        assert encode_in_parts(tokenizer, text, size, bos_id=0) == [0, *whole, 9999]
+
+
+def test_parts_are_joined_in_their_overlap_and_not_cut(monkeypatch):
+    monkeypatch.setattr(parts_module, "_hard_cut", None)
+    tokenizer = byte_level([LONG_TEXTS["code"]])
+    assert encode_in_parts(tokenizer, LONG_TEXTS["code"], 7_000)
+
+
+def test_a_document_has_its_tokens_whatever_follows_it():
+    """One `Joiner` joins several documents."""
+    tokenizer, joiner = byte_level([LONG_TEXTS["code"]]), Joiner()
+    texts = [LONG_TEXTS["code"][:9_000], LONG_TEXTS["runs"][:9_000], "short"]
+    encoding = Encoding(Path(), None, 9999, "<u2")
+    parts = [part for text in texts for part in cut(text, False, 4_000)]
+    ids = [int(i) for part in parts for i in joiner.add(encode_part(tokenizer, part, encoding))]
+    assert ids == [i for text in encode_texts(tokenizer, texts) for i in [*text.tolist(), 9999]]
+
+
+def words_of(tokens: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, **{f"w{k}": k for k in range(1, tokens)}}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+@pytest.mark.parametrize("before", [0, 700, 1_900])
+def test_parts_that_never_agree_are_cut_at_their_border(before):
+    """An unknown word that is longer than the overlap gives no common token. It stays one here, and nothing is lost."""
+    text = "w1 w2 " * before + "x" * 5_000 + " w3 w4" * 1_000
+    tokenizer = words_of(9)
+    assert encode_in_parts(tokenizer, text, 1_000) == [*[1, 2] * before, 0, *[3, 4] * 1_000, 9999]
+
+
+def test_at_a_hard_cut_tokens_come_from_the_part_in_which_they_start(monkeypatch):
+    monkeypatch.setattr(parts_module, "_joint", lambda left, right: None)
+    text = "".join(f"w{k % 7 + 1} " for k in range(4_000))
+    assert encode_in_parts(words_of(9), text, 1_200) == [*(k % 7 + 1 for k in range(4_000)), 9999]
+
+
+def test_parts_that_disagree_are_joined_where_both_have_a_token_start():
+    left = PartTokens(Span(0, 20, False, False), np.array([1, 2, 3, 4]), np.array([0, 7, 15, 22]))
+    right = PartTokens(Span(20, 40, True, False), np.array([5, 6, 7, 8]), np.array([12, 15, 19, 30]))
+    joiner = Joiner()
+    assert joiner.add(left).tolist() == []
+    assert joiner.add(right).tolist() == [1, 2, 6, 7, 8]
+
+
+def test_texts_and_parts_are_encoded_without_dropout():
+    plain, dropping = (byte_level([LONG_TEXTS["code"]]) for _ in range(2))
+    text = LONG_TEXTS["code"][:9_000]
+    expected = encode_texts(plain, [text])[0].tolist()
+    dropping.model.dropout = 0.3
+    assert dropping.encode(text).ids != expected
+    fast = PreTrainedTokenizerFast(tokenizer_object=dropping)
+    assert encode(fast, [text]) == [expected]
+    assert fast.backend_tokenizer.model.dropout == pytest.approx(0.3), "encode() leaves the tokenizer as it was"
+    assert encode_in_parts(dropping, text, 4_000) == [*expected, 9999]
+    dropping.model.dropout = 0.3
+    assert encode_texts(dropping, [text])[0].tolist() == expected

@@ -5,17 +5,19 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import MicroBatch
-from sorted_ds.deploy.evaluate import choose_spread, forward_of, load_nested, measure
+from sorted_ds.deploy.evaluate import choose_spread, evaluate_directory, forward_of, load_nested, measure
+from sorted_ds.deploy.export import export
 from sorted_ds.nested import costs_of, extract
 from sorted_ds.space import SubNetSpace
 from tests.batches import TASK, batch
 from tests.families import SPACE, SUBNETS, tokens
-from tests.trained import ROW_TOKENS, trained_run
+from tests.trained import ROW_TOKENS, set_keys, trained_run
 
 
 def batches(number: int = 3) -> list[MicroBatch]:
@@ -130,3 +132,64 @@ def test_a_missing_file_is_named(tmp_path, missing, message):
     (run / "model" / missing).unlink()
     with pytest.raises(UserError, match=message):
         load_nested(run)
+
+
+REFUSED_CONFIGS = [
+    ({"model_type": "foo"}, "has model type `foo`"),
+    ({"model_type": "t5"}, "model family 't5' is not known"),
+    ({"model_type": ["llama"]}, "unhashable"),
+    ({"attn_implementation": "flash_attention_2"}, "FlashAttention2"),
+    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "has a quantization_config"),
+    ({"dtype": "foo"}, "no attribute 'foo'"),
+    ({"dtype": "int8"}, "dtype torch.int8 is not a precision of weights"),
+    ({"dtype": {"model": "float32"}}, "is not a precision of weights"),
+    ({"hidden_size": "wide"}, "hidden_size"),
+    ({"num_key_value_heads": 0}, "by zero"),
+    ({"num_hidden_layers": 2}, "the model is d2-g4-f112"),
+    ({"pad_token_id": 9999}, "Padding_idx"),
+    ({"vocab_size": -1}, "negative dimension"),
+]
+
+
+@pytest.mark.parametrize(("keys", "reason"), REFUSED_CONFIGS, ids=str)
+def test_a_config_that_cannot_be_used_is_one_line_that_names_it(tmp_path, keys, reason):
+    run = trained_run(tmp_path / "run")
+    set_keys(run / "model" / "config.json", **keys)
+    check_config_error(run, reason)
+
+
+@pytest.mark.parametrize("text", ["nope", "", "5", "{}", "[]", "[" * 100_000])
+def test_a_config_that_is_no_config_is_one_line_that_names_it(tmp_path, text):
+    run = trained_run(tmp_path / "run")
+    (run / "model" / "config.json").write_text(text)
+    check_config_error(run, "")
+
+
+def check_config_error(run, reason):
+    """Loading, evaluating and exporting the model give one line that names config.json."""
+    out = run / "small"
+    for use in (
+        lambda: load_nested(run),
+        lambda: evaluate_directory(run),
+        lambda: export(run, ["d1-g1-f32"], [out]),
+    ):
+        with pytest.raises(UserError) as raised:
+            use()
+        message = str(raised.value)
+        assert f"{run / 'model' / 'config.json'}" in message
+        assert reason in message
+        assert "\n" not in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, number):
+    run = trained_run(tmp_path / "run")
+    weights = load_file(run / "model" / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 70] = number
+    save_file(weights, run / "model" / "model.safetensors", metadata={"format": "pt"})
+    message = (
+        rf"{run}/model/model.safetensors: model\.layers\.1\.mlp\.down_proj\.weight holds a number that is not finite"
+    )
+    with pytest.raises(UserError, match=message):
+        evaluate_directory(run)

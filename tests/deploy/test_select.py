@@ -8,7 +8,7 @@ import pytest
 from sorted_ds.base.errors import UserError
 from sorted_ds.deploy.model_dir import Measured, ModelDir
 from sorted_ds.deploy.select import parse_amount, reason, select
-from tests.trained import BASELINE, made_up_table, measured_run, trained_run
+from tests.trained import BASELINE, made_up_table, measured_run, set_keys, trained_run
 
 TABLE = made_up_table()
 
@@ -125,6 +125,43 @@ def test_a_sorted_json_of_an_earlier_version_is_read(tmp_path):
     assert len(run.table()) == len(TABLE)
 
 
+@pytest.mark.parametrize(
+    "base",
+    [
+        "mit",
+        [],
+        ["mit"],
+        5,
+        True,
+        {"license": 5},
+        {"license": {"a": "b"}},
+        {"license": ["mit", 5]},
+        {"trained_from": "x"},
+    ],
+    ids=str,
+)
+def test_a_base_of_another_type_is_a_damaged_sorted_json(tmp_path, base):
+    run = ModelDir.find(trained_run(tmp_path))
+    set_keys(run.model / "sorted.json", base=base)
+    with pytest.raises(UserError, match=r"sorted\.json is not a valid sorted\.json \(base"):
+        run.read()
+
+
+@pytest.mark.parametrize(
+    ("stated", "base"),
+    [
+        (None, None),
+        ({}, {"trained_from": "checkpoint"}),
+        ({"license": "mit"}, {"trained_from": "checkpoint", "license": "mit"}),
+    ],
+)
+def test_the_base_that_an_earlier_version_stated_is_read(tmp_path, stated, base):
+    """It wrote null also for a network from scratch, and keys only for a checkpoint."""
+    run = ModelDir.find(trained_run(tmp_path))
+    set_keys(run.model / "sorted.json", base=stated)
+    assert run.read().base == base
+
+
 def test_the_layer_order_survives_the_disk(tmp_path):
     run = ModelDir.find(trained_run(tmp_path, layer_order=(3, 1, 0, 2)))
     read = run.read()
@@ -165,7 +202,16 @@ def test_other_directories_are_refused(tmp_path):
         '{"space": ["d1"], "data": {}, "row_tokens": 1, "eval_rows": 1, "layer_order": [1]}',
         '{"space": ["d1"], "data": {}, "row_tokens": 1, "eval_rows": 1, "subnets": [{"subnet": "d1"}]}',
         '{"space": ["d1"], "data": {}, "row_tokens": 1, "eval_rows": 1, "other": 1}',
+        '{"space": ["d1"], "data": [], "row_tokens": 1, "eval_rows": 1}',
+        '{"space": ["d1"], "data": {}, "row_tokens": 0, "eval_rows": 1}',
+        '{"space": ["d1"], "data": {}, "row_tokens": 1, "eval_rows": "many"}',
+        '{"space": ["d1"], "data": {}, "row_tokens": 1, "eval_rows": 1, "task": []}',
+        '{"space": ["d1"], "data": {}, "row_tokens": 1, "eval_rows": 1, "baseline": 4.5}',
+        '{"space": ["d1"], "data": {}, "row_tokens": 1, "eval_rows": 1, "baseline": {"a": "b"}}',
+        "[" * 100_000,
+        '{"space": ' + "[" * 100_000,
     ],
+    ids=lambda text: text[:99],
 )
 def test_a_damaged_sorted_json_is_named(tmp_path, text):
     (tmp_path / "sorted.json").write_text(text)

@@ -1,9 +1,12 @@
 """Every mode is exact or refused: a cover of all factors against plain single-process PyTorch, on 1 to 4 ranks.
 
-One launch a number of ranks, engines rebuilt inside. The whole product: `python -m benchmarks.matrix`.
+One launch a number of ranks, engines rebuilt inside. The first tier runs the core of the cover on 1 and 2 ranks, CI
+that on 3 and 4 too, and the second tier all of it. The whole product: `python -m benchmarks.matrix`.
 """
 
 import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -14,12 +17,26 @@ from tests import cover, exactness
 from tests.cover import FACTORS, NUM_STEPS, Mode
 from tests.exactness import Case
 from tests.spawn import ROOT, on_ranks
+from tests.tiers import Tiers
 
 ALLOWED = [setting for setting in cover.settings() if cover.is_allowed(setting)]
 COVER = cover.cover(ALLOWED)
 MODES = [cover.mode_of(setting) for setting in COVER]
+CORE = [cover.mode_of(setting) for setting in cover.cover(COVER, cover.pairs)]
+"""What the first tier runs, those with more ranks than two cores run at once in CI only."""
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
-BF16 = [mode for mode in MODES if mode.case.precision == "bf16"]
+TIERS = Tiers(MODES, [mode for mode in CORE if mode.num_ranks <= 2], in_ci=CORE)
+each = TIERS.each
+
+
+def in_bf16(modes: Iterable[Mode]) -> list[Mode]:
+    return [mode for mode in modes if mode.case.precision == "bf16"]
+
+
+def test_the_core_has_every_pair():
+    settings = cover.cover(COVER, cover.pairs)
+    assert set().union(*map(cover.pairs, settings)) == set().union(*map(cover.pairs, ALLOWED))
+    assert 20 <= len(CORE) <= 30
 
 
 def test_the_cover_has_every_pair():
@@ -68,30 +85,43 @@ def test_what_is_not_allowed_is_refused_and_nothing_else():
             check(case)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> dict[Mode, dict]:
-    """What the engine made of each mode, and of the twins of those in bf16."""
+def train(modes: Sequence[Mode], folder: Path) -> dict[Mode, dict]:
+    """Returns what the engine made of each mode, and of the twins of those in bf16."""
     found = {}
     for num_ranks in FACTORS["num_ranks"]:
-        modes = {mode for mode in (*MODES, *(mode.twin for mode in BF16)) if mode.num_ranks == num_ranks}
-        cases = sorted({mode.case for mode in modes}, key=lambda case: case.name)
-        folder = tmp_path_factory.mktemp(f"{num_ranks}_ranks")
-        results = on_ranks(num_ranks, exactness.run_cases, cases, NUM_STEPS, folder=folder)
-        found.update({mode: results[mode.case.name] for mode in modes})
+        these = {mode for mode in (*modes, *(mode.twin for mode in in_bf16(modes))) if mode.num_ranks == num_ranks}
+        cases = sorted({mode.case for mode in these}, key=lambda case: case.name)
+        results = on_ranks(num_ranks, exactness.run_cases, cases, NUM_STEPS, folder=folder / str(num_ranks))
+        found.update({mode: results[mode.case.name] for mode in these})
     return found
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
-def test_a_mode_trains_as_plain_pytorch_does(trained, mode):
-    assert "before" in trained[mode], "or the update would not be compared"
-    error = cover.error(trained[mode], mode)
-    assert not cover.exceeds(error, cover.bounds(mode)), error
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Callable[[Mode], dict[Mode, dict]]:
+    """Returns a function from a mode to the results of all modes of its tier."""
+    return TIERS.started(train, tmp_path_factory)
 
 
-@pytest.mark.parametrize("mode", BF16, ids=lambda mode: mode.name)
-def test_bf16_is_as_close_as_a_static_network_in_the_same_mode(trained, mode):
-    active, static = cover.error(trained[mode], mode), cover.error(trained[mode.twin], mode.twin)
+@each(MODES)
+def test_a_mode_trains_as_plain_pytorch_does(trained, case):
+    result = trained(case)[case]
+    assert "before" in result, "or the update would not be compared"
+    error = cover.error(result, case)
+    assert not cover.exceeds(error, cover.bounds(case)), error
+
+
+@each(in_bf16(MODES))
+def test_bf16_is_as_close_as_a_static_network_in_the_same_mode(trained, case):
+    results = trained(case)
+    active, static = cover.error(results[case], case), cover.error(results[case.twin], case.twin)
     assert not cover.exceeds_static(active, static), (active, static)
+
+
+@each(mode for mode in MODES if mode.case.stage == 3 and mode.num_ranks > 1)
+def test_offloaded_and_partitioned_weights_were_gathered_and_released(trained, case):
+    result = trained(case)[case]
+    assert result["gathers"] > 50
+    assert result["released"]
 
 
 def test_what_is_not_a_number_exceeds_every_bound():
@@ -103,10 +133,3 @@ def test_what_is_not_a_number_exceeds_every_bound():
     assert error.weights != error.weights
     assert cover.exceeds(error, cover.bounds(MODES[0]))
     assert not cover.exceeds(cover.error(right, MODES[0]), cover.bounds(MODES[0]))
-
-
-def test_offloaded_and_partitioned_weights_were_gathered_and_released(trained):
-    for mode in MODES:
-        if mode.case.stage == 3 and mode.num_ranks > 1:
-            assert trained[mode]["gathers"] > 50
-            assert trained[mode]["released"]

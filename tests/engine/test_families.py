@@ -53,7 +53,7 @@ def train(ranks, stage: int, variant: str) -> dict[str, torch.Tensor]:
     for share, name in enumerate(SUBNETS):
         ids = rows_of(ranks.rank, share)
         labels = F.pad(ids[:, 1:], (0, 1), value=-100)
-        engine.backward(engine.forward(batch(ids, labels), Pass(SPACE[name])) / NUM_TARGETS)
+        engine.backward(engine.forward(batch(ids, labels), Pass(SPACE[name])).loss / NUM_TARGETS)
     engine.step(RATE)
     return hf_tensors(engine.model, SPACE.full, gather_masters(engine, ranks).__getitem__)
 

@@ -99,7 +99,7 @@ def read_while_gathered(ranks, threshold: int, prefetch: int) -> dict:
     engine.step(1.0)
     masters = gather_masters(engine, ranks)
     engine.evaluate(batch(ids(), ids()), MIDDLE)
-    loss = engine.forward(batch(ids(), ids()), Pass(LARGE))
+    loss = engine.forward(batch(ids(), ids()), Pass(LARGE)).loss
     there = [contents for contents in bundles(engine) if contents.bundle.weight.numel()]
     read = {
         name: block for contents in there for name, block in zip(contents.names, contents.bundle.blocks(), strict=True)

@@ -1,10 +1,11 @@
 """Memory on real ranks: building at stage 3 without the whole model, and training against plain DeepSpeed.
 
 Building: the same run bit for bit, no rank ever holds the model, and no rank waits for another that failed. One launch
-of three ranks.
+of three ranks; the steps at each ZeRO stage in another one for each tier.
 """
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -14,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.engine import Engine, partitioner
 from sorted_ds.engine.optimizers import build_optimizer
 from sorted_ds.families import nest
@@ -29,6 +31,7 @@ from tests.exactness import ROWS_PER_RANK, SPACE, Case, plain_model
 from tests.memory import NAMED, LiveBytes, StepBytes, of_plain, of_steps, of_subnets
 from tests.runs import run_file
 from tests.spawn import on_ranks
+from tests.tiers import Tiers
 
 NUM_RANKS = 3
 NUM_STEPS = 2
@@ -39,6 +42,7 @@ TRAINED = [
 ]
 DEPTHS = (2, 8)
 STAGES = (0, 1, 2, 3)
+TIERS = Tiers(STAGES, first=(2, 3))
 ROWS, ROW_TOKENS, VOCAB = 2, 48, 512
 CHUNK_ROWS = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -155,12 +159,13 @@ def wide_step_bytes(ranks) -> dict[str, tuple[StepBytes, StepBytes]]:
 
 
 def refused(ranks, run_path: Path, sources: list[Path], **patches) -> str:
-    """What `load_model` says where each rank sees another directory."""
+    """What `load_model` says where each rank, on a host of its own, sees another directory."""
+    alone = Ranks(ranks.rank, ranks.size, 0, ranks.device)
     run = load_run(run_path)
     run = run.model_copy(update={"model": run.model.model_copy(update={"init": "pretrained"})})
-    with mock.patch.multiple(run_build, resolve_source=lambda init: sources[ranks.rank], **patches):
+    with mock.patch.multiple(run_build, source_of=lambda run: sources[ranks.rank], **patches):
         try:
-            run_build.load_model(run, plain_model(Case(3)).config, SPACE, ranks)
+            run_build.load_model(run, plain_model(Case(3)).config, SPACE, alone)
         except UserError as error:
             return str(error)
     return ""
@@ -177,8 +182,6 @@ def on_each_rank(ranks, folder: Path) -> dict:
             source = folder / f"depth{depth}" if init == "checkpoint" else None
             for precision in DTYPES:
                 found[depth, init, precision] = live_bytes(ranks, depth, source, precision)
-    found |= {f"stage {stage}": step_bytes(ranks, stage) for stage in STAGES}
-    found |= {f"accumulated, stage {stage}": accumulated_bytes(ranks, stage) for stage in STAGES}
     found["owned"] = owned_layers(ranks)
     found["wide"] = wide_step_bytes(ranks)
     whole, run_path = folder / "False", folder / "run" / "tiny.toml"
@@ -199,6 +202,21 @@ def found(tmp_path_factory) -> dict:
     damaged(folder)
     run_file(folder / "run", engine={"zero_optimization": {"stage": 3}})
     return on_ranks(NUM_RANKS, on_each_rank, folder, folder=folder / "ranks")
+
+
+def at_stages(ranks, stages: list[int]) -> dict[int, tuple[dict, dict]]:
+    return {stage: (step_bytes(ranks, stage), accumulated_bytes(ranks, stage)) for stage in stages}
+
+
+def start(stages: list[int], folder: Path) -> dict[int, tuple[dict, dict]]:
+    return on_ranks(NUM_RANKS, at_stages, stages, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def bytes_at(tmp_path_factory) -> Callable[[int], tuple[dict, dict]]:
+    """Returns a function from a stage to what `step_bytes` and `accumulated_bytes` return."""
+    results = TIERS.started(start, tmp_path_factory)
+    return lambda stage: results(stage)[stage]
 
 
 def damaged(folder: Path) -> None:
@@ -260,11 +278,11 @@ def test_one_ranks_other_weights_are_one_error_on_all_ranks(found):
     assert "holds no tensor 'model.layers.0.mlp.gate_proj.bias'" in found["missing"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_step_of_the_full_network_holds_no_more_than_plain_deepspeeds(found, stage):
+@TIERS.each(STAGES, "stage")
+def test_a_step_of_the_full_network_holds_no_more_than_plain_deepspeeds(bytes_at, stage):
     """Where the update's own peak lies depends on where a rank's part begins: it is compared with the same groups."""
-    ours, plain = found[f"stage {stage}"]["full"]
-    _, grouped = found[f"stage {stage}"]["grouped"]
+    ours, plain = bytes_at(stage)[0]["full"]
+    _, grouped = bytes_at(stage)[0]["grouped"]
     assert ours.passes <= 1.02 * plain.passes
     assert ours.most <= 1.02 * plain.most
     assert ours.update <= 1.02 * grouped.update
@@ -285,23 +303,23 @@ def test_a_layer_half_at_once_holds_no_more_than_its_weights_one_by_one(found, n
     assert ours.added <= 1.02 * plain.added
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_passes_of_a_small_sub_network_add_what_its_extracted_model_would(found, stage):
-    ours, plain = found[f"stage {stage}"]["smallest"]
+@TIERS.each(STAGES, "stage")
+def test_the_passes_of_a_small_sub_network_add_what_its_extracted_model_would(bytes_at, stage):
+    ours, plain = bytes_at(stage)[0]["smallest"]
     assert ours.added <= 1.02 * plain.added
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_gradients_of_sub_networks_that_grow_take_no_more_than_the_full_networks(found, stage):
+@TIERS.each(STAGES, "stage")
+def test_gradients_of_sub_networks_that_grow_take_no_more_than_the_full_networks(bytes_at, stage):
     """DeepSpeed would keep a buffer of a rank's part for each sub-network that is the first to use something."""
-    steps = found[f"accumulated, stage {stage}"]
+    steps = bytes_at(stage)[1]
     assert steps["growing"].passes <= steps["full"].passes
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_small_sub_networks_gradients_take_no_buffer_of_a_ranks_part(found, stage):
+@TIERS.each([1, 2], "stage")
+def test_a_small_sub_networks_gradients_take_no_buffer_of_a_ranks_part(bytes_at, stage):
     """DeepSpeed takes one for any. The update holds the gradients, zeros for what was not active, all in one piece."""
-    ours, _ = found[f"stage {stage}"]["smallest"]
+    ours, _ = bytes_at(stage)[0]["smallest"]
     part, largest = model_bytes(DEPTHS[0], "fp32") / NUM_RANKS, VOCAB * 64 * 4
     assert ours.update - ours.between <= 2 * (part + largest), (
         "a tensor may begin in one rank's part and end in another"
@@ -315,8 +333,8 @@ def test_the_first_layers_are_owned_by_all_ranks_about_alike(found, depth):
     assert max(sum(layers[:depth]) for layers in found["owned"]) <= depth / NUM_RANKS + 0.5
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_whole_logits_never_exist_in_the_engine(found, stage):
-    for ours, _ in found[f"stage {stage}"].values():
+@TIERS.each(STAGES, "stage")
+def test_the_whole_logits_never_exist_in_the_engine(bytes_at, stage):
+    for ours, _ in bytes_at(stage)[0].values():
         rows = {shape.numel() // VOCAB for shape in ours.shapes if shape and shape[-1] == VOCAB and len(shape) > 1}
         assert rows == {CHUNK_ROWS, sized(1).hidden_size}, "chunks of logits, and the transposed head"

@@ -175,8 +175,8 @@ def _no_graphs_of_other_tests():
     [
         ("llama", 8, (1, 3, 4), None, 2),
         ("gemma2", 4, (1, 3, 4), None, 2),
-        ("qwen2, biases, sliding", 4, (2, 3, 4), None, 2),
-        ("llama", 4, (1, 3, 4), (3, 1, 0, 2), 2),
+        pytest.param("qwen2, biases, sliding", 4, (2, 3, 4), None, 2, marks=pytest.mark.long),
+        pytest.param("llama", 4, (1, 3, 4), (3, 1, 0, 2), 2, marks=pytest.mark.long),
         ("qwen2, biases, sliding", 4, (2, 3, 4), (3, 1, 0, 2), 2),
     ],
 )

@@ -125,6 +125,7 @@ def test_a_malformed_override_is_refused(tmp_path, override):
         ('{"gradient_clipping": 1.0}', r"which follows from optim\.clip_norm"),
         ("{", r"is not valid JSON: "),
         ("[]", r"should hold a JSON object"),
+        ("[" * 100_000, r"is not valid JSON: "),
     ],
 )
 def test_a_deepspeed_json_holds_engine_keys_only(tmp_path, content, message):
@@ -132,6 +133,11 @@ def test_a_deepspeed_json_holds_engine_keys_only(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         load_engine_config(path)
+
+
+def test_a_deepspeed_json_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "zero.json").write_text('\ufeff{"bf16": {}}')
+    assert load_engine_config(tmp_path / "zero.json") == {"bf16": {}}
 
 
 def test_every_key_has_a_meaning():

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sorted_ds.cluster.ranks import Ranks
-from sorted_ds.run.monitor import LossSums, Monitor, Trained
+from sorted_ds.run import monitor as monitor_module
+from sorted_ds.run.monitor import LossSums, Monitor, PassLoss, Trained
 from sorted_ds.run.run_file import load_run
-from sorted_ds.space import SubNetSpace
+from sorted_ds.space import Pass, SubNetSpace
 from tests.runs import run_file
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -42,6 +43,52 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
     assert steps(run) == [1, 2, 5]
 
 
+@pytest.mark.parametrize("damage", [b"null", b"[1]", b"\xff\xfe", b"{}", b'{"step": "3"}', b"[" * 100_000], ids=repr)
+def test_a_damaged_file_is_set_aside_and_named_and_its_good_rows_are_kept(tmp_path, capfd, damage):
+    run = load_run(run_file(tmp_path))
+    with monitor(run) as made:
+        report(made, 1)
+        report(made, 2)
+    path = run.run_dir / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, damage, second, b""]))
+    before = path.read_bytes()
+    with monitor(run, first_step=2) as made:
+        report(made, 3)
+        assert not made.has_evaluated(3)
+    assert steps(run) == [1, 2, 3]
+    kept = run.run_dir / "metrics.jsonl.damaged1"
+    assert kept.read_bytes() == before
+    assert f"It was renamed to {kept}." in capfd.readouterr().err
+
+
+def test_curves_that_cannot_be_opened_are_set_aside(tmp_path, capfd):
+    run = load_run(run_file(tmp_path))
+    (run.run_dir / "metrics.jsonl").mkdir(parents=True)
+    (run.run_dir / "tensorboard").write_text("no folder")
+    with monitor(run) as made:
+        report(made, 1)
+    assert steps(run) == [1]
+    assert list((run.run_dir / "tensorboard").iterdir())
+    said = capfd.readouterr().err
+    assert (run.run_dir / "metrics.jsonl.damaged1").is_dir()
+    assert (run.run_dir / "tensorboard.damaged1").read_text() == "no folder"
+    assert all(f"renamed to {run.run_dir / name}.damaged1" in said for name in ("metrics.jsonl", "tensorboard"))
+
+
+def test_a_disk_that_takes_no_curves_does_not_end_the_run(tmp_path, capfd, monkeypatch):
+    run = load_run(run_file(tmp_path))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(monitor_module, "_open_without_later_steps", refuse)
+    monkeypatch.setattr(monitor_module, "SummaryWriter", refuse)
+    with monitor(run) as made:
+        report(made, 1)
+    assert capfd.readouterr().err.count("cannot be written (No space left on device)") == 2
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own writer
 def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capfd):
     run = load_run(run_file(tmp_path))
@@ -63,9 +110,10 @@ def test_a_table_that_nobody_can_read_costs_nothing(tmp_path, monkeypatch):
 
 
 def test_losses_are_summed_by_sub_network_and_start_anew():
-    sums = LossSums(SPACE, 0.25, torch.device("cpu"))
+    sums = LossSums(SPACE, torch.device("cpu"))
     small, full = SPACE
-    sums.add([(small, torch.tensor(2.0), 4), (full, torch.tensor(3.0), 4), (small, torch.tensor(1.0), 0)])
+    losses = [(small, 2.0, 4), (full, 3.0, 4), (small, 1.0, 0)]
+    sums.add([PassLoss(Pass(subnet), torch.tensor(nll), num) for subnet, nll, num in losses], 0.25)
     assert sums.take(ALONE) == {small: Trained(3.0, 4.0, 0.5), full: Trained(3.0, 4.0, 0.25)}
     assert sums.take(ALONE) == {}
 

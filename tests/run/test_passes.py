@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from sorted_ds.data.loader import MicroBatch
+from sorted_ds.run.teacher import Teaching
 from sorted_ds.run.train import accumulate, count_targets, describe_step, passes_of
-from sorted_ds.space import Pass, SubNet
-from sorted_ds.space.sampling import Planned
+from sorted_ds.space import Pass, Planned, SubNet
+from sorted_ds.tasks.task import Outcome
 
 FULL, SMALL = SubNet(d=4, w=48), SubNet(d=2, w=16)
 TEACHER, TAUGHT, STUDENT, ALONE = Pass(FULL, "teach"), Pass(FULL), Pass(SMALL), Pass(SMALL)
@@ -28,9 +29,9 @@ class Recorder:
     def __init__(self):
         self.forwards, self.gradients = [], []
 
-    def forward(self, batch, run: Pass) -> torch.Tensor:
+    def forward(self, batch, run: Pass, teacher=None) -> Outcome:
         self.forwards.append((run, int(batch["x"])))
-        return (10 * batch["x"]).requires_grad_(run.has_gradient)
+        return Outcome((10 * batch["x"]).requires_grad_() if run.has_gradient else None)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.gradients.append(float(loss.detach()))
@@ -52,15 +53,15 @@ def test_a_target_counts_as_often_as_a_pass_with_a_gradient_has_it():
 
 def test_losses_and_gradients_are_those_of_the_passes_with_a_gradient():
     engine = Recorder()
-    losses = accumulate(engine, PLAN, BATCHES, num_targets=100.0)
+    losses = accumulate(engine, PLAN, BATCHES, num_targets=100.0, teaching=Teaching())
     assert engine.forwards == [(run, batch.num_targets) for run, batch in passes_of(PLAN, BATCHES)]
-    assert [(subnet, float(nll), num) for subnet, nll, num in losses] == [
+    assert [(each.run.subnet, float(each.nll), each.num_targets) for each in losses] == [
         *((FULL, 30.0, 3), (SMALL, 30.0, 3)),
         *((FULL, 50.0, 5), (SMALL, 50.0, 5)),
         (SMALL, 70.0, 7),
     ]
     assert engine.gradients == pytest.approx([0.3, 0.3, 0.5, 0.5, 0.7])
-    assert not any(nll.requires_grad for _, nll, _ in losses)
+    assert not any(each.nll.requires_grad for each in losses)
 
 
 def test_the_description_of_a_step_tells_all_passes_apart():

@@ -131,7 +131,7 @@ def test_an_8b_network_is_planned_in_seconds(tmp_path):
         (
             "subnets_per_step = 4",
             'subnets_per_step = 4\nstrategy = "best"',
-            r"sampling\.strategy = 'best' is not known\. Known: uniform, stratified, sandwich, full_plus\.",
+            r"sampling\.strategy = 'best' is not known\. Known: uniform, stratified, sandwich, full_plus, full\.",
         ),
         (
             "subnets_per_step = 4",

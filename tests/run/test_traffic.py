@@ -45,7 +45,7 @@ def of_mode(ranks, stage: int, precision: str) -> list[dict[str, int]]:
     for sampled in STEPS:
         with counted() as traffic:
             for subnet in sampled:
-                engine.backward(engine.forward(batch(ids, ids), Pass(subnet)))
+                engine.backward(engine.forward(batch(ids, ids), Pass(subnet)).loss)
             engine.step(0.0)
         found.append(traffic.bytes)
     return found
@@ -84,11 +84,13 @@ def gathered_again(ranks) -> dict[tuple[int, bool, int], dict[str, int]]:
         counts = found[distance, recomputed, prefetch] = {}
         for subnet in engine.model.space:
             with counted() as traffic:
-                engine.backward(engine.forward(batch(ids, ids), Pass(subnet)))
+                engine.backward(engine.forward(batch(ids, ids), Pass(subnet)).loss)
             counts[subnet.name] = traffic.bytes["gather"]
     return found
 
 
+@pytest.mark.long
+@pytest.mark.ci
 def test_what_is_not_kept_for_the_backward_pass_is_gathered_again(tmp_path):
     """A layer half is kept as a whole or not, so the formula is at most one above. What is fetched ahead stays too."""
     costs = costs_of(DEEP_SPACE, LLAMA, DEEP, ROW_TOKENS)

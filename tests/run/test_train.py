@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sorted_ds.base.shuffle import Shuffle
 from sorted_ds.cluster.launcher import free_port
+from sorted_ds.deploy.model_dir import ModelDir
 from sorted_ds.nested import costs_of
 from sorted_ds.run.build import check_run, sampler_of
 from sorted_ds.run.learning_rate import lr_at
@@ -41,7 +42,7 @@ def reference_losses(run: Path) -> list[float]:
     settings = load_run(run, SETTINGS)
     config, space = check_run(settings)
     tokens = TASK.find_prepared(settings)
-    sampler = sampler_of(settings, costs_of(space, LLAMA, config, settings.batch.row_tokens))
+    sampler = sampler_of(settings, space, costs_of(space, LLAMA, config, settings.batch.row_tokens))
     model = initial_model(run)
     optimizer = reference.optimizer_of(model, settings.optim)
     losses = []
@@ -152,6 +153,8 @@ def test_an_ordinary_checkpoint_becomes_a_sorted_model_and_keeps_its_tokenizer(w
     run = run_file(tmp_path)
     shutil.copytree(run_dir(whole) / "model", tmp_path / "pretrained")
     (tmp_path / "pretrained" / "sorted.json").unlink()
+    (tmp_path / "pretrained" / "LICENSE").write_text("terms")
+    (tmp_path / "pretrained" / "README.md").write_text("---\nlicense: mit\n---\n")
     text = run.read_text()
     start, stop = text.index("[model]"), text.index("[space]")
     run.write_text(f'{text[:start]}[model]\ninit = "pretrained"\n{text[stop:]}')
@@ -162,6 +165,8 @@ def test_an_ordinary_checkpoint_becomes_a_sorted_model_and_keeps_its_tokenizer(w
     assert all(torch.equal(before[name], after[name]) for name in before)
     tokenizers = [folder / "tokenizer.json" for folder in (tmp_path / "pretrained", run_dir(run) / "model")]
     assert json.loads(tokenizers[0].read_text()) == json.loads(tokenizers[1].read_text())
+    assert (run_dir(run) / "model" / "LICENSE").read_text() == "terms"
+    assert ModelDir.find(run_dir(run)).read().base == {"trained_from": "checkpoint", "license": "mit"}
 
 
 def test_a_checkpoint_has_the_bytes_that_were_planned(whole):

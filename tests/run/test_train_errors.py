@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sorted_ds.base.errors import AgreedError
 from sorted_ds.cluster.ranks import Ranks
@@ -38,8 +39,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(whole, tmp_pa
     said = train(run, "optim.learning_rate=1e30", "optim.clip_norm=0", code=2)
     error = one_error(said)
     assert "Nothing was saved. Last good checkpoint: " in error
-    assert error.endswith("step_00000004.")
+    assert error.endswith("step_00000004. To go on from there without this step, set train.skip_steps = [5].")
     assert sorted(p.name for p in (run_dir(run) / "checkpoints").iterdir()) == ["step_00000004"]
+
+
+def test_steps_that_are_skipped_change_no_weight_and_are_told(whole, tmp_path):
+    run = copied(whole, tmp_path, keep_steps=4)
+    said = train(run, "train.skip_steps=[7, 4, 5, 6]", "log.every_steps=2")
+    assert "steps that are not trained: 4, 5, 6, 7" in said
+    assert "step 6/8  skipped" in said
+    before, after = (run_dir(run) / "checkpoints" / f"step_0000000{step}" for step in (4, 8))
+    names = sorted(path.name for path in before.glob("rank_*.safetensors"))
+    assert len(names) == 2
+    for name in names:
+        old, new = load_file(before / name), load_file(after / name)
+        assert old.keys() == new.keys()
+        assert all(torch.equal(old[key], new[key]) for key in old)
+    assert json.loads((run_dir(run) / "run.json").read_text())["run"]["train"]["skip_steps"] == [7, 4, 5, 6]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_error_and_the_last_good_one_stays(whole, tmp_path):
@@ -166,7 +182,7 @@ def test_ranks_that_disagree_are_one_error_before_anything_is_trained(whole, tmp
 
 LYING_LATER = """
 import os, sys
-from sorted_ds.space.sampling import Pass, Planned, Sampler
+from sorted_ds.space import Pass, Planned, Sampler
 from sorted_ds.run.train import main
 plan = Sampler.plan
 def lie(self, step):

@@ -36,7 +36,7 @@ def test_the_sums_are_those_of_the_models_own_logits():
     labels[1, 3:] = NO_TARGET
     logits = model(input_ids=input_ids).logits
     with torch.no_grad():
-        sums = summed(model)(**batch(input_ids, labels), with_metrics=True)
+        sums = summed(model)(**batch(input_ids, labels), mode="evaluate")
     assert list(sums) == [LOSS, "accuracy"], "the loss comes first"
     nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=NO_TARGET)
     # fp32, sums of 27 targets in another order.
@@ -47,7 +47,8 @@ def test_the_sums_are_those_of_the_models_own_logits():
 
 def test_without_metrics_the_loss_alone_is_computed_and_has_a_gradient():
     loss = summed(tiny_model("llama"))
-    sums = TASK.sums(loss.model, LLAMA, batch(tokens(), tokens(seed=2)), with_metrics=False)
+    rows = batch(tokens(), tokens(seed=2))
+    sums = TASK.sums(loss.model, LLAMA, TASK.states(loss.model, LLAMA, rows), rows, with_metrics=False)
     assert list(sums) == [LOSS]
     assert sums[LOSS][0].requires_grad
     assert torch.equal(loss(**batch(tokens(), tokens(seed=2))), sums[LOSS][0])

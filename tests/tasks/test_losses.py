@@ -13,8 +13,9 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import NO_TARGET
 from sorted_ds.families import family_of, nest
 from sorted_ds.nested import extract
+from sorted_ds.nested.family import LogitsRule
 from sorted_ds.tasks import SummedLoss
-from sorted_ds.tasks.losses import CHUNK_ELEMENTS, LossHead, attach_loss_head
+from sorted_ds.tasks.losses import CHUNK_ELEMENTS, LossHead, Teacher, Terms, attach_loss_head
 from tests.batches import LLAMA, batch, summed
 from tests.families import SPACE, SUBNETS, VARIANTS, VOCAB, tiny_model, tokens
 
@@ -130,7 +131,7 @@ def test_correct_predictions_are_counted_over_targets():
         hits = torch.arange(36).reshape(3, 12) % 3 == 0
         labels = torch.where((labels != NO_TARGET) & hits, logits.argmax(-1), labels)
         expected = (logits.argmax(-1) == labels).sum()
-        sums = chunked(copy.deepcopy(plain), positions=5)(**batch(input_ids, labels), with_metrics=True)
+        sums = chunked(copy.deepcopy(plain), positions=5)(**batch(input_ids, labels), mode="evaluate")
         assert list(sums) == ["loss", "accuracy"]
         (nll_sum, num_targets), (num_correct, out_of) = sums.values()
         assert num_targets == out_of == (labels != NO_TARGET).sum()
@@ -241,3 +242,93 @@ def test_an_unknown_family_is_refused():
     model.config.model_type = "phi3"
     with pytest.raises(UserError, match="model family 'phi3' is not known"):
         summed(model)
+
+
+# With a teacher and exits
+
+T, LAMBDA, EXIT = 2.0, 0.3, 0.5
+
+
+def weighted_inputs(variant: str, vocab: int = VOCAB):
+    """Returns a head of the variant, the states of three exits, labels, and another model's head and states."""
+    head = attach_loss_head(tiny_model(variant), family_of(variant)).lm_head
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(3 * 2, 6, 96, generator=generator).requires_grad_()
+    labels = torch.randint(0, VOCAB, (2, 6), generator=generator)
+    labels[0, 2:4] = NO_TARGET
+    weight, taught = torch.randn(vocab, 24, generator=generator), torch.randn(2, 6, 24, generator=generator)
+    return head, hidden, labels, Teacher(taught, weight, LogitsRule(divisor=2.0, softcap=5.0))
+
+
+def expected_loss(head: LossHead, hidden: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+    """All logits at once, and autograd."""
+    total, weights = torch.zeros(()), (EXIT, EXIT, 1.0)
+    for states, weight in zip(hidden.chunk(3), weights, strict=True):
+        logits = F.linear(states, head.weight) / head.rule.divisor
+        logits = head.rule.softcap * torch.tanh(logits / head.rule.softcap) if head.rule.softcap else logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        if teacher_logits is not None:
+            is_target = labels != NO_TARGET
+            q = torch.softmax(teacher_logits[is_target] / T, -1)
+            log_p = torch.log_softmax(logits[is_target] / T, -1)[:, : q.shape[1]]
+            loss = (1 - LAMBDA) * loss + LAMBDA * T**2 * (torch.special.xlogy(q, q) - q * log_p).sum()
+        total = total + weight / sum(weights) * loss
+    return total
+
+
+@pytest.mark.parametrize("positions", [1, 5, 100])
+@pytest.mark.parametrize("vocab", [VOCAB, VOCAB - 2, VOCAB + 3])
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "granite"])
+def test_a_weighted_loss_equals_that_of_whole_logits(variant, vocab, positions):
+    """A teacher's head may have other padding rows: the first `VOCAB` or fewer are compared."""
+    head, hidden, labels, teacher = weighted_inputs(variant, vocab)
+    head.chunk_elements = {"cpu": positions * VOCAB}
+    logits = 5 * torch.tanh(F.linear(teacher.hidden, teacher.weight[:VOCAB]) / 2 / 5)
+    expected = expected_loss(head, hidden, labels, logits)
+    (expected * 0.125).backward()
+    gradients = [hidden.grad.clone(), head.weight.grad.clone()]
+    hidden.grad = head.weight.grad = None
+    loss, parts = head(hidden, labels, terms=Terms(LAMBDA, T, EXIT), teacher=teacher)
+    (loss * 0.125).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for found, right in zip([hidden.grad, head.weight.grad], gradients, strict=True):
+        assert (found - right).abs().max() <= TOLERANCE * right.abs().max()
+    shares = torch.tensor([0.25, 0.25, 0.5])
+    assert torch.allclose(((1 - LAMBDA) * parts.nll + LAMBDA * parts.divergence) @ shares, loss)
+    assert not parts.nll.requires_grad
+
+
+def test_a_head_that_teaches_itself_gets_no_gradient_from_its_lesson():
+    head, hidden, labels, _ = weighted_inputs("gemma2")
+    states = torch.randn(2, 6, 96, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        logits = head.rule.softcap * torch.tanh(F.linear(states, head.weight) / head.rule.softcap)
+    expected_loss(head, hidden, labels, logits).backward()
+    right, head.weight.grad = head.weight.grad, None
+    head(hidden, labels, terms=Terms(LAMBDA, T, EXIT), teacher=Teacher(states))[0].backward()
+    assert (head.weight.grad - right).abs().max() <= TOLERANCE * right.abs().max()
+
+
+def test_without_a_teacher_the_labels_have_all_of_the_weight():
+    head, hidden, labels, _ = weighted_inputs("llama")
+    loss, parts = head(hidden, labels, terms=Terms(LAMBDA, T, EXIT))
+    assert loss.item() == pytest.approx(expected_loss(head, hidden, labels, None).item(), rel=1e-6)
+    assert not parts.divergence.any()
+
+
+def test_what_a_teacher_says_of_itself_has_no_divergence():
+    head, hidden, labels, _ = weighted_inputs("llama")
+    own = hidden[:2].detach()
+    _, parts = head(torch.cat([own, own, own]), labels, terms=Terms(LAMBDA, T, EXIT), teacher=Teacher(own))
+    assert parts.divergence.abs().max() < 1e-3 * parts.nll.max()
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2"])
+def test_with_a_teacher_the_whole_logits_never_exist_and_none_are_kept(variant):
+    head, hidden, labels, teacher = weighted_inputs(variant)
+    head.chunk_elements = {"cpu": 5 * VOCAB}
+    saved: list[Tensor] = []
+    with LogitsMade() as made, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        head(hidden, labels, terms=Terms(LAMBDA, T, EXIT), teacher=teacher)[0].backward()
+    assert 0 < made.positions <= 5
+    assert all(tensor.numel() <= max(hidden.numel(), head.weight.numel()) for tensor in saved)

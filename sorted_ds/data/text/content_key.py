@@ -1,8 +1,8 @@
 """The content key: the name of the folder of prepared tokens.
 
 In: the files and the settings that decide the tokens. Out: a hash of the files' contents and of the settings. Paths and
-times of files do not matter. On disk: CACHE_DIR/hashes.json, which holds the hash of each file of known path, size and
-time, so that a second start reads no text.
+times of files do not matter. On disk: CACHE_DIR/file_hashes.json, which holds the hash of each file of known path, size
+and time, so that a second start reads no text.
 """
 
 import contextlib
@@ -15,23 +15,13 @@ from pathlib import Path
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced
-from sorted_ds.data.text.sources import Source
+from sorted_ds.data.text.sources import BYTE_ORDER_MARK, Source
 
 FORMAT = 1
 """Format of the prepared files. Raise it when the same text and settings would give other bytes."""
-HASHES_FILE = "hashes.json"
+HASHES_FILE = "file_hashes.json"
 SETTLED_SECONDS = 2.0
 """A file that changed more recently is hashed again, because its next change may get the same time."""
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
 
 
 def content_key(sources: Sequence[Source], settings: Mapping[str, object], cache_dir: Path, workers: int) -> str:
@@ -42,21 +32,12 @@ def content_key(sources: Sequence[Source], settings: Mapping[str, object], cache
     return sha256(contents.encode()).hexdigest()[:32]
 
 
-def tokenizer_identity(name_or_path: str) -> str:
-    """Returns a hash of the files of a local directory, which may be moved, or the name of a tokenizer of the hub."""
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return name_or_path
-    contents = {name: _hash_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
-    return sha256(json.dumps(contents).encode()).hexdigest()
-
-
 def _hash_files(paths: Sequence[Path], cache_dir: Path, workers: int) -> list[str]:
     cached = _read_hash_cache(cache_dir)
     stamps = [(str(path.resolve()), *_size_and_time(path)) for path in paths]
     missing = [name for name, size, time_ns in stamps if cached.get(name, [])[:2] != [size, time_ns]]
     with ThreadPoolExecutor(workers) as pool:
-        digests = dict(zip(missing, pool.map(_hash_file, map(Path, missing)), strict=True))
+        digests = dict(zip(missing, pool.map(hash_file, map(Path, missing)), strict=True))
     latest = time.time_ns() - int(SETTLED_SECONDS * 1e9)
     settled = {
         name: [size, time_ns, digests[name]] for name, size, time_ns in stamps if name in digests and time_ns < latest
@@ -71,10 +52,13 @@ def _size_and_time(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Returns a hash of the file's content. A byte order mark, which is no text, changes the hash of its content."""
     try:
         with path.open("rb") as file:
-            return file_digest(file, "sha256").hexdigest()
+            mark = file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK
+            file.seek(len(BYTE_ORDER_MARK) if mark else 0)
+            return file_digest(file, "sha256").hexdigest() + ("-marked" if mark else "")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Make it readable, or leave it out.") from error
 

@@ -1,8 +1,9 @@
 """Encodes documents into token files, in worker processes.
 
 In: documents in order, each with its side, and a tokenizer.json. On disk: train.bin and validation.bin, flat
-little-endian unsigned integers; the end-of-text token follows each document. The bytes do not depend on the number of
-workers. A worker imports this module alone, neither transformers nor torch.
+little-endian unsigned integers; the end-of-text token follows each document, and the beginning-of-text token leads it
+if the settings say so. The bytes do not depend on the number of workers. A worker gets a batch of documents, or a part
+of a long one (`parts.py`). It imports neither transformers nor torch.
 """
 
 import os
@@ -20,18 +21,39 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.data.text.parts import Joiner, Part, PartTokens, cut
 
 BATCH_CHARACTERS = 2**20
-"""Size of the text that a worker gets at a time: about half a second of work. A longer document is a batch alone."""
-BATCHES_PER_WORKER = 2
-"""Number of batches that are read ahead, so that no worker waits. More would cost memory."""
+"""Size of the text that a worker gets at a time: about half a second of work, for which a tokenizer takes 100 to 200
+times the memory of the text. A longer document is cut into parts of this size."""
+TASKS_PER_WORKER = 2
+"""Number of batches and parts that are read ahead, so that no worker waits. More would cost memory."""
 
 TRAIN_FILE, VALIDATION_FILE = "train.bin", "validation.bin"
 
-Batch = list[tuple[str, bool]]
-"""Documents, each with whether it is for validation."""
 OnProgress = Callable[[int, int], None]
 """Is called with the number of characters that are encoded, and the number of all characters."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents that a worker encodes together."""
+
+    documents: list[tuple[str, bool]]
+    """The texts, each with whether it is for validation."""
+
+
+@dataclass(frozen=True)
+class BatchTokens:
+    """What a worker gives back for a batch."""
+
+    num_characters: int
+    sides: tuple[bytes, bytes]
+    """The bytes of the training and of the validation documents."""
+
+
+Task = Batch | Part
+Encoded = BatchTokens | PartTokens
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,8 @@ class Encoding:
     """How documents become bytes. Each worker gets a copy."""
 
     tokenizer_file: Path
+    bos_id: int | None
+    """The token before each document; None for none."""
     eos_id: int
     dtype: str
 
@@ -48,12 +72,36 @@ def token_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of each text, without added tokens; "</s>" in a text is text. Changes `tokenizer`."""
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], dtype: str = "<u4") -> list[np.ndarray]:
+    """Returns the ids of each text, without added tokens; "</s>" in a text is text. Changes `tokenizer`.
+
+    A text always has the same ids, also if the tokenizer drops merges at random when it is called.
+    """
+    _encode_all_as_text(tokenizer)
+    return [np.array(encoded.ids, dtype) for encoded in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def encode_part(tokenizer: Tokenizer, part: Part, encoding: Encoding) -> PartTokens:
+    """Returns the tokens of a part as `encode_texts` gives them, and the document's first and last. As costly."""
+    _encode_all_as_text(tokenizer)
+    (encoded,) = tokenizer.encode_batch([part.text], add_special_tokens=False)
+    begins, ends = part.span.start == 0 and encoding.bos_id is not None, part.span.is_last
+    ids = [*[encoding.bos_id] * begins, *encoded.ids, *[encoding.eos_id] * ends]
+    starts = [*[0] * begins, *(part.text_start + start for start, _ in encoded.offsets), *[part.span.stop] * ends]
+    return PartTokens(part.span, np.array(ids, encoding.dtype), np.array(starts, np.int64))
+
+
+def has_dropout(tokenizer: Tokenizer) -> bool:
+    """Returns whether the tokenizer drops merges at random when it is called. Only BPE can, by tokenizer.json."""
+    return bool(getattr(tokenizer.model, "dropout", None))
+
+
+def _encode_all_as_text(tokenizer: Tokenizer) -> None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
-    return [encoded.ids for encoded in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    if has_dropout(tokenizer):
+        tokenizer.model.dropout = None
 
 
 def write_tokens(
@@ -64,40 +112,53 @@ def write_tokens(
     num_characters: int,
     on_progress: OnProgress,
 ) -> None:
-    """Writes the two token files. The memory is that of a few batches for each worker, for a text of any size.
+    """Writes the two token files.
+
+    The memory is that of two batches or parts for each worker, and of the longest document as text. Its tokens are
+    written part by part.
 
     Raises: UserError when a worker is killed; OSError.
     """
     done = 0
+    joiner = Joiner()
     with (folder / TRAIN_FILE).open("wb") as train, (folder / VALIDATION_FILE).open("wb") as validation:
-        for num_encoded, train_bytes, validation_bytes in _encode_all(_batches(documents), encoding, workers):
-            train.write(train_bytes)
-            validation.write(validation_bytes)
-            done += num_encoded
+        files = train, validation
+        for encoded in _encode_all(_tasks(documents), encoding, workers):
+            if isinstance(encoded, PartTokens):
+                files[encoded.span.is_validation].write(joiner.add(encoded).tobytes())
+                done += encoded.span.num_characters
+            else:
+                train.write(encoded.sides[0])
+                validation.write(encoded.sides[1])
+                done += encoded.num_characters
             on_progress(done, num_characters)
 
 
-def _batches(documents: Iterable[tuple[str, bool]]) -> Iterator[Batch]:
-    batch: Batch = []
+def _tasks(documents: Iterable[tuple[str, bool]]) -> Iterator[Task]:
+    """Yields all documents in order, in batches or parts of at most `BATCH_CHARACTERS` without the overlap."""
+    batch: list[tuple[str, bool]] = []
     size = 0
     for text, is_validation in documents:
-        batch.append((text, is_validation))
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
+        if batch and size + len(text) > BATCH_CHARACTERS:
+            yield Batch(batch)
             batch, size = [], 0
+        if len(text) > BATCH_CHARACTERS:
+            yield from cut(text, is_validation, BATCH_CHARACTERS)
+        else:
+            batch.append((text, is_validation))
+            size += len(text)
     if batch:
-        yield batch
+        yield Batch(batch)
 
 
-def _encode_all(batches: Iterator[Batch], encoding: Encoding, workers: int) -> Iterator[tuple[int, bytes, bytes]]:
+def _encode_all(tasks: Iterator[Task], encoding: Encoding, workers: int) -> Iterator[Encoded]:
     if workers == 1:
-        yield from map(_make_encoder(encoding), batches)
+        yield from map(_make_encoder(encoding), tasks)
         return
     # The executor notices that a worker was killed. multiprocessing.Pool would wait for its result for ever.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoding,))
     try:
-        yield from _in_order(pool, batches, BATCHES_PER_WORKER * workers)
+        yield from _in_order(pool, tasks, TASKS_PER_WORKER * workers)
     except BrokenProcessPool as error:
         raise UserError(
             f"one of data.workers = {workers} processes was killed while it tokenized, most likely because memory ran "
@@ -107,33 +168,37 @@ def _encode_all(batches: Iterator[Batch], encoding: Encoding, workers: int) -> I
         pool.shutdown(cancel_futures=True)
 
 
-def _in_order(
-    pool: ProcessPoolExecutor, batches: Iterator[Batch], most_waiting: int
-) -> Iterator[tuple[int, bytes, bytes]]:
-    waiting: deque[Future[tuple[int, bytes, bytes]]] = deque()
-    for batch in batches:
-        waiting.append(pool.submit(_encode_in_worker, batch))
+def _in_order(pool: ProcessPoolExecutor, tasks: Iterator[Task], most_waiting: int) -> Iterator[Encoded]:
+    waiting: deque[Future[Encoded]] = deque()
+    for task in tasks:
+        waiting.append(pool.submit(_encode_in_worker, task))
         if len(waiting) >= most_waiting:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _make_encoder(encoding: Encoding) -> Callable[[Batch], tuple[int, bytes, bytes]]:
-    return partial(_encode_batch, Tokenizer.from_file(str(encoding.tokenizer_file)), encoding)
+def _make_encoder(encoding: Encoding) -> Callable[[Task], Encoded]:
+    return partial(_encode_task, Tokenizer.from_file(str(encoding.tokenizer_file)), encoding)
 
 
-def _encode_batch(tokenizer: Tokenizer, encoding: Encoding, batch: Batch) -> tuple[int, bytes, bytes]:
-    """Returns the number of characters, and the bytes of the training and of the validation documents."""
-    sides: tuple[list[int], list[int]] = ([], [])
-    encoded = encode_texts(tokenizer, [text for text, _ in batch])
-    for (_, is_validation), ids in zip(batch, encoded, strict=True):
-        sides[is_validation].extend([*ids, encoding.eos_id])
-    train, validation = (np.array(side, dtype=encoding.dtype).tobytes() for side in sides)
-    return sum(len(text) for text, _ in batch), train, validation
+def _encode_task(tokenizer: Tokenizer, encoding: Encoding, task: Task) -> Encoded:
+    if isinstance(task, Part):
+        return encode_part(tokenizer, task, encoding)
+    return _encode_batch(tokenizer, encoding, task.documents)
 
 
-_worker_encode: Callable[[Batch], tuple[int, bytes, bytes]]
+def _encode_batch(tokenizer: Tokenizer, encoding: Encoding, documents: list[tuple[str, bool]]) -> BatchTokens:
+    beginning = b"" if encoding.bos_id is None else np.array(encoding.bos_id, encoding.dtype).tobytes()
+    end = np.array(encoding.eos_id, encoding.dtype).tobytes()
+    sides: tuple[list[bytes], list[bytes]] = ([], [])
+    encoded = encode_texts(tokenizer, [text for text, _ in documents], encoding.dtype)
+    for (_, is_validation), ids in zip(documents, encoded, strict=True):
+        sides[is_validation].extend((beginning, ids.tobytes(), end))
+    return BatchTokens(sum(len(text) for text, _ in documents), (b"".join(sides[0]), b"".join(sides[1])))
+
+
+_worker_encode: Callable[[Task], Encoded]
 
 
 def _start_worker(encoding: Encoding) -> None:
@@ -144,12 +209,12 @@ def _start_worker(encoding: Encoding) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Ends this worker when its parent has ended. A killed parent cannot stop workers that wait for a batch."""
+    """Ends this worker when its parent has ended. A killed parent cannot stop workers that wait for a task."""
     parent = parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _encode_in_worker(batch: Batch) -> tuple[int, bytes, bytes]:
-    return _worker_encode(batch)
+def _encode_in_worker(task: Task) -> Encoded:
+    return _worker_encode(task)

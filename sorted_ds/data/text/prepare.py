@@ -1,31 +1,32 @@
 """Prepares text as tokens on disk, once for each content and settings.
 
     CACHE_DIR/<content key>/    the files that tokens.py describes
-    CACHE_DIR/hashes.json       hashes of the text files
+    CACHE_DIR/file_hashes.json  hashes of the text files
 
 In: a `DataSpec`. Out: `TokenizedText`, its tokens mapped from disk. A folder is written under a hidden name and renamed
 when it is complete. So it is complete or invisible, even if other processes prepare the same text at the same time.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced
-from sorted_ds.data.text.content_key import content_key, tokenizer_identity
-from sorted_ds.data.text.encode import Encoding, OnProgress, token_dtype, write_tokens
-from sorted_ds.data.text.sources import Source, documents, find_files
-from sorted_ds.data.text.split import split_documents
+from sorted_ds.data.text.content_key import content_key
+from sorted_ds.data.text.encode import Encoding, OnProgress, has_dropout, token_dtype, write_tokens
+from sorted_ds.data.text.sources import Source, Unread, documents, find_files
+from sorted_ds.data.text.split import Split, split_documents
 from sorted_ds.data.text.tokenizer import (
+    leads_with_bos,
     load_tokenizer,
     save_tokenizer,
+    tokenizer_identity,
     train_tokenizer,
     training_excerpts,
     vocabulary_of,
 )
-from sorted_ds.data.text.tokens import TOKENIZER_DIR, TokenizedText, open_tokens, write_meta
+from sorted_ds.data.text.tokens import TOKENIZER_DIR, Counts, TokenizedText, open_tokens, write_meta
 
 TRAIN_A_TOKENIZER = "train"
 """The value of `data.tokenizer` with which a tokenizer is trained on the run's text."""
@@ -46,6 +47,8 @@ class DataSpec:
     validation_fraction: float
     """Share of the documents that is for validation."""
     seed: int
+    bos: bool | None = None
+    """Whether the beginning-of-text token leads each document; None for the tokenizer's own habit."""
 
 
 def prepare(
@@ -55,47 +58,58 @@ def prepare(
 
     Raises: UserError when the text or the tokenizer cannot be used, prepared files are damaged, or the disk is full.
     """
-    sources = find_files(spec.text, spec.jsonl, spec.suffixes)
+    found = find_files(spec.text, spec.jsonl, spec.suffixes)
     try:
-        folder = cache_dir / _key(spec, sources, cache_dir, workers)
+        folder = cache_dir / _key(spec, found.sources, cache_dir, workers)
         if not folder.exists():
-            _prepare_folder(spec, sources, folder, workers, on_progress)
+            _prepare_folder(spec, found.sources, folder, workers, on_progress)
     except OSError as error:
         raise UserError(
             f"data could not be prepared in {cache_dir}: {error}. Free disk space, correct the permissions, or set "
             "another data.cache_dir."
         ) from error
-    return open_tokens(folder)
+    return replace(open_tokens(folder), left_out=found.left_out)
 
 
 def find_prepared(spec: DataSpec, cache_dir: Path, workers: int = 1) -> TokenizedText:
     """Returns the tokens of `spec`. Raises: UserError when they are not prepared, or damaged."""
-    sources = find_files(spec.text, spec.jsonl, spec.suffixes)
-    folder = cache_dir / _key(spec, sources, cache_dir, workers)
+    found = find_files(spec.text, spec.jsonl, spec.suffixes)
+    folder = cache_dir / _key(spec, found.sources, cache_dir, workers)
     if not folder.exists():
         raise UserError(f"the run's text ({folder}) is not prepared. Run `sorted-ds prepare RUN.toml` first.")
-    return open_tokens(folder)
+    return replace(open_tokens(folder), left_out=found.left_out)
 
 
 def _key(spec: DataSpec, sources: Sequence[Source], cache_dir: Path, workers: int) -> str:
-    settings = {
-        "tokenizer": TRAIN_A_TOKENIZER if spec.tokenizer == TRAIN_A_TOKENIZER else tokenizer_identity(spec.tokenizer),
-        "vocab_size": spec.vocab_size if spec.tokenizer == TRAIN_A_TOKENIZER else None,
-        "validation_fraction": spec.validation_fraction,
-        "seed": spec.seed,
-    }
+    settings: dict[str, object] = {"validation_fraction": spec.validation_fraction, "seed": spec.seed}
+    if spec.tokenizer == TRAIN_A_TOKENIZER:
+        settings |= {"tokenizer": TRAIN_A_TOKENIZER, "vocab_size": spec.vocab_size}
+        has_bos = bool(spec.bos)
+    else:
+        tokenizer = load_tokenizer(spec.tokenizer)
+        settings |= {"tokenizer": tokenizer_identity(spec.tokenizer, tokenizer), "vocab_size": None}
+        has_bos = leads_with_bos(tokenizer, spec.bos)
+        if has_dropout(tokenizer.backend_tokenizer):  # Earlier versions encoded with it, so their tokens are others.
+            settings["dropout"] = False
+    if has_bos:  # Keys without it are those of version 0.1.
+        settings["bos"] = True
     return content_key(sources, settings, cache_dir, workers)
 
 
 def _prepare_folder(
     spec: DataSpec, sources: Sequence[Source], folder: Path, workers: int, on_progress: OnProgress
 ) -> None:
-    # If the folder has come meanwhile, another process was faster and has written the same bytes.
-    with suppress(FileExistsError), replaced(folder, durable=True, overwrite=False) as hidden:
-        hidden.mkdir()
-        _write_contents(spec, sources, hidden, workers, on_progress)
-        if _key(spec, sources, folder.parent, workers) != folder.name:
-            raise UserError("data: the text changed while it was being prepared. Start again.")
+    try:
+        with replaced(folder, durable=True, overwrite=False) as hidden:
+            hidden.mkdir()
+            _write_contents(spec, sources, hidden, workers, on_progress)
+            if _key(spec, sources, folder.parent, workers) != folder.name:
+                raise UserError("data: the text changed while it was being prepared. Start again.")
+    except FileExistsError:
+        # If the folder has come meanwhile, another process was faster and has written the same bytes. Otherwise a file
+        # has the place of the cache folder.
+        if not folder.exists():
+            raise
 
 
 def _write_contents(
@@ -104,16 +118,49 @@ def _write_contents(
     split = split_documents(_all_documents(sources), spec.validation_fraction, spec.seed)
     if spec.tokenizer == TRAIN_A_TOKENIZER:
         training = (text for text in _all_documents(sources) if not split.is_validation(text))
-        train_tokenizer(training_excerpts(training, split.num_characters), spec.vocab_size, hidden / TOKENIZER_DIR)
+        excerpts = training_excerpts(training, split.num_characters)
+        train_tokenizer(excerpts, spec.vocab_size, hidden / TOKENIZER_DIR, adds_bos=bool(spec.bos))
         tokenizer = load_tokenizer(str(hidden / TOKENIZER_DIR))
     else:
         tokenizer = load_tokenizer(spec.tokenizer)
         save_tokenizer(tokenizer, hidden / TOKENIZER_DIR)
     vocabulary = vocabulary_of(tokenizer)
-    encoding = Encoding(hidden / TOKENIZER_DIR / "tokenizer.json", vocabulary.eos_id, token_dtype(vocabulary.size))
-    sided = ((text, split.is_validation(text)) for text in _all_documents(sources))
-    write_tokens(sided, encoding, hidden, workers, split.num_characters, on_progress)
-    write_meta(hidden, vocabulary, encoding.dtype)
+    bos_id = vocabulary.bos_id if leads_with_bos(tokenizer, spec.bos) else None
+    tokenizer_file = hidden / TOKENIZER_DIR / "tokenizer.json"
+    encoding = Encoding(tokenizer_file, bos_id, vocabulary.eos_id, token_dtype(vocabulary.size))
+    census = Census(split)
+    write_tokens(census.sided(sources), encoding, hidden, workers, split.num_characters, on_progress)
+    write_meta(hidden, vocabulary, encoding, census.counts(len(sources)))
+
+
+class Census:
+    """Decides for each document on which side it is, and counts what was read."""
+
+    def __init__(self, split: Split):
+        self.split = split
+        self.documents, self.bytes = [0, 0], [0, 0]
+        self.unread = Unread()
+
+    def sided(self, sources: Sequence[Source]) -> Iterator[tuple[str, bool]]:
+        """Yields all documents in order, each with whether it is for validation."""
+        for source in sources:
+            for text in documents(source, self.unread):
+                is_validation = self.split.is_validation(text)
+                self.documents[is_validation] += 1
+                self.bytes[is_validation] += len(text.encode())
+                yield text, is_validation
+
+    def counts(self, num_files: int) -> Counts:
+        """Returns what was counted."""
+        (train, validation), (train_bytes, validation_bytes) = self.documents, self.bytes
+        return Counts(
+            files=num_files,
+            documents=(train, validation),
+            bytes=(train_bytes, validation_bytes),
+            unread_keys=dict(self.unread.keys),
+            further_keys=self.unread.further_keys,
+            blank=self.unread.blank,
+        )
 
 
 def _all_documents(sources: Sequence[Source]) -> Iterator[str]:

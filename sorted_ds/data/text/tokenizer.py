@@ -5,16 +5,21 @@ sentencepiece.model, and an ordinary Hugging Face tokenizer that gives the same 
 """
 
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import ADDED_TOKENS_FILE, SPECIAL_TOKENS_MAP_FILE, TOKENIZER_CONFIG_FILE
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.data.text.content_key import hash_file
 from sorted_ds.data.text.encode import encode_texts
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
@@ -27,6 +32,22 @@ LINE_CHARACTERS = 2**12
 """Longer lines are cut for training, because SentencePiece skips sentences over `max_sentence_length`."""
 CHARACTER_COVERAGE = 0.9995
 """SentencePiece's default. Rarer characters are encoded as bytes, so that they do not fill the vocabulary."""
+
+OTHERS = 'Name a directory, a hub id, or "train".'
+REPAIR = "Correct or replace the tokenizer's files in that directory, or name another tokenizer in data.tokenizer."
+"""The advice for a tokenizer that cannot be used, and for a directory whose files cannot be read."""
+
+HASHED_FIRST = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+"""The files that version 0.1 hashed, in its order. Others follow, so that its prepared tokens are found again."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +74,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 
     Raises: UserError when it cannot be loaded, is not fast, has no end-of-text token, or has gaps in its ids.
     """
-    is_local = Path(name_or_path).is_dir()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=is_local, trust_remote_code=False)
+        tokenizer = read_tokenizer(name_or_path)
     except Exception as error:  # The tokenizers library raises plain `Exception` for a damaged file.
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise _refusal(name_or_path, f"cannot be loaded ({reason})") from error
+        advice = REPAIR if Path(name_or_path).is_dir() else OTHERS
+        raise _refusal(name_or_path, f"cannot be loaded ({_reason_of(error)})", advice) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise _refusal(name_or_path, "has no tokenizer.json, from which a fast tokenizer is read")
     if tokenizer.eos_token_id is None:
@@ -69,27 +89,91 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _refusal(name: str, reason: str) -> UserError:
-    return UserError(f'data.tokenizer: {name!r} {reason}. Name a directory, a hub id, or "train".')
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Returns whether the tokenizer itself puts its beginning-of-text token before a text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def leads_with_bos(tokenizer: PreTrainedTokenizerFast, bos: bool | None) -> bool:
+    """Returns whether the beginning-of-text token leads each document. `bos` is `data.bos`; None for the habit.
+
+    Raises: UserError when the tokenizer has no such token.
+    """
+    if bos and tokenizer.bos_token_id is None:
+        raise UserError("data.bos = true, but the tokenizer has no beginning-of-text token. Remove data.bos.")
+    return adds_bos(tokenizer) if bos is None else bos
+
+
+def read_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Calls `AutoTokenizer.from_pretrained`, which raises errors of many kinds.
+
+    If the files do not name a class of one family, tokenizer.json says everything. Then the model's config is not
+    asked, because for some families (qwen2) it makes transformers use the family's class, which gives other ids.
+    """
+    folder = Path(name_or_path)
+    without_config = {"config": PreTrainedConfig()} if _is_of_no_family(folder / TOKENIZER_CONFIG_FILE) else {}
+    return AutoTokenizer.from_pretrained(
+        name_or_path, local_files_only=folder.is_dir(), trust_remote_code=False, **without_config
+    )
+
+
+def _is_of_no_family(path: Path) -> bool:
+    try:
+        return json.loads(path.read_bytes())["tokenizer_class"] in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def tokenizer_identity(name_or_path: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Returns a hash of the files of a local directory, which may be moved, or the name of a tokenizer of the hub."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return name_or_path
+    names = dict.fromkeys([*HASHED_FIRST, *_files_of(tokenizer, folder)])
+    contents = {name: hash_file(folder / name) for name in names if (folder / name).is_file()}
+    return sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def _files_of(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[str]:
+    """Returns the names of all files that transformers may read this tokenizer from, by its own constants."""
+    templates = sorted(path.relative_to(folder).as_posix() for path in (folder / CHAT_TEMPLATE_DIR).glob("*"))
+    fixed = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE)
+    return [*tokenizer.vocab_files_names.values(), *fixed, *templates]
+
+
+def _reason_of(error: Exception) -> str:
+    """Returns the first line of the message, and the type of an error whose message tells a user little."""
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    says_enough = reason and (isinstance(error, OSError | ValueError) or type(error) is Exception)
+    return reason if says_enough else f"{type(error).__name__}: {reason}".removesuffix(": ")
+
+
+def _refusal(name: str, reason: str, advice: str = OTHERS) -> UserError:
+    return UserError(f"data.tokenizer: {name!r} {reason}. {advice}")
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
     """Returns the ids of each text, without added tokens; "</s>" in a text is text. Leaves `tokenizer` unchanged."""
-    return encode_texts(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), texts)
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    return [ids.tolist() for ids in encode_texts(copy, texts)]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, adds_bos: bool = False) -> None:
     """Trains SentencePiece BPE on the texts; writes sentencepiece.model and a Hugging Face tokenizer to `folder`.
 
-    The same texts give the same bytes. Decoding gives back any text that does not contain `SPACE`.
+    The same texts give the same bytes. Decoding gives back any text that does not contain `SPACE`. `adds_bos`: whether
+    the tokenizer puts `BOS` before a text when it is called.
 
     Raises: UserError when the text has too few or too many different pieces for `vocab_size`; OSError.
     """
     model = _train(_lines(texts), vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sentencepiece.model").write_bytes(model)
+    backend = _from_sentencepiece(model)
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=[(BOS, BOS_ID)])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=_from_sentencepiece(model),
+        tokenizer_object=backend,
         unk_token=UNK,
         bos_token=BOS,
         eos_token=EOS,
@@ -99,11 +183,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Calls `save_pretrained`. Raises: OSError; for a full disk the tokenizers library raises a plain `Exception`."""
+    """Writes the tokenizer so that transformers 4.57 reads it too. Raises: OSError."""
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:
+    except Exception as error:  # For a full disk the tokenizers library raises a plain `Exception`.
         raise OSError(f"{folder}: {error}") from error
+    _correct_config(folder / TOKENIZER_CONFIG_FILE)
+
+
+def _correct_config(path: Path) -> None:
+    """Replaces the names in tokenizer_config.json that only transformers 5 knows by those that 4.57 knows too.
+
+    It removes two keys by which transformers 5 remembers that the tokenizer was read from a local directory.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only"):
+        config.pop(key, None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def training_excerpts(texts: Iterable[str], num_characters: int) -> Iterator[str]:

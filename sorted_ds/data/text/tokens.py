@@ -1,7 +1,8 @@
 """Prepared tokens on disk: opened, checked and described.
 
     FOLDER/tokenizer/       an ordinary Hugging Face tokenizer
-    FOLDER/train.bin        token ids, flat, little-endian; the end-of-text token follows each document
+    FOLDER/train.bin        token ids, flat, little-endian; the end-of-text token follows each document,
+                            and the beginning-of-text token leads it if `begins_with_bos`
     FOLDER/validation.bin
     FOLDER/meta.json        type, vocabulary and number of the token ids
 
@@ -9,20 +10,39 @@ In: a folder. Out: `TokenizedText`, its tokens mapped from disk after a check of
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.text.content_key import FORMAT
-from sorted_ds.data.text.encode import TRAIN_FILE, VALIDATION_FILE
+from sorted_ds.data.text.encode import TRAIN_FILE, VALIDATION_FILE, Encoding
 from sorted_ds.data.text.tokenizer import Vocabulary
 
 META_FILE = "meta.json"
 TOKENIZER_DIR = "tokenizer"
-CHUNK_TOKENS = 2**24
-"""Number of tokens that are counted at a time."""
+CHUNK_TOKENS = 2**20
+"""Number of tokens that are counted at a time, in 8 MiB."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was read to prepare tokens."""
+
+    files: int
+    documents: tuple[int, int]
+    """Numbers of documents for training and for validation."""
+    bytes: tuple[int, int]
+    """Their sizes as UTF-8."""
+    unread_keys: Mapping[str, int]
+    """How many JSONL lines have a key beside the text. These keys are not read. `Unread` bounds their number."""
+    further_keys: int = 0
+    """How often JSONL lines have further keys. 0 also if an earlier version prepared the tokens."""
+    blank: int = 0
+    """Number of documents that are blank and left out. 0 also if an earlier version prepared the tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +53,17 @@ class TokenizedText:
     vocab_size: int
     bos_id: int | None
     eos_id: int
+    begins_with_bos: bool
+    """Whether the beginning-of-text token leads each document."""
     train: np.ndarray
     """Token ids, mapped from disk. Shape [tokens]."""
     validation: np.ndarray
     unigram_nats: float
     """Loss per validation token of a unigram model that counts the training tokens, each count plus one."""
+    counts: Counts | None = None
+    """None if an earlier version prepared the tokens."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many files below the named folders are not read, by the reason."""
 
     @property
     def folder(self) -> Path:
@@ -62,6 +88,9 @@ class _Meta:
     train_tokens: int
     validation_tokens: int
     unigram_nats: float
+    begins_with_bos: bool = False
+    counts: dict | None = None
+    """A `Counts`, which earlier versions did not write."""
 
 
 def open_tokens(folder: Path) -> TokenizedText:
@@ -72,24 +101,32 @@ def open_tokens(folder: Path) -> TokenizedText:
         vocab_size=meta.vocab_size,
         bos_id=meta.bos_id,
         eos_id=meta.eos_id,
+        begins_with_bos=meta.begins_with_bos,
         train=_map_tokens(folder / TRAIN_FILE, meta.dtype, meta.train_tokens),
         validation=_map_tokens(folder / VALIDATION_FILE, meta.dtype, meta.validation_tokens),
         unigram_nats=meta.unigram_nats,
+        counts=None if meta.counts is None else _counts_of(**meta.counts),
     )
 
 
-def write_meta(folder: Path, vocabulary: Vocabulary, dtype: str) -> None:
+def _counts_of(documents: list[int], bytes: list[int], **others: Any) -> Counts:
+    return Counts(documents=(documents[0], documents[1]), bytes=(bytes[0], bytes[1]), **others)
+
+
+def write_meta(folder: Path, vocabulary: Vocabulary, encoding: Encoding, counts: Counts) -> None:
     """Counts the tokens of both files and writes meta.json."""
-    train, validation = (np.memmap(folder / name, dtype, "r") for name in (TRAIN_FILE, VALIDATION_FILE))
+    train, validation = (np.memmap(folder / name, encoding.dtype, "r") for name in (TRAIN_FILE, VALIDATION_FILE))
     meta = _Meta(
         format=FORMAT,
-        dtype=dtype,
+        dtype=encoding.dtype,
         vocab_size=vocabulary.size,
         bos_id=vocabulary.bos_id,
         eos_id=vocabulary.eos_id,
+        begins_with_bos=encoding.bos_id is not None,
         train_tokens=len(train),
         validation_tokens=len(validation),
         unigram_nats=_unigram_nats(_count(train, vocabulary.size), _count(validation, vocabulary.size)),
+        counts=asdict(counts),
     )
     (folder / META_FILE).write_text(json.dumps(asdict(meta), indent=1) + "\n", encoding="utf-8")
 

@@ -1,0 +1,1 @@
+"""How good sub-networks are: against the same sizes trained alone, at equal cost."""
