@@ -5,7 +5,9 @@ at once, and lets autograd do the rest. It shares only the plan of a step with t
 with which exits, and which layers they leave out (tests/space/test_passes.py).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,41 +21,82 @@ from sorted_ds.run.teacher import Teaching
 from sorted_ds.run.train import accumulate, count_targets
 from sorted_ds.space import LossPasses, Pass, Planned, Policy, Sampler, SubNetSpace
 from sorted_ds.tasks.losses import Terms
-from tests import exactness, reference
+from tests import cover, exactness, reference
 from tests.batches import TASK, batch, blank
-from tests.exactness import ORDER, ORDERED_SPACE, ROW_TOKENS, ROWS_PER_RANK, SPACE, VOCAB, Case
+from tests.exactness import DEEP, MIDDLE, ORDER, ORDERED_SPACE, ROW_TOKENS, ROWS_PER_RANK, SMALL, SPACE, VOCAB, Case
 
+NUM_RANKS = 2
 MICRO_BATCHES = 2
 """Micro-batches of each share on each rank: a lesson must not outlive its rows."""
 SEED = 3
 
 
 @dataclass(frozen=True)
-class LossCase:
-    """One mode of the engine, and the terms of the loss."""
+class Loss:
+    """What `[loss]` of a run file sets."""
 
-    mode: Case
     teacher: str = ""
     """`full`, or `other` for a model of another width and depth."""
     temperature: float = 1.0
     exit_weight: float = 0.0
     layer_dropout: float = 0.0
-    strategy: str = "full_plus"
-    subnets_per_share: int = 1
-
-    @property
-    def name(self) -> str:
-        terms = [f"{self.teacher}-teaches"] if self.teacher else []
-        terms += [f"at-{self.temperature:g}"] if self.temperature != 1 else []
-        terms += ["exits"] if self.exit_weight else []
-        terms += ["dropout"] if self.layer_dropout else []
-        terms += [self.strategy] if self.strategy != "full_plus" else []
-        terms += [f"{self.subnets_per_share}-on-the-same-rows"] if self.subnets_per_share > 1 else []
-        return "-".join([self.mode.name, *terms])
 
     @property
     def terms(self) -> Terms | None:
         return Terms(0.3, self.temperature, self.exit_weight) if self.teacher or self.exit_weight else None
+
+
+LOSSES = {
+    "plain": Loss(),
+    "full_teaches": Loss("full"),
+    "full_teaches_at_2": Loss("full", temperature=2.0),
+    "other_teaches": Loss("other", temperature=1.5),
+    "exits": Loss(exit_weight=0.3),
+    "dropout": Loss(layer_dropout=0.7),
+    "full_teaches_exits_dropout": Loss("full", exit_weight=0.5, layer_dropout=0.7),
+    "other_teaches_exits": Loss("other", exit_weight=1.0),
+}
+POLICIES: dict[str, dict[int, Policy]] = {
+    "full_plus": {0: Policy(strategy="full_plus")},
+    "stratified": {0: Policy(strategy="stratified")},
+    "uniform": {0: Policy(strategy="uniform")},
+    "sandwich": {0: Policy(strategy="sandwich")},
+    "full_shares": {0: Policy(strategy="full_plus", full_shares=2)},
+    "pairs_on_the_same_rows": {0: Policy(strategy="full_plus", subnets_per_share=2)},
+    "all_on_the_same_rows": {0: Policy(strategy="sandwich", subnets_per_share=4)},
+    "weights": {0: Policy(strategy="stratified", weights={SMALL: 1.0, MIDDLE: 2.5, DEEP: 0.5})},
+    "hold": {0: Policy(strategy="uniform", hold_steps=2)},
+    "phases": {0: Policy(2, "full"), 1: Policy(3, "full_plus"), 2: Policy(strategy="sandwich", subnets_per_share=2)},
+}
+"""The policy of each phase, by the step at which it begins."""
+FACTORS = {
+    "loss": tuple(LOSSES),
+    "policy": tuple(POLICIES),
+    **{name: cover.FACTORS[name] for name in ("stage", "offload", "precision", "overlap", "tied", "checkpointing")},
+    "optimizer": ("sgd", "adamw"),
+    "ordered": (False, True),
+}
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """One mode of the engine, a loss and a policy."""
+
+    mode: Case
+    loss: str
+    policy: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.mode.name}-{self.loss}-{self.policy}"
+
+    @property
+    def terms(self) -> Terms | None:
+        return LOSSES[self.loss].terms
+
+    @property
+    def teacher(self) -> str:
+        return LOSSES[self.loss].teacher
 
     @property
     def space(self) -> SubNetSpace:
@@ -61,9 +104,28 @@ class LossCase:
 
     @property
     def sampler(self) -> Sampler:
-        policy = Policy(4, self.strategy, subnets_per_share=self.subnets_per_share)
-        passes = LossPasses(self.teacher == "full", self.exit_weight > 0, self.layer_dropout)
-        return Sampler(list(self.space), policy, SEED, loss=passes, space=self.space)
+        loss = LOSSES[self.loss]
+        passes = LossPasses(self.teacher == "full", loss.exit_weight > 0, loss.layer_dropout)
+        first, *later = POLICIES[self.policy].items()
+        return Sampler(list(self.space), first[1], SEED, dict(later), passes, self.space)
+
+
+def settings() -> Iterator[cover.Setting]:
+    """Yields every combination that the engine accepts."""
+    for values in product(*FACTORS.values()):
+        setting = dict(zip(FACTORS, values, strict=True))
+        if cover.is_allowed(setting):
+            yield setting
+
+
+def case_of(setting: cover.Setting) -> LossCase:
+    mode = {name: value for name, value in setting.items() if name not in ("loss", "policy", "ordered")}
+    case = cover.mode_of({**mode, "num_ranks": NUM_RANKS}).case
+    return LossCase(replace(case, ordered=setting["ordered"]), setting["loss"], setting["policy"])
+
+
+def bounds(case: LossCase) -> cover.Error:
+    return cover.bounds(cover.Mode(NUM_RANKS, case.mode))
 
 
 def other_teacher() -> PreTrainedModel:
@@ -188,7 +250,7 @@ def weighted_loss(
     """Returns the weighted loss of a pass, and its parts: the loss and the divergence at each exit."""
     order = ORDER if case.mode.ordered else ()
     learns = lesson is not None and not (case.teacher == "full" and run.subnet == case.space.full)
-    weights = [case.exit_weight] * len(run.exits) + [1.0]
+    weights = [LOSSES[case.loss].exit_weight] * len(run.exits) + [1.0]
     total, nlls, divergences = torch.zeros(()), [], []
     for depth, weight in zip([*run.exits, run.subnet.depth], weights, strict=True):
         with reference.masked_to(model, run.subnet.replace(d=depth), order, run.dropped):
@@ -196,7 +258,7 @@ def weighted_loss(
         nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=NO_TARGET)
         divergence = torch.zeros(())
         if learns:
-            t, kept = case.temperature, labels != NO_TARGET
+            t, kept = LOSSES[case.loss].temperature, labels != NO_TARGET
             own, taught = F.log_softmax(logits[kept] / t, -1), F.log_softmax(lesson[kept] / t, -1)
             divergence = F.kl_div(own, taught, reduction="sum", log_target=True) * t**2
         share = 0.3 if learns else 0.0

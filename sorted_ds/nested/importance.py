@@ -12,7 +12,7 @@ channels; layers by the loss without them).
 Legend: U = units of a half (groups or channels), r = features of a unit on the input side, H = hidden channels.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sorted_ds.nested.family import Family, Half, Part, layers_of
+from sorted_ds.nested.layers import NestedLayer
 
 Importance = dict[tuple[int, str], Tensor]
 """The importance of each unit, [U], by the number of the layer and the letter of the axis."""
@@ -91,30 +92,58 @@ def sort_units(model: PreTrainedModel, family: Family, importance: Importance) -
                     module.bias.copy_(module.bias[features])
 
 
+@contextmanager
+def entering(model: PreTrainedModel, family: Family) -> Iterator[dict[int, Tensor]]:
+    """Keeps the hidden states that enter each layer in the forward passes inside, by the number of the layer."""
+    states: dict[int, Tensor] = {}
+
+    def keeps(number: int) -> Callable:
+        def keep(module: nn.Module, args: tuple) -> None:
+            states[number] = args[0]
+
+        return keep
+
+    handles = [layer.register_forward_pre_hook(keeps(number)) for number, layer in enumerate(layers_of(model, family))]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def giving(layer: NestedLayer, states: Tensor) -> Iterator[None]:
+    """Makes a layer give these hidden states, whatever enters it."""
+    run, layer.run = layer.run, lambda *_: states
+    try:
+        yield
+    finally:
+        layer.run = run
+
+
 def layer_order(
     num_layers: int,
     fewest: int,
-    loss_without: Callable[[tuple[int, ...]], float],
+    losses_without: Callable[[tuple[int, ...]], Iterable[tuple[int, float]]],
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[tuple[int, ...], dict[int, float]]:
-    """Returns an order of the layers, and the loss at each number of layers that was measured.
+    """Returns an order of the layers, and the loss at each smaller number of layers that was measured.
 
     One layer after the other is left out: the one without which the loss is lowest, together with those before it. So
     depth n of the order has the layers that are left. It stops at `fewest` layers, which come first in the order, in
-    the network's own sequence. `loss_without(layers)` returns the loss without these layers.
+    the network's own sequence. `losses_without(layers)` yields each other layer, and the loss without these layers and
+    it.
     """
     left_out: list[int] = []
-    losses = {num_layers: loss_without(())}
+    losses: dict[int, float] = {}
     total = sum(range(fewest + 1, num_layers + 1))
     for left in range(num_layers, fewest, -1):
-        candidates = [layer for layer in range(num_layers) if layer not in left_out]
         found = []
-        for layer in candidates:
-            found.append((loss_without(tuple(sorted([*left_out, layer]))), layer))
+        for layer, loss in losses_without(tuple(sorted(left_out))):
+            found.append((loss, layer))
             report(sum(range(left + 1, num_layers + 1)) + len(found), total)
-        loss, layer = min(found)
+        losses[left - 1], layer = min(found)
         left_out.append(layer)
-        losses[left - 1] = loss
     kept = [layer for layer in range(num_layers) if layer not in left_out]
     return (*kept, *reversed(left_out)), losses
 

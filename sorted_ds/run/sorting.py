@@ -7,7 +7,7 @@ Hugging Face directory with the same function, and its sorted.json with the laye
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,9 @@ from sorted_ds.deploy.license import base_of
 from sorted_ds.deploy.model_dir import SORTED_JSON
 from sorted_ds.families import family_of
 from sorted_ds.nested import Family, NestedModel
-from sorted_ds.nested.importance import Importance, by_layer, layer_order, sort_units, watched
+from sorted_ds.nested.family import layers_of
+from sorted_ds.nested.importance import Importance, by_layer, entering, giving, layer_order, sort_units, watched
+from sorted_ds.nested.layers import NestedLayer
 from sorted_ds.nested.load import check_weights
 from sorted_ds.nested.nest import nest_as
 from sorted_ds.run.build import PROGRESS_COLUMNS
@@ -38,8 +40,6 @@ from sorted_ds.tasks import LOSS, Prepared, SummedLoss, Task
 LARGEST_RELATIVE_DIFFERENCE = 1e-4
 """The largest difference between the logits before and after sorting, divided by the largest logit, in fp32."""
 CARD = "README.md"
-Loss = Callable[[Pass], float]
-"""Returns the mean loss of a pass in nats."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,15 @@ class Sorting:
         return importance
 
     def _layer_order(self, progress: Progress) -> tuple[tuple[int, ...], dict[int, float]]:
-        loss, full = self._nested(self.space, self.other[: self._batches_of_order()]), self.space.full
+        measured, full = self._measured(self.space, self.other[: self._batches_of_order()]), self.space.full
         bar = progress.add_task("layer order", total=None)
-        return layer_order(
+        order, losses = layer_order(
             full.depth,
             self.loads.fewest_layers or full.depth // 2,
-            lambda dropped: loss(Pass(full, "evaluate", dropped=dropped)),
+            measured.losses_without,
             lambda done, total: progress.update(bar, completed=done, total=total),
         )
+        return order, {full.depth: measured.loss(Pass(full, "evaluate")), **losses}
 
     def _batches_of_order(self) -> int:
         tokens_of_batch = next(iter(self.other[0].values())).numel()
@@ -132,24 +133,12 @@ class Sorting:
 
     def _losses(self, space: SubNetSpace, batches: Sequence[Batch]) -> tuple[float, ...]:
         """Returns the loss of each sub-network of the model as it is now, in the order of the report."""
-        loss = self._nested(space, batches)
-        return tuple(loss(Pass(subnet, "evaluate")) for subnet in self.space)
+        measured = self._measured(space, batches)
+        return tuple(measured.loss(Pass(subnet, "evaluate")) for subnet in self.space)
 
-    def _nested(self, space: SubNetSpace, batches: Sequence[Batch]) -> Loss:
+    def _measured(self, space: SubNetSpace, batches: Sequence[Batch]) -> "Measured":
         nested = nest_as(self.family, copy.deepcopy(self.model), space)
-        summed = SummedLoss(nested, self.task, self.family).eval()
-
-        @torch.no_grad()
-        def loss(run: Pass) -> float:
-            total, count = 0.0, 0.0
-            for batch in batches:
-                assert isinstance(nested, NestedModel)
-                nested.set_pass(run)
-                nll, targets = summed(mode="evaluate", **batch)[LOSS]
-                total, count = total + float(nll), count + float(targets)
-            return total / count
-
-        return loss
+        return Measured(SummedLoss(nested, self.task, self.family).eval(), self.family, batches)
 
     @torch.no_grad()
     def _logits(self, batch: Batch) -> torch.Tensor:
@@ -163,6 +152,59 @@ class Sorting:
                 f"sorting changed the logits by {difference:.1e} of the largest one, so nothing was written. This is a "
                 "defect of the program; please report it."
             )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A nested model, and the rows on which its loss is measured."""
+
+    model: SummedLoss
+    family: Family
+    batches: Sequence[Batch]
+
+    @torch.no_grad()
+    def loss(self, run: Pass) -> float:
+        """Returns the mean loss of a pass in nats."""
+        return self._mean(self._sums(run, batch) for batch in self.batches)
+
+    @torch.no_grad()
+    def losses_without(self, left_out: tuple[int, ...]) -> Iterator[tuple[int, float]]:
+        """Yields each other layer of the full network, and the loss without the layers `left_out` and it.
+
+        The states that enter a layer do not depend on it. So they are computed once, and each pass begins behind the
+        layer that it leaves out: half of the work.
+        """
+        full, layers = self._nested.space.full, layers_of(self._nested, self.family)
+        states = []
+        for batch in self.batches:
+            with entering(self._nested, self.family) as found:
+                self._sums(Pass(full, "evaluate", dropped=left_out), batch)
+            states.append(found)
+        for number, layer in enumerate(layers):
+            if number in left_out:
+                continue
+            dropped = tuple(sorted({*range(number), *left_out}))
+            assert isinstance(layer, NestedLayer)
+            sums = []
+            for batch, found in zip(self.batches, states, strict=True):
+                with giving(layer, found[number]):
+                    sums.append(self._sums(Pass(full, "evaluate", dropped=dropped), batch))
+            yield number, self._mean(sums)
+
+    def _sums(self, run: Pass, batch: Batch) -> tuple[float, float]:
+        self._nested.set_pass(run)
+        nll, targets = self.model(mode="evaluate", **batch)[LOSS]
+        return float(nll), float(targets)
+
+    @property
+    def _nested(self) -> NestedModel:
+        assert isinstance(self.model.model, NestedModel)
+        return self.model.model
+
+    @staticmethod
+    def _mean(sums: Iterable[tuple[float, float]]) -> float:
+        nll, targets = (sum(each) for each in zip(*sums, strict=True))
+        return nll / targets
 
 
 def sort_model(

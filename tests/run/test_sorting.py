@@ -15,6 +15,8 @@ from sorted_ds.families import family_of, nest
 from sorted_ds.nested.importance import layer_order, sort_units, watched
 from sorted_ds.run.build import check_run
 from sorted_ds.run.run_file import load_run
+from sorted_ds.run.sorting import Measured
+from sorted_ds.tasks import SummedLoss, task_of
 from tests.families import SPACE, VARIANTS, tiny_model, tokens
 from tests.launched import one_error, run_dir, train
 from tests.runs import run_file
@@ -94,18 +96,43 @@ def test_the_layer_order_leaves_out_one_layer_after_the_other():
     costs = {0: 50.0, 1: 3.0, 2: 1.0, 3: 2.0, 4: 10.0, 5: 40.0}
     asked = []
 
-    def loss_without(layers: tuple[int, ...]) -> float:
+    def losses_without(layers: tuple[int, ...]):
         asked.append(layers)
-        extra = 100.0 if {1, 3} <= set(layers) else 0.0  # 1 and 3 must not both be left out
-        return 1.0 + sum(costs[layer] for layer in layers) + extra
+        for layer in costs.keys() - layers:
+            extra = 100.0 if {1, 3} <= {*layers, layer} else 0.0  # 1 and 3 must not both be left out
+            yield layer, 1.0 + sum(costs[each] for each in (*layers, layer)) + extra
 
     progress = []
-    order, losses = layer_order(6, 3, loss_without, lambda done, total: progress.append((done, total)))
+    order, losses = layer_order(6, 3, losses_without, lambda done, total: progress.append((done, total)))
     assert order == (0, 1, 5, 4, 3, 2)
-    assert losses == {6: 1.0, 5: 2.0, 4: 4.0, 3: 14.0}
-    assert all(tuple(sorted(layers)) == layers for layers in asked)
+    assert losses == {5: 2.0, 4: 4.0, 3: 14.0}
+    assert asked == [(), (2,), (2, 3)]
     assert progress[-1] == (15, 15)
     assert [done for done, _ in progress] == list(range(1, 16))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loss_without_a_layer_is_that_of_a_model_that_lacks_it(variant):
+    """The passes begin behind the layer that is left out. Here Hugging Face's model runs from its first layer on."""
+    model, family = tiny_model(variant).eval(), family_of(tiny_model(variant).config.model_type)
+    batches = [{"input_ids": tokens(rows=2, seed=seed), "labels": tokens(rows=2, seed=seed + 9)} for seed in (0, 1)]
+    nested = nest(copy.deepcopy(model), SPACE)
+    measured = Measured(SummedLoss(nested, task_of("causal_lm"), family).eval(), family, batches)
+    found = dict(measured.losses_without((1,)))
+    assert sorted(found) == [0, 2, 3]
+    for number, loss in found.items():
+        lacking = copy.deepcopy(model)
+        layers = lacking.get_submodule(family.layers)
+        for left_out in sorted({1, number}, reverse=True):
+            del layers[left_out]
+        lacking.config.num_hidden_layers = 2
+        if getattr(lacking.config, "layer_types", None):
+            kept = [kind for at, kind in enumerate(model.config.layer_types) if at not in (1, number)]
+            lacking.config.layer_types = kept
+        with torch.no_grad():
+            logits = [lacking(batch["input_ids"], use_cache=False).logits.flatten(0, 1) for batch in batches]
+        labels = torch.cat([batch["labels"].flatten() for batch in batches])
+        assert loss == pytest.approx(torch.nn.functional.cross_entropy(torch.cat(logits), labels).item(), rel=1e-5)
 
 
 # The command
