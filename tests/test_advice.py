@@ -237,8 +237,11 @@ CASES = {
     ),
     "layer order of a model that was not sorted": Case(
         checkpoint("space.layer_order=model"),
-        r"has no layer order\. Make one with `sorted-ds sort`, or name the layers\.",
-        changes("space.layer_order=[0, 3, 1, 2]"),
+        r"has no layer order\. Set (model\.sort) = true, or name the layers\.",
+        changes("model.sort=true"),
+    ),
+    "sorting of a model from scratch": Case(
+        sets("model.sort=true"), r"has random weights\. Remove (model\.sort)\.", removes
     ),
     "size twice": Case(sets("space.depths=[3, 3, 1]"), r"Name each size once\.", changes("space.depths=[3, 1]")),
     "evaluated sub-network": Case(
@@ -540,6 +543,8 @@ ELSEWHERE = {
     "has no checkpoint of step {}. {}": "tests/run/test_branch.py",
     "but the max_position_embeddings of {} = {}": "tests/run/test_loss_terms.py",
     "already exists. Name another --out": "tests/run/test_sorting.py",
+    "Run `sorted-ds prepare` with this run file first": "tests/run/test_sorting.py",
+    "was not made from the weights of model.init": "tests/run/test_sorting.py",
     "has a checkpoint of step": "tests/run/test_train_errors.py",
     "To go on from there without this step": "tests/run/test_train_errors.py",
 }

@@ -44,6 +44,10 @@ class Model(Section):
     init: str = SCRATCH
     """Where the first weights come from: `"scratch"` for random ones, or the Hugging Face directory or hub id of a
     checkpoint with safetensors."""
+    sort: bool = False
+    """Sorts the attention groups and channels of `init` by importance before the first step, and finds an order of its
+    layers for `space.layer_order = "model"`, as `sorted-ds sort` does. Training begins with the sorted model, which is
+    in RUN_DIR/sorted. `sorted-ds prepare` and `sorted-ds train` make it."""
     family: str = ""
     """The model family of a network from scratch, like `"llama"`."""
     config: dict[str, Any] = {}
@@ -64,8 +68,8 @@ class SpaceBase(Section):
     """The names of the sub-networks, like `["d4-g2-f256", "d8-g4-f512"]`, instead of sizes along the axes."""
     layer_order: list[Annotated[int, Field(ge=0)]] | Literal["model"] = []
     """A permutation of the layers, counted from 0. A sub-network of depth n has the first n layers of this order, and
-    runs them in the network's own sequence. `"model"` takes the order that `sorted-ds sort` has written beside
-    `model.init`. Default: the network's own sequence."""
+    runs them in the network's own sequence. `"model"` takes the order that `model.sort`
+    finds, or that `sorted-ds sort` has written beside `model.init`. Default: the network's own sequence."""
 
     @property
     def sizes(self) -> dict[str, list[int]]:

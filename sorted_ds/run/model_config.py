@@ -19,6 +19,8 @@ from sorted_ds.nested.hf_weights import resolve_source
 from sorted_ds.run.config import SCRATCH, Run
 from sorted_ds.tasks import Task, task_of
 
+SORTED_FOLDER = "sorted"
+"""The folder of RUN_DIR that holds the sorted model of `model.sort`."""
 ROTARY_KEYS = ("rope_theta", "rope_scaling")
 """Hugging Face accepts these config keys, and stores their values in `rope_parameters`."""
 
@@ -29,6 +31,8 @@ def model_config(run: Run) -> PreTrainedConfig:
     Raises: UserError for an unknown family, and for a key or a value that the family does not accept.
     """
     task = task_of(run.task)
+    if run.model.sort and run.model.init == SCRATCH:
+        raise UserError(f'model.sort = true, but model.init = "{SCRATCH}" has random weights. Remove model.sort.')
     config = _scratch_config(run, task) if run.model.init == SCRATCH else _checkpoint_config(run)
     task.check_config(run, config)
     config._attn_implementation = attention_of(config, run.model.attention)
@@ -38,19 +42,42 @@ def model_config(run: Run) -> PreTrainedConfig:
 def source_of(run: Run, asks_hub: bool = True) -> Path | None:
     """Returns the folder of the first weights on this host, after a download if needed; None for random weights.
 
-    Without `asks_hub` another process of this host must have downloaded them. Raises: UserError when they cannot be
-    found.
+    With `model.sort` that is RUN_DIR/sorted, once it is there. Without `asks_hub` another process of this host must
+    have downloaded them. Raises: UserError when they cannot be found.
     """
-    return None if run.model.init == SCRATCH else resolve_source(run.model.init, asks_hub)
+    if run.model.init == SCRATCH:
+        return None
+    return sorted_source(run) or resolve_source(run.model.init, asks_hub)
+
+
+def sorted_source(run: Run) -> Path | None:
+    """Returns the folder of the sorted model of `model.sort`; None if it is not wanted, or not made yet."""
+    folder = run.run_dir / SORTED_FOLDER
+    return folder if run.model.sort and folder.is_dir() else None
+
+
+def require_sorted(run: Run) -> None:
+    """Raises UserError if `model.sort` is set and the model is not sorted yet: while one rank sorted it, others would
+    time out.
+    """
+    if run.model.sort and not sorted_source(run):
+        raise UserError(
+            f"model.sort = true, but {run.run_dir / SORTED_FOLDER} is not there. Run `sorted-ds prepare` with this run "
+            "file first."
+        )
 
 
 def layer_order_of(run: Run) -> list[int]:
-    """Returns the layer order of the run file, or of sorted.json beside `model.init`. Empty for the network's own.
+    """Returns the layer order of the run file, or of the model's sorted.json. Empty for the network's own.
+
+    Before `model.sort` has found the order, it is the network's own.
 
     Raises: UserError if the model has none.
     """
     if run.space.layer_order != "model":
         return list(run.space.layer_order)
+    if run.model.sort and not sorted_source(run):
+        return []
     source = source_of(run)
     if source is None:
         raise UserError(
@@ -63,8 +90,7 @@ def layer_order_of(run: Run) -> list[int]:
         return [int(number) for number in order]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'space.layer_order = "model", but {path} has no layer order. Make one with `sorted-ds sort`, or name the '
-            "layers."
+            f'space.layer_order = "model", but {path} has no layer order. Set model.sort = true, or name the layers.'
         ) from error
 
 

@@ -28,18 +28,23 @@ from sorted_ds.deploy.model_dir import SORTED_JSON
 from sorted_ds.families import family_of
 from sorted_ds.nested import Family, NestedModel
 from sorted_ds.nested.family import layers_of
+from sorted_ds.nested.hf_weights import fingerprint, resolve_source
 from sorted_ds.nested.importance import Importance, by_layer, entering, giving, layer_order, sort_units, watched
 from sorted_ds.nested.layers import NestedLayer
 from sorted_ds.nested.load import check_weights
 from sorted_ds.nested.nest import nest_as
-from sorted_ds.run.build import PROGRESS_COLUMNS
+from sorted_ds.run.build import PROGRESS_COLUMNS, prepare_data
+from sorted_ds.run.config import Run
+from sorted_ds.run.model_config import SORTED_FOLDER, model_config
 from sorted_ds.space import Pass, SubNet, SubNetSpace
 from sorted_ds.space.axes import DEPTH
-from sorted_ds.tasks import LOSS, Prepared, SummedLoss, Task
+from sorted_ds.tasks import LOSS, Prepared, SummedLoss, Task, task_of
 
 LARGEST_RELATIVE_DIFFERENCE = 1e-4
 """The largest difference between the logits before and after sorting, divided by the largest logit, in fp32."""
 CARD = "README.md"
+SORTED_FROM = "sorted_from"
+"""The key of sorted.json that holds the fingerprint of the weights before sorting."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,40 @@ class Measured:
         return nll / targets
 
 
+def prepare(run: Run, console: Console) -> Prepared:
+    """Prepares the data of a run, and with `model.sort` its model. Returns the data. Prints progress and a summary.
+
+    Raises: UserError for data or a model that cannot be used.
+    """
+    data = prepare_data(run, console)
+    if run.model.sort:
+        prepare_model(run, data, console)
+    return data
+
+
+def prepare_model(run: Run, data: Prepared, console: Console) -> None:
+    """Writes the sorted model to RUN_DIR/sorted if it is not there yet. Raises: UserError if another model is there."""
+    config, source, folder = model_config(run), resolve_source(run.model.init), run.run_dir / SORTED_FOLDER
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        report = sort_model(source, config, task_of(run.task), data, run.batch.row_tokens, folder, Loads())
+        before, after = (sum(losses) / len(losses) for losses in (report.before, report.ordered))
+        told = f"sorted into {folder}: the mean loss of {len(report.subnets)} sub-networks was {before:.3f}"
+        console.print(f"{told} and is {after:.3f}", highlight=False, markup=False, soft_wrap=True)
+    elif facts_of(folder).get(SORTED_FROM) != fingerprint(source):
+        raise UserError(
+            f"{folder} was not made from the weights of model.init = {run.model.init}. Set another run_dir, or delete "
+            "the folder if the run has not begun."
+        )
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """Returns what sorted.json of a sorted model says; nothing if it cannot be read."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / SORTED_JSON).read_text(encoding="utf-8"))
+    return {}
+
+
 def sort_model(
     source: Path, config: PreTrainedConfig, task: Task, data: Prepared, row_tokens: int, out: Path, loads: Loads
 ) -> Report:
@@ -232,7 +271,8 @@ def sort_model(
     with Progress(*PROGRESS_COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
         report = Sorting(task, family, model, space, calibration, other, loads).run(progress)
     stated = config.dtype or torch.float32
-    write(model, getattr(torch, stated) if isinstance(stated, str) else stated, source, task, out, report)
+    dtype = getattr(torch, stated) if isinstance(stated, str) else stated
+    write(model, dtype, source, task, out, report)
     return report
 
 
@@ -273,7 +313,7 @@ def write(model: PreTrainedModel, dtype: torch.dtype, source: Path, task: Task, 
             write_plain(model, dtype, task, source, base_of(source, None), hidden)
             if (source / CARD).is_file():
                 (hidden / CARD).write_bytes((source / CARD).read_bytes())
-            facts = {"layer_order": report.layer_order, "sorted": asdict(report)}
+            facts = {"layer_order": report.layer_order, SORTED_FROM: fingerprint(source), "sorted": asdict(report)}
             (hidden / SORTED_JSON).write_text(json.dumps(facts) + "\n", encoding="utf-8")
             share(hidden)
     except (OSError, SafetensorError) as error:

@@ -28,7 +28,7 @@ from sorted_ds.run.config import Run
 from sorted_ds.run.evaluation import evaluate_during_training, last_evaluated_step
 from sorted_ds.run.finish import finish
 from sorted_ds.run.learning_rate import lr_at
-from sorted_ds.run.model_config import source_of
+from sorted_ds.run.model_config import require_sorted, source_of
 from sorted_ds.run.monitor import LossSums, PassLoss
 from sorted_ds.run.parts import build_parts
 from sorted_ds.run.plan import make_plan
@@ -195,6 +195,7 @@ def main(arguments: Sequence[str]) -> int:
                     teacher_source(run)
             with ranks.fail_together():
                 source_of(run, asks_hub=False)
+                require_sorted(run)
                 teacher_source(run, asks_hub=False)
                 claimed = claim(run.run_dir) if ranks.is_first else nullcontext()
                 remove_stale_locks(prints=ranks.local_rank == 0)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sorted_ds.base.errors import UserError
 from sorted_ds.commands.cli import main
 from sorted_ds.deploy.license import base_of
 from sorted_ds.families import family_of, nest
 from sorted_ds.nested.importance import layer_order, sort_units, watched
 from sorted_ds.run.build import check_run
+from sorted_ds.run.model_config import require_sorted
 from sorted_ds.run.run_file import load_run
 from sorted_ds.run.sorting import Measured
 from sorted_ds.tasks import SummedLoss, task_of
@@ -212,6 +214,33 @@ def test_a_run_takes_the_order_and_resumes_with_no_other(folder, capsys):
     assert "belongs to another run: space.layer_order" in one_error(capsys.readouterr().err)
 
 
+def test_a_run_sorts_before_its_first_step(folder, tmp_path, capsys):
+    """The tables of a run of one step are near those of the sorted model: its learning rate is tiny."""
+    shutil.copytree(folder / "text", tmp_path / "text")
+    for name in ("tiny.toml", "zero.json"):
+        shutil.copy(folder / name, tmp_path)
+    shutil.copytree(folder / "model", tmp_path / "model")
+    run = tmp_path / "tiny.toml"
+    settings = ["model.init=model", "model.sort=true", "train.steps=2", "optim.learning_rate=1e-9"]
+    assert main(["plan", str(run), *settings]) == 0
+    with pytest.raises(UserError, match="Run `sorted-ds prepare` with this run file first"):
+        require_sorted(load_run(run, settings))
+    train(run, *settings)
+    made = run_dir(run) / "sorted"
+    order = json.loads((made / "sorted.json").read_text())["layer_order"]
+    assert json.loads((run_dir(run) / "model" / "sorted.json").read_text())["layer_order"] == order
+    begun, ended = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (made, run_dir(run) / "model"))
+    with torch.no_grad():
+        before, after = begun(tokens(rows=3)).logits, ended(tokens(rows=3)).logits
+    assert (after - before).abs().max() <= 1e-4 * before.abs().max()
+    capsys.readouterr()
+    assert main(["prepare", str(run), *settings]) == 0, "it is sorted already"
+    assert "sorted into" not in capsys.readouterr().err
+    shutil.rmtree(run_dir(run) / "checkpoints")
+    assert main(["prepare", str(run), *settings, f"model.init={folder / 'sorted'}"]) == 2
+    assert "was not made from the weights of model.init" in one_error(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -226,7 +255,11 @@ def test_a_run_takes_the_order_and_resumes_with_no_other(folder, capsys):
         ),
         (["sort", "{0}/model", "--out", "{0}/x", "--text", "{0}/text", "--row-tokens", "65"], "--row-tokens = 65, but"),
         (["sort", "{0}/model", "--out", "{0}/x"], "data names no text. Set --text or --jsonl."),
-        (["plan", "{0}/tiny.toml", "space.layer_order=model", "model.init=model"], "has no layer order. Make one with"),
+        (
+            ["plan", "{0}/tiny.toml", "space.layer_order=model", "model.init=model"],
+            "has no layer order. Set model.sort",
+        ),
+        (["plan", "{0}/plain/tiny.toml", "model.sort=true"], "has random weights. Remove model.sort."),
         (["plan", "{0}/plain/tiny.toml", "space.layer_order=model"], 'model.init = "scratch". Name the layers'),
     ],
 )
