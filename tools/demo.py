@@ -46,7 +46,8 @@ def main() -> None:
     shutil.rmtree(ROOT / out, ignore_errors=True)
     run("sorted-ds", "export", RUN_DIR, "--subnet", name, "--out", out, "--store-logits")
     run("python", "tools/check_export.py", out, "def __init__(self, ")
-    print(f"\nfigure:      {RUN_DIR}/{PARETO_PNG}")
+    print(f"\n{cost_of(json.loads(run('sorted-ds', 'plan', RUN_FILE, '--json', capture=True)))}")
+    print(f"figure:      {RUN_DIR}/{PARETO_PNG}")
     print(f"curves:      tensorboard --logdir {RUN_DIR}/tensorboard")
     print(f"sub-network: {out}, an ordinary Hugging Face model")
     print(f"The demo took {time.perf_counter() - start:.0f} s, not counting the installation.")
@@ -99,6 +100,17 @@ def check_table(table: dict) -> None:
     print(f"The loss of the full network is {over_best:.2%} above the lowest one (at most {FULL_WITHIN:.0%}).")
     if margin < NATS_UNDER_UNIGRAM or correlation > LARGEST_CORRELATION or over_best > FULL_WITHIN:
         sys.exit("error: the trained network is not what README promises. Please report this.")
+
+
+def cost_of(plan: dict) -> str:
+    """Returns a line that says what the family cost, and what its sizes would have cost alone."""
+    flops, num = plan["flops"], len(plan["subnets"])
+    spent = flops["sampled"] + flops["teacher"] + flops["exits"] - flops["dropped"]
+    alone = f"{flops['each_alone'] / 1e12:,.0f} TFLOP, {flops['each_alone'] / spent:.0f} times as much"
+    return (
+        f"The family of {num} cost {spent / 1e12:,.0f} TFLOP. Each size alone on the same tokens costs {alone}, "
+        f"and the full network alone {flops['full_alone'] / 1e12:,.0f}."
+    )
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
