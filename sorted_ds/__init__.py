@@ -1,17 +1,24 @@
-"""Trains one large network that holds many smaller ones. Start with `SubNetSpace`, `nest` and `extract`."""
+"""Trains one large network that holds many smaller ones. Start with `SubNetSpace`, `nest` and `view`."""
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sorted_ds.base.errors import UserError
+    from sorted_ds.deploy.view import view
     from sorted_ds.families import nest
     from sorted_ds.nested import NestedModel, extract
     from sorted_ds.space import SubNet, SubNetSpace
 
-__all__ = ["NestedModel", "SubNet", "SubNetSpace", "UserError", "extract", "nest"]
+__all__ = ["NestedModel", "SubNet", "SubNetSpace", "UserError", "extract", "nest", "view"]
 
-_MODULES = {"nest": "families", "SubNet": "space", "SubNetSpace": "space", "UserError": "base.errors"}
+_MODULES = {
+    "nest": "families",
+    "SubNet": "space",
+    "SubNetSpace": "space",
+    "UserError": "base.errors",
+    "view": "deploy.view",
+}
 """Names -> the modules that define them. The others are in `nested`."""
 
 

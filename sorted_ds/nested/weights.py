@@ -61,7 +61,7 @@ def slices_of(model: nn.Module) -> dict[str, Slice]:
     for name in (name for contents in contents_of(model).values() for name in contents.names):
         path, _, rest = name.partition(".blocks.")
         if not rest:
-            slices[name] = _whole(name)
+            slices[name] = slice_of(name)
             continue
         number, kind = rest.split(".")
         start, stop = nested[path].bounds[int(number)]
@@ -69,7 +69,7 @@ def slices_of(model: nn.Module) -> dict[str, Slice]:
     return slices
 
 
-def _whole(name: str) -> Slice:
+def slice_of(name: str) -> Slice:
     """Returns the slice of a parameter or buffer that has no blocks. The path of a copy contains the owner."""
     path, _, rest = name.partition(COPIES)
     owner, _, kind = rest.partition(".")
@@ -79,7 +79,7 @@ def _whole(name: str) -> Slice:
 def buffers_of(model: nn.Module) -> dict[str, Slice]:
     """Returns the slice of each persistent buffer, by name. Other buffers follow from the config."""
     return {
-        f"{path}.{name}".lstrip("."): _whole(f"{path}.{name}".lstrip("."))
+        f"{path}.{name}".lstrip("."): slice_of(f"{path}.{name}".lstrip("."))
         for path, module in model.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
