@@ -110,7 +110,7 @@ def _tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     Raises: UserError if some are not in memory.
     """
     if any(contents.bundle is not None for contents in contents_of(model).values()):
-        raise UserError("the model's weights are in ZeRO-3's shards. Use `extract`, or view the trained model.")
+        raise UserError("the model's weights are in ZeRO-3's shards. Extract a sub-network, or view the trained model.")
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     if away := [name for name, tensor in tensors if tensor.is_meta]:
         raise UserError(f"{away[0]} is not in memory: it is offloaded. Load the model without offload to CPU or disk.")
@@ -162,7 +162,7 @@ def _assign(plain: PreTrainedModel, tensors: Mapping[str, Tensor], names: _Names
     """Gives each parameter and buffer of a model on the meta device its part of the full network's tensor."""
     nested = {f"{half.path}.{part.path}" for half in names.family.halves(plain.config) for part in half.parts}
     for path, module in plain.named_modules():
-        is_cut = any(path.endswith(f".{part}") for part in nested)
+        is_cut = path.startswith(names.prefix) and any(path.endswith(f".{part}") for part in nested)
         for kind, parameter in module._parameters.items():
             if parameter is not None:
                 whole = names.find(f"{path}.{kind}", tensors)

@@ -163,7 +163,7 @@ class Sorting:
 class Measured:
     """A nested model, and the rows on which its loss is measured."""
 
-    model: SummedLoss
+    summed: SummedLoss
     family: Family
     batches: Sequence[Batch]
 
@@ -198,13 +198,13 @@ class Measured:
 
     def _sums(self, run: Pass, batch: Batch) -> tuple[float, float]:
         self._nested.set_pass(run)
-        nll, targets = self.model(mode="evaluate", **batch)[LOSS]
+        nll, targets = self.summed(mode="evaluate", **batch)[LOSS]
         return float(nll), float(targets)
 
     @property
     def _nested(self) -> NestedModel:
-        assert isinstance(self.model.model, NestedModel)
-        return self.model.model
+        assert isinstance(self.summed.model, NestedModel)
+        return self.summed.model
 
     @staticmethod
     def _mean(sums: Iterable[tuple[float, float]]) -> float:

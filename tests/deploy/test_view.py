@@ -10,9 +10,11 @@ from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 
 from sorted_ds import SubNetSpace, UserError, extract, nest, view
-from sorted_ds.families import family_of
+from sorted_ds.deploy.view import keep_owned
 from sorted_ds.nested.bundles import bundle
+from sorted_ds.nested.weights import slice_of
 from tests.families import SPACE, SUBNETS, VARIANTS, tiny_model, tokens
+from tests.toys import ToyConfig, ToyForCausalLM, registered
 
 ORDERED = SubNetSpace(SPACE, layer_order=[2, 0, 3, 1])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -175,5 +177,23 @@ def test_weights_that_are_not_in_memory_are_refused():
         view(nested, "d1-g1-f32")
 
 
-def test_the_family_of_each_variant_is_known():
-    assert {family_of(variant.split(",")[0]).head for variant in VARIANTS} == {"lm_head"}
+def test_a_view_has_the_tensors_that_its_sub_network_owns():
+    """The toy family has other paths and axes, a buffer, and a norm for each depth."""
+    with registered():
+        config, space = ToyConfig(), SubNetSpace.grid(depths=[1, 3], widths=[16, 48])
+        torch.manual_seed(3)
+        plain = ToyForCausalLM(config).eval()
+        nested = nest(copy.deepcopy(plain), space)
+        with torch.no_grad():
+            for parameter in nested.parameters():
+                parameter.normal_(0.5, 0.2)
+        full, ids = extract(nested, space.full).eval(), torch.arange(12).view(2, 6)
+        own = {slice_of(name).key: value.detach() for name, value in nested.named_parameters() if ".copies." in name}
+        keep_owned(full, own)
+        for subnet in space:
+            expected = extract(nested, subnet).eval()(ids).logits
+            assert torch.equal(view(full, subnet)(ids).logits, expected)
+            assert (view(nested, subnet)(ids).logits - expected).abs().max() < 1e-5
+        bare = extract(nested, space.full)
+        with pytest.raises(UserError, match=r"owns it\. Load the family with sorted_ds.load"):
+            view(bare, space.smallest)
