@@ -9,7 +9,7 @@ import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from benchmarks.quality.text import text_file
@@ -62,10 +62,11 @@ def run_all(trials: Sequence[Trial], workers: int) -> None:
     def one(trial: Trial) -> None:
         row = measure(trial, text)
         keep(row)
-        print(f"{trial.name}, seed {trial.seed}: {shown(row)} in {row['minutes']:.0f} minutes", flush=True)
+        print(f"{trial.name}, seed {trial.seed}: {shown(row)}", flush=True)
 
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(one, waiting))
+        for done in as_completed([pool.submit(one, trial) for trial in waiting]):
+            done.result()  # raises at once what a trial has raised
 
 
 def shown(row: Mapping[str, Any]) -> str:
@@ -89,8 +90,9 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
         mean = _cell([mean_of(row) for row in same]) if len(same[0]["table"]) > 1 else ""
         first = same[0]
         figures = f"{first['tokens'] / 1e6:.2f} | {first['tflop']:.1f}"
-        minutes = sum(row["minutes"] for row in same) / len(same)
-        lines.append(f"| {name} | {len(same)} | {figures} | {' | '.join(cells)} | {mean} | {minutes:.0f} |")
+        minutes = [row["minutes"] for row in same if row["minutes"] is not None]
+        time = f"{statistics.mean(minutes):.0f}" if minutes else ""
+        lines.append(f"| {name} | {len(same)} | {figures} | {' | '.join(cells)} | {mean} | {time} |")
     return "\n".join(lines) + "\n"
 
 

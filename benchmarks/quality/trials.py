@@ -120,7 +120,7 @@ def measure(trial: Trial, text: str) -> dict[str, Any]:
     run_dir, log = FOLDER / "runs" / key, FOLDER / "runs" / f"{key}.log"
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     command = [str(Path(sys.executable).parent / "sorted-ds"), "train", str(BED), *trial.overrides_at(steps)]
-    began = time.perf_counter()
+    began, goes_on = time.perf_counter(), run_dir.exists()
     with log.open("a") as output:
         done = subprocess.run(
             [*command, f"run_dir={run_dir}", "--ranks", "1"], stdout=output, stderr=output, check=False, cwd=ROOT
@@ -138,7 +138,7 @@ def measure(trial: Trial, text: str) -> dict[str, Any]:
         "steps": steps,
         "tokens": steps * plan.tokens_per_step,
         "tflop": plan.flops.run / 1e12,
-        "minutes": (time.perf_counter() - began) / 60,
+        "minutes": None if goes_on else (time.perf_counter() - began) / 60,
         "table": table_of(run_dir),
         "code": code_digest(ROOT, CODE),
         "versions": versions(),
@@ -152,7 +152,7 @@ def measure(trial: Trial, text: str) -> dict[str, Any]:
 def table_of(run_dir: Path) -> dict[str, list[float]]:
     """Returns the loss in nats and the accuracy of each sub-network, by name."""
     rows = json.loads((run_dir / "subnets.json").read_text())["subnets"]
-    return {row["subnet"]: [row["metrics"]["loss"], row["metrics"]["accuracy"]] for row in rows}
+    return {row["subnet"]: [row["loss"], row["accuracy"]] for row in rows}
 
 
 def kept_rows() -> dict[str, dict[str, Any]]:
