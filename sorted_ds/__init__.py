@@ -5,14 +5,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sorted_ds.base.errors import UserError
+    from sorted_ds.deploy.family import TrainedFamily, load
     from sorted_ds.deploy.view import view
     from sorted_ds.families import nest
     from sorted_ds.nested import NestedModel, extract
     from sorted_ds.space import SubNet, SubNetSpace
 
-__all__ = ["NestedModel", "SubNet", "SubNetSpace", "UserError", "extract", "nest", "view"]
+__all__ = ["NestedModel", "SubNet", "SubNetSpace", "TrainedFamily", "UserError", "extract", "load", "nest", "view"]
 
 _MODULES = {
+    "TrainedFamily": "deploy.family",
+    "load": "deploy.family",
     "nest": "families",
     "SubNet": "space",
     "SubNetSpace": "space",

@@ -99,21 +99,21 @@ def load_nested(folder: Path, dtype: torch.dtype | None = None, device: torch.de
     `dtype`: None keeps the stored precision. Raises: UserError when files are missing, damaged, or of another model.
     """
     where = ModelDir.find(folder)
-    space, config, stored = where.read().sub_networks, _config(where), stored_dtype(where)
-    family = _family(where, config, space)
+    space, config, stored = where.read().sub_networks, config_of(where), stored_dtype(where)
+    family = family_in(where, config, space)
     return build(family, config, space, where.model, seed=0, dtype=dtype or stored, device=device).eval()
 
 
 def stored_dtype(where: ModelDir) -> torch.dtype:
     """Returns the precision of the weights on disk, which the config states. Raises: UserError if it is not known."""
-    stated = _config(where).dtype or torch.float32
+    stated = config_of(where).dtype or torch.float32
     dtype = getattr(torch, stated, None) if isinstance(stated, str) else stated
     if dtype not in STORED_DTYPES:
         raise UserError(f"{where.model / CONFIG}: dtype {stated!r} is not a precision of weights. {COPY_AGAIN}")
     return dtype
 
 
-def _config(where: ModelDir) -> PreTrainedConfig:
+def config_of(where: ModelDir) -> PreTrainedConfig:
     """Returns the config of a trained model. Raises: UserError when transformers refuses it."""
     file = where.model / CONFIG
     if not file.is_file():
@@ -125,7 +125,7 @@ def _config(where: ModelDir) -> PreTrainedConfig:
     return config
 
 
-def _family(where: ModelDir, config: PreTrainedConfig, space: SubNetSpace) -> Family:
+def family_in(where: ModelDir, config: PreTrainedConfig, space: SubNetSpace) -> Family:
     """Returns the family of a trained model.
 
     Raises: UserError when no model of a known family can be made from the config, or when it does not fit the space.

@@ -11,7 +11,9 @@ one slice of memory would have to be copied: `view.num_copied_bytes` counts that
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from sorted_ds.families import family_of
 from sorted_ds.nested import Family, NestedModel
 from sorted_ds.nested.blocks import NestedModule, join
 from sorted_ds.nested.bundles import contents_of
+from sorted_ds.nested.load import materialize_buffers
 from sorted_ds.nested.nest import copy_generation_config, empty_model, full_config
 from sorted_ds.nested.weights import OWNER_SEPARATOR, slice_of
 from sorted_ds.space import SubNet, SubNetSpace
@@ -49,17 +52,15 @@ def view(model: PreTrainedModel, subnet: SubNet | str, *, space: SubNetSpace | N
     """
     family = model.family if isinstance(model, NestedModel) else family_of(model.config.model_type)
     config = full_config(model) if isinstance(model, NestedModel) else model.config
-    chosen = _checked(subnet, family, config)
+    check_fits(subnet, family, config)
     order = _layer_order(model, family, config, space)
-    layers = tuple(sorted(order[: chosen.depth]))
-    tensors = dict(_tensors_of(model))
-    plain = _on_meta(model, family.subnet_config(config, chosen, layers))
-    names = _Names(family, chosen, family.full(config), layers)
-    _assign(plain, tensors, names)
+    hf_class = model.hf_class if isinstance(model, NestedModel) else type(model)
+    plan = Cut(family, hf_class, config, SubNet.parse(str(subnet)), order)
+    plain = plan.make(InMemory(model), model.dtype)
     plain.__dict__["num_copied_bytes"] = _copied_bytes(plain, model)
     copy_generation_config(model, plain)
-    _dispatch(model, plain, names)
-    return plain.eval()
+    _dispatch(model, plain, plan)
+    return plain
 
 
 def keep_owned(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
@@ -67,13 +68,12 @@ def keep_owned(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     setattr(model, OWNED, dict(tensors))
 
 
-def _checked(subnet: SubNet | str, family: Family, config: PreTrainedConfig) -> SubNet:
-    """Returns the sub-network. Raises: UserError if it does not fit in the full network."""
+def check_fits(subnet: SubNet | str, family: Family, config: PreTrainedConfig) -> None:
+    """Raises UserError if a sub-network does not fit in the full network that has this config."""
     chosen, full = SubNet.parse(str(subnet)), family.full(config)
     if chosen.axes != full.axes or not chosen.is_within(full):
         raise UserError(f"{chosen} is not a part of {full}. Name sizes along the same axes, none of them larger.")
     family.check(SubNetSpace({chosen, full}), config)
-    return chosen
 
 
 def _layer_order(
@@ -104,11 +104,36 @@ def _stated_order(model: PreTrainedModel) -> list[int] | None:
     return None
 
 
-def _tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yields all tensors of the full network by their Hugging Face names, with the owner for owned ones.
+class Weights(Protocol):
+    """The tensors of a full network, by their Hugging Face names, with the owner for owned ones."""
 
-    Raises: UserError if some are not in memory.
-    """
+    def __contains__(self, name: str) -> bool: ...
+
+    def whole(self, name: str) -> Tensor:
+        """Returns a tensor."""
+
+    def first(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Returns the first part of a tensor along each of its dimensions."""
+
+
+class InMemory:
+    """The weights of a model. A part is a view."""
+
+    def __init__(self, model: PreTrainedModel):
+        """Raises: UserError if some are not in memory."""
+        self.tensors = dict(_tensors_of(model))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def whole(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def first(self, name: str, shape: Sequence[int]) -> Tensor:
+        return self.tensors[name][tuple(map(slice, shape))]
+
+
+def _tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     if any(contents.bundle is not None for contents in contents_of(model).values()):
         raise UserError("the model's weights are in ZeRO-3's shards. Extract a sub-network, or view the trained model.")
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -125,54 +150,75 @@ def _tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     yield from getattr(model, OWNED, {}).items()
 
 
-def _on_meta(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    hf_class = model.hf_class if isinstance(model, NestedModel) else type(model)
-    return empty_model(hf_class, config, torch.empty(0, dtype=model.dtype, device="meta"))
+@dataclass(frozen=True)
+class Cut:
+    """Which part of a full network a sub-network is."""
 
+    family: Family
+    hf_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    """The full network's."""
+    subnet: SubNet
+    layer_order: Sequence[int]
 
-class _Names:
-    """Finds the full network's tensor for each tensor of a view."""
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The numbers of the full network's layers that the sub-network runs, ascending."""
+        return tuple(sorted(self.layer_order[: self.subnet.depth]))
 
-    def __init__(self, family: Family, chosen: SubNet, full: SubNet, layers: Sequence[int]):
-        self.family, self.chosen, self.full, self.layers = family, chosen, full, layers
-        self.prefix = f"{family.layers}."
+    def make(self, weights: Weights, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+        """Returns the sub-network as a plain model in evaluation mode, whose parameters take no gradient.
 
-    def of(self, name: str) -> str:
-        """Returns the name in the full network, which numbers all of its layers."""
-        if not name.startswith(self.prefix):
+        Parameters are what `weights` gives, and so are buffers. With a `device`, buffers that `weights` does not have
+        follow from the config and are computed there.
+        """
+        config = self.family.subnet_config(self.config, self.subnet, self.layers)
+        plain = empty_model(self.hf_class, config, torch.empty(0, dtype=dtype, device="meta"))
+        if device is not None:
+            materialize_buffers(plain, device)
+        halves = self.family.halves(self.config)
+        tied = plain.all_tied_weights_keys or ()
+        nested = tuple(f".{half.path}.{part.path}" for half in halves for part in half.parts)
+        for path, module in plain.named_modules():
+            prefix = f"{path}." if path else ""
+            is_cut = path.startswith(f"{self.family.layers}.") and path.endswith(nested)
+            for kind, parameter in module._parameters.items():
+                if parameter is not None and prefix + kind not in tied:
+                    name = self._stored(prefix + kind, weights)
+                    part = weights.first(name, parameter.shape) if is_cut else weights.whole(name)
+                    assert part.shape == parameter.shape, f"{name} has another shape than in the sub-network"
+                    module._parameters[kind] = nn.Parameter(part, requires_grad=False)
+            for kind, buffer in module._buffers.items():
+                if buffer is not None and (name := self._stored(prefix + kind, weights)) in weights:
+                    module._buffers[kind] = weights.whole(name)
+        plain.tie_weights()
+        return plain.eval()
+
+    def name_in_full(self, name: str) -> str:
+        """Returns the name that a tensor or module of the sub-network has in the full network."""
+        prefix = f"{self.family.layers}."
+        if not name.startswith(prefix):
             return name
-        number, dot, rest = name.removeprefix(self.prefix).partition(".")
-        return f"{self.prefix}{self.layers[int(number)]}{dot}{rest}"
+        number, dot, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{self.layers[int(number)]}{dot}{rest}"
 
-    def find(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns the whole tensor. Raises: UserError if the sub-network owns it and the model does not have it."""
-        name = self.of(name)
+    def _stored(self, name: str, weights: Weights) -> str:
+        """Returns the name of the tensor in `weights`, with its owner if the sub-network owns it.
+
+        Raises: UserError if it does, and `weights` does not have it.
+        """
+        full = self.family.full(self.config)
+        name = self.name_in_full(name)
         for axes in (axes for path, axes in self.family.owned.items() if name.rpartition(".")[0] == path):
-            own = f"{name}{OWNER_SEPARATOR}{self.chosen.name_along(axes)}"
-            if own in tensors:
-                return tensors[own]
-            if self.chosen.name_along(axes) != self.full.name_along(axes):
+            owner = self.subnet.name_along(axes)
+            own = f"{name}{OWNER_SEPARATOR}{owner}"
+            if own in weights:
+                return own
+            if owner != full.name_along(axes):
                 raise UserError(
-                    f"{own} is not in the model: {self.chosen} owns it. Load the family with sorted_ds.load."
+                    f"{own} is not in the model: {self.subnet} owns it. Load the family with sorted_ds.load."
                 )
-        return tensors[name]
-
-
-def _assign(plain: PreTrainedModel, tensors: Mapping[str, Tensor], names: _Names) -> None:
-    """Gives each parameter and buffer of a model on the meta device its part of the full network's tensor."""
-    nested = {f"{half.path}.{part.path}" for half in names.family.halves(plain.config) for part in half.parts}
-    for path, module in plain.named_modules():
-        is_cut = path.startswith(names.prefix) and any(path.endswith(f".{part}") for part in nested)
-        for kind, parameter in module._parameters.items():
-            if parameter is not None:
-                whole = names.find(f"{path}.{kind}", tensors)
-                part = whole[tuple(map(slice, parameter.shape))] if is_cut else whole
-                assert part.shape == parameter.shape, f"{path}.{kind} is not a slice of the full network's"
-                module._parameters[kind] = nn.Parameter(part, requires_grad=False)
-        for kind, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[kind] = names.find(f"{path}.{kind}".lstrip("."), tensors)
-    plain.tie_weights()
+        return name
 
 
 def _copied_bytes(plain: PreTrainedModel, model: PreTrainedModel) -> int:
@@ -183,13 +229,13 @@ def _copied_bytes(plain: PreTrainedModel, model: PreTrainedModel) -> int:
     return sum(size for pointer, size in own.items() if pointer not in shared)
 
 
-def _dispatch(model: PreTrainedModel, plain: PreTrainedModel, names: _Names) -> None:
+def _dispatch(model: PreTrainedModel, plain: PreTrainedModel, cut: Cut) -> None:
     """Lets a view of a model on several devices move its activations between them as the model does."""
     devices = getattr(model, "hf_device_map", None)
     if not devices or len(devices) == 1:
         return
     from accelerate import dispatch_model
 
-    paths = {names.of(path): path for path, _ in plain.named_modules() if path}
+    paths = {cut.name_in_full(path): path for path, _ in plain.named_modules() if path}
     known = {paths[path]: device for path, device in devices.items() if path in paths}
     dispatch_model(plain, device_map=known, force_hooks=True)

@@ -115,8 +115,21 @@ class CheckpointReader:
     def read(self, part: Slice) -> Tensor:
         """Returns a slice. Raises: UserError when it holds a number that is not finite."""
         name = self._name(part)
-        value = part.of(_open_file(self.files[name]).get_slice(name))
-        if value.numel() and not all(torch.isfinite(end) for end in torch.aminmax(value)):
+        return self._finite(name, part.of(_open_file(self.files[name]).get_slice(name)))
+
+    def first(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Returns the first part of a tensor along each of its dimensions, and reads only its ranges of the file.
+
+        Raises: UserError when it holds a number that is not finite.
+        """
+        return self._finite(name, _open_file(self.files[name]).get_slice(name)[tuple(map(slice, shape))])
+
+    def whole(self, name: str) -> Tensor:
+        """Returns a tensor. Raises: UserError when it holds a number that is not finite."""
+        return self._finite(name, self._whole(name))
+
+    def _finite(self, name: str, value: Tensor) -> Tensor:
+        if value.is_floating_point() and value.numel() and not all(torch.isfinite(end) for end in torch.aminmax(value)):
             raise UserError(
                 f"{self.files[name]}: {name} holds a number that is not finite. Copy the file again, or name another "
                 "checkpoint."

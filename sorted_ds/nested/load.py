@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from sorted_ds.base.errors import naming
 from sorted_ds.nested.blocks import NestedModule
@@ -76,7 +76,7 @@ def build(
         materialize(model, torch.device(device))
         _fill(model, reader, heartbeat)
     else:
-        _materialize_buffers(model, torch.device(device))
+        materialize_buffers(model, torch.device(device))
         _fill_one_by_one(model, reader, torch.device(device), on_filled, heartbeat)
     _fill_buffers(model, reader)
     if source is not None and (generation_config := generation_config_of(source)):
@@ -103,8 +103,16 @@ def check_weights(family: Family, config: PreTrainedConfig, space: SubNetSpace, 
 
     Only the headers of the weight files are read. Raises: UserError.
     """
-    _checkpoint_reader(source, *_unfilled(family, config, space, torch.float32))
+    reader_of(family, config, space, source)
     generation_config_of(source)
+
+
+def reader_of(family: Family, config: PreTrainedConfig, space: SubNetSpace, source: Path) -> CheckpointReader:
+    """Returns the reader of a Hugging Face directory that holds what the full network needs, and nothing else.
+
+    Only the headers of the weight files are read. Raises: UserError.
+    """
+    return _checkpoint_reader(source, *_unfilled(family, config, space, torch.float32))
 
 
 def _unfilled(
@@ -135,10 +143,11 @@ def materialize(model: NestedModel, device: torch.device) -> None:
             if parameter.is_meta:
                 setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
     model.tie_weights()
-    _materialize_buffers(model, device)
+    materialize_buffers(model, device)
 
 
-def _materialize_buffers(model: NestedModel, device: torch.device) -> None:
+def materialize_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Gives each buffer memory on `device` and its initial value, which follows from the config."""
     for module in model.modules():
         if buffers := dict(module.named_buffers(recurse=False)):
             for name, buffer in buffers.items():
@@ -250,7 +259,7 @@ class _ScratchReader:
         return module
 
 
-def _initialize(model: NestedModel, module: nn.Module, keep_parameters: bool = False) -> None:
+def _initialize(model: PreTrainedModel, module: nn.Module, keep_parameters: bool = False) -> None:
     """Calls Hugging Face's `_init_weights` on one module, for its buffers alone if `keep_parameters` is set."""
     marked = [p for p in module.parameters(recurse=False) if keep_parameters]
     for parameter in marked:

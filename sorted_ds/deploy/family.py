@@ -1,0 +1,152 @@
+"""`load(DIR)`: a trained family, whose sub-networks are plain Hugging Face models on one set of weights.
+
+In: a run's directory, the model directory in it, or a hub id. Out: a `TrainedFamily`. Nothing is loaded before it is
+used, and then in the stored precision. A sub-network is a view of the full network (view.py), or, read alone, the
+ranges of the files that it holds.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from sorted_ds.base.errors import UserError
+from sorted_ds.deploy.evaluate import config_of, family_in, stored_dtype
+from sorted_ds.deploy.model_dir import Measured, ModelDir
+from sorted_ds.deploy.select import parse_amount, select
+from sorted_ds.deploy.view import Cut, keep_owned, view
+from sorted_ds.nested.hf_weights import CheckpointReader, resolve_source
+from sorted_ds.nested.load import generation_config_of, reader_of
+from sorted_ds.nested.weights import OWNER_SEPARATOR
+from sorted_ds.space import SubNet, SubNetSpace
+
+
+def load(
+    source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> "TrainedFamily":
+    """Returns the trained family of a run's directory, of the model directory in it, or of a hub id.
+
+    `dtype`: None keeps the stored precision. Raises: UserError for a directory that has no trained family.
+    """
+    folder = Path(source)
+    return TrainedFamily(ModelDir.find(folder if folder.is_dir() else resolve_source(str(source))), device, dtype)
+
+
+class TrainedFamily:
+    """A trained family. `family["d4-g2-f256"]` is a plain Hugging Face model, and so is `family.full`.
+
+    Iteration, `in` and `len` are over the sub-networks of the space, in ascending order of parameters.
+    """
+
+    def __init__(self, where: ModelDir, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
+        """Raises: UserError for files that are damaged, or of another model."""
+        self.where, self.device = where, torch.device(device)
+        self.contents = where.read()
+        self.space: SubNetSpace = self.contents.sub_networks
+        self.config = config_of(where)
+        self.architecture = family_in(where, self.config, self.space)
+        self.dtype = dtype or stored_dtype(where)
+        self._views: dict[SubNet, PreTrainedModel] = {}
+
+    @property
+    def table(self) -> tuple[Measured, ...]:
+        """The measured table. Raises: UserError before the first evaluation."""
+        return self.where.table()
+
+    @cached_property
+    def full(self) -> PreTrainedModel:
+        """The full network. Raises: UserError for weights that are damaged, or of another model."""
+        full = self.read(self.space.full)
+        owned = [name for name in self._reader.files if OWNER_SEPARATOR in name]
+        keep_owned(full, {name: self._weights(self.dtype).whole(name) for name in owned})
+        return full
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model. Raises: UserError if there is none."""
+        try:
+            return AutoTokenizer.from_pretrained(self.where.model, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.where.model} has no tokenizer that can be read. Copy its files again.") from error
+
+    def __getitem__(self, subnet: SubNet | str) -> PreTrainedModel:
+        """Returns a sub-network as a view of the full network. It is made once.
+
+        Raises: UserError if it is not in the space; the message lists the nearest ones.
+        """
+        chosen = self.space[str(subnet)]
+        if chosen not in self._views:
+            self._views[chosen] = view(self.full, chosen, space=self.space)
+        return self._views[chosen]
+
+    def read(self, subnet: SubNet | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Returns a sub-network with weights of its own. Only the ranges of the files that it holds are read.
+
+        Raises: UserError if it is not in the space, or for weights that are damaged, or of another model.
+        """
+        family, precision = self.architecture, dtype or self.dtype
+        hf_class = family.auto_class._model_mapping[type(self.config)]
+        cut = Cut(family, hf_class, self.config, self.space[str(subnet)], self.space.layer_order)
+        plain = cut.make(self._weights(precision), precision, self.device)
+        if generation := self._generation_config:
+            plain.generation_config = generation
+        return plain
+
+    def best(self, *, max_params: float | str | None = None, max_flops: float | str | None = None) -> PreTrainedModel:
+        """Returns the sub-network with the lowest measured loss within budgets like `"2.5B"` or `1e9`, as a view.
+
+        `max_flops`: forward FLOPs for a token. Raises: UserError when none is within the budget.
+        """
+        return self[select(self.table, _amount(max_params), _amount(max_flops)).subnet]
+
+    def __iter__(self) -> Iterator[SubNet]:
+        return iter(self.space)
+
+    def __len__(self) -> int:
+        return len(self.space)
+
+    def __contains__(self, subnet: object) -> bool:
+        return (SubNet.parse(subnet) if isinstance(subnet, str) else subnet) in self.space
+
+    def __repr__(self) -> str:
+        return f"TrainedFamily({self.where.root}, {self.space.smallest} to {self.space.full}, {len(self)} sub-networks)"
+
+    @cached_property
+    def _reader(self) -> CheckpointReader:
+        return reader_of(self.architecture, self.config, self.space, self.where.model)
+
+    @property
+    def _generation_config(self) -> GenerationConfig | None:
+        return generation_config_of(self.where.model)
+
+    def _weights(self, dtype: torch.dtype) -> "InFiles":
+        return InFiles(self._reader, dtype, self.device)
+
+
+class InFiles:
+    """The weights in the files of a full network. A part is read alone."""
+
+    def __init__(self, reader: CheckpointReader, dtype: torch.dtype, device: torch.device):
+        self.reader, self.dtype, self.device = reader, dtype, device
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.reader.files
+
+    def whole(self, name: str) -> Tensor:
+        """Returns a tensor. Raises: UserError when it holds a number that is not finite."""
+        return self._placed(self.reader.whole(name))
+
+    def first(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Returns the first part of a tensor along each of its dimensions. Raises: UserError as `whole` does."""
+        return self._placed(self.reader.first(name, shape))
+
+    def _placed(self, value: Tensor) -> Tensor:
+        return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+
+
+def _amount(budget: float | str | None) -> float | None:
+    return parse_amount(budget) if isinstance(budget, str) else budget
