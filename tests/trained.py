@@ -7,9 +7,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from sorted_ds.deploy.family import load
 from sorted_ds.deploy.model_dir import Measured, ModelDir, Sorted
 from sorted_ds.families import family_of
-from sorted_ds.nested import costs_of, sorted_by_cost
+from sorted_ds.nested import NestedModel, costs_of, sorted_by_cost
+from sorted_ds.nested.load import build
 from tests.batches import LLAMA
 from tests.families import SPACE, tiny_config, tiny_model
 
@@ -43,6 +45,13 @@ def trained_run(
     contents = Sorted(names, data, row_tokens=ROW_TOKENS, eval_rows=8, layer_order=layer_order)
     ModelDir(folder, folder / "model").write(contents)
     return folder
+
+
+def load_nested(folder: Path, dtype: torch.dtype | None = None) -> NestedModel:
+    """The nested model of a run's directory."""
+    family = load(folder, dtype=dtype)
+    source = family.where.model
+    return build(family.architecture, family.config, family.space, source, seed=0, dtype=family.dtype).eval()
 
 
 def measured_run(folder: Path, **kwargs) -> Path:

@@ -6,35 +6,27 @@ one process. On disk: the table in sorted.json and subnets.json, and pareto.png.
 at the end.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedModel
 
-from sorted_ds.base.errors import UserError, naming, reason_of
+from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import MicroBatch, validation_batches
+from sorted_ds.deploy.family import load
 from sorted_ds.deploy.figures import draw_pareto
 from sorted_ds.deploy.model_dir import FROM_RUN_DIR, SORTED_JSON, TOKENS_DIR, Measured, ModelDir, Sorted
-from sorted_ds.families import family_of
-from sorted_ds.nested import Family, NestedModel, costs_of
-from sorted_ds.nested.family import check_space
-from sorted_ds.nested.load import build
+from sorted_ds.deploy.view import view
+from sorted_ds.nested import Family, costs_of
 from sorted_ds.space import Cost, SubNet, SubNetSpace
 from sorted_ds.tasks import LOSS, Metric, Prepared, SummedLoss, Task, task_of
 from sorted_ds.tasks.task import Sums
 
 MICRO_BATCH_TOKENS = 8192
 """The tokens of one forward pass of `sorted-ds eval`: enough for full speed, and little memory at any depth."""
-
-CONFIG = "config.json"
-STORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""The precisions in which weights may be stored."""
-COPY_AGAIN = "Copy the model's files again."
-"""What to do about a file of a trained model that cannot be used."""
 
 Forward = Callable[[MicroBatch, SubNet], Sums]
 """Runs a sub-network on a micro-batch and returns the task's sums."""
@@ -93,53 +85,6 @@ def choose_spread(space: SubNetSpace, number: int = 9) -> list[SubNet]:
     return sorted({space[p] for p in positions} | {space.smallest, space.full}, key=space.index)
 
 
-def load_nested(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> NestedModel:
-    """Returns the nested model of a run's directory, or of a model directory with a sorted.json, in evaluation mode.
-
-    `dtype`: None keeps the stored precision. Raises: UserError when files are missing, damaged, or of another model.
-    """
-    where = ModelDir.find(folder)
-    space, config, stored = where.read().sub_networks, config_of(where), stored_dtype(where)
-    family = family_in(where, config, space)
-    return build(family, config, space, where.model, seed=0, dtype=dtype or stored, device=device).eval()
-
-
-def stored_dtype(where: ModelDir) -> torch.dtype:
-    """Returns the precision of the weights on disk, which the config states. Raises: UserError if it is not known."""
-    stated = config_of(where).dtype or torch.float32
-    dtype = getattr(torch, stated, None) if isinstance(stated, str) else stated
-    if dtype not in STORED_DTYPES:
-        raise UserError(f"{where.model / CONFIG}: dtype {stated!r} is not a precision of weights. {COPY_AGAIN}")
-    return dtype
-
-
-def config_of(where: ModelDir) -> PreTrainedConfig:
-    """Returns the config of a trained model. Raises: UserError when transformers refuses it."""
-    file = where.model / CONFIG
-    if not file.is_file():
-        raise UserError(f"{where.model} has a {SORTED_JSON} but no {CONFIG}. {COPY_AGAIN}")
-    with naming(file, COPY_AGAIN):
-        config = AutoConfig.from_pretrained(where.model, local_files_only=True, trust_remote_code=False)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{file} has a quantization_config, but the weights are not quantised. Remove this key.")
-    return config
-
-
-def family_in(where: ModelDir, config: PreTrainedConfig, space: SubNetSpace) -> Family:
-    """Returns the family of a trained model.
-
-    Raises: UserError when no model of a known family can be made from the config, or when it does not fit the space.
-    """
-    try:
-        family = family_of(config.model_type)
-        with torch.device("meta"):
-            family.auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
-        check_space(space, family, config)
-    except Exception as error:  # transformers raises many types, down to AssertionError
-        raise UserError(f"{where.model / CONFIG} cannot be used: {reason_of(error)}. {COPY_AGAIN}") from error
-    return family
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """What `sorted-ds eval` measured."""
@@ -166,19 +111,21 @@ def evaluate_directory(
 
     Raises: UserError for a name that is not in the space, or for files that are missing.
     """
-    where = ModelDir.find(folder)
-    contents = where.read()
+    family = load(folder, device=device)
+    where, contents, space = family.where, family.contents, family.space
     task = task_of(contents.task)
-    model = load_nested(folder, device=device)
-    subnets = [model.space[name] for name in names] if names else list(model.space)
+    subnets = [space[name] for name in names] if names else list(space)
+    whole = family.read(subnets[0]) if len(subnets) == 1 else family.full
     data = task.open_prepared(_data_folder(where, contents.data))
     batches = _validation_batches(task, data, contents.row_tokens, rows or contents.eval_rows)
     _check_rows(contents, names, sum(batch.num_targets for batch in batches))
-    costs = costs_of(model.space, model.family, model.config, contents.row_tokens)
+    costs = costs_of(space, family.architecture, family.config, contents.row_tokens)
     measured = []
     for subnet in subnets:
         report(subnet.name)
-        measured += measure(forward_of(model, task), [subnet], batches, task.metrics, list, costs)
+        model = whole if len(subnets) == 1 else view(whole, subnet, space=space)
+        forward = forward_of(model, task, family.architecture)
+        measured += measure(forward, [subnet], batches, task.metrics, list, costs)
     return save_table(where, measured, task, data)
 
 
@@ -192,13 +139,12 @@ def _check_rows(contents: Sorted, names: Sequence[str] | None, num_targets: int)
         )
 
 
-def forward_of(model: NestedModel, task: Task) -> Forward:
-    """Returns a function that runs the nested model in this process. The model's head becomes a loss head."""
-    loss, device = SummedLoss(model, task, model.family), model.device
+def forward_of(model: PreTrainedModel, task: Task, family: Family) -> Forward:
+    """Returns a function that runs a sub-network's plain model in this process. Its head becomes a loss head."""
+    loss, device = SummedLoss(model, task, family), model.device
 
     @torch.no_grad()
     def forward(batch: MicroBatch, subnet: SubNet) -> Sums:
-        model.set_subnet(subnet)
         return loss(mode="evaluate", **{name: value.to(device) for name, value in batch.inputs.items()})
 
     return forward

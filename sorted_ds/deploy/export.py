@@ -2,8 +2,9 @@
 
 In: a trained model's directory and a sub-network's name. On disk: OUT/ with safetensors, config, generation config,
 tokenizer and model card; with `store_logits` also logits.safetensors (the inputs and their logits), with which another
-process can compare. The model is written into a hidden folder, loaded back by plain transformers, and compared. Then
-the folder is renamed. So OUT is complete and equal, or does not exist.
+process can compare. Of the full network's files only the ranges are read that the sub-network holds. The model is
+written into a hidden folder, loaded back by plain transformers, and compared. Then the folder is renamed. So OUT is
+complete and equal, or does not exist.
 """
 
 from collections.abc import Sequence
@@ -19,25 +20,24 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced, share
 from sorted_ds.data.loader import Batch
 from sorted_ds.deploy.card import model_card
-from sorted_ds.deploy.evaluate import load_nested, stored_dtype
+from sorted_ds.deploy.family import TrainedFamily, load, stored_dtype
 from sorted_ds.deploy.license import copy_license_files
 from sorted_ds.deploy.model_dir import Base, ModelDir
-from sorted_ds.nested import NestedModel, extract
 from sorted_ds.nested.save import add_older_names
 from sorted_ds.space import SubNet
 from sorted_ds.tasks import Task, task_of
 
 LARGEST_RELATIVE_DIFFERENCE = 1e-5
-"""The largest difference between the logits of an exported model and the nested model, divided by the largest logit.
+"""The largest difference between the logits of an exported model and of the sub-network in the full network's files,
+divided by the largest logit.
 
-Both models compute in fp32, also if the weights are stored in bf16, because every bf16 number is a fp32 number. So the
-difference comes only from the order of sums: nested models store input-side weights transposed."""
+Both models compute in fp32, also if the weights are stored in bf16, because every bf16 number is a fp32 number."""
 
 LOGITS_FILE = "logits.safetensors"
 
 
 class LogitsDifferError(Exception):
-    """The written model has other logits than the nested model. It was deleted. This is a defect of the program."""
+    """The written model has other logits than the sub-network, and was deleted. This is a defect of the program."""
 
 
 def export(folder: Path, names: Sequence[str], outs: Sequence[Path], store_logits: bool = False) -> list[Path]:
@@ -49,25 +49,23 @@ def export(folder: Path, names: Sequence[str], outs: Sequence[Path], store_logit
     for out in outs:
         if out.exists():
             raise UserError(f"{out} already exists. Name another --out, or delete it.")
-    where = ModelDir.find(folder)
-    task = task_of(where.read().task)
-    model = load_nested(folder, dtype=torch.float32)
-    subnets = [model.space[name] for name in names]
-    probe = task.probe(where.model, model.config)
+    family = load(folder, dtype=torch.float32)
+    task = task_of(family.contents.task)
+    subnets = [family.space[name] for name in names]
+    probe = task.probe(family.where.model, family.config)
     for subnet, out in zip(subnets, outs, strict=True):
-        _export_one(model, task, where, subnet, out, probe, store_logits)
+        _export_one(family, task, subnet, out, probe, store_logits)
     return list(outs)
 
 
-def _export_one(
-    model: NestedModel, task: Task, where: ModelDir, subnet: SubNet, out: Path, probe: Batch, store_logits: bool
-) -> None:
+def _export_one(family: TrainedFamily, task: Task, subnet: SubNet, out: Path, probe: Batch, store_logits: bool) -> None:
+    plain = family.read(subnet)
     try:
         with replaced(out, overwrite=False) as hidden:
             hidden.mkdir()
-            _write(model, task, where, subnet, hidden, out.name)
-            logits = _logits(model, task, where, subnet, probe)
-            _compare(model, task, subnet, hidden, probe, logits)
+            logits = _logits(plain, task, family.where, subnet, probe)
+            _write(plain, task, family, subnet, hidden, out.name)
+            _compare(family, task, subnet, hidden, probe, logits)
             if store_logits:
                 save_file({**probe, "logits": logits}, hidden / LOGITS_FILE)
             share(hidden)
@@ -75,11 +73,12 @@ def _export_one(
         raise UserError(f"{out} could not be written: {error}. Free the space, or name another --out.") from error
 
 
-def _write(model: NestedModel, task: Task, where: ModelDir, subnet: SubNet, hidden: Path, name: str) -> None:
+def _write(plain: PreTrainedModel, task: Task, family: TrainedFamily, subnet: SubNet, hidden: Path, name: str) -> None:
     """Writes the files of the model, in the precision in which the full network is stored."""
-    plain, trained, bound = extract(model, subnet), where.read(), LARGEST_RELATIVE_DIFFERENCE
-    write_plain(plain, stored_dtype(where), task, where.model, trained.base, hidden)
-    card = model_card(trained, subnet, model.family, plain.config, task, hidden, name, bound)
+    trained, source = family.contents, family.where.model
+    write_plain(plain, stored_dtype(family.where), task, source, trained.base, hidden)
+    bound = LARGEST_RELATIVE_DIFFERENCE
+    card = model_card(trained, subnet, family.architecture, plain.config, task, hidden, name, bound)
     (hidden / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -100,11 +99,9 @@ def write_plain(
 
 
 @torch.no_grad()
-def _logits(model: NestedModel, task: Task, where: ModelDir, subnet: SubNet, probe: Batch) -> Tensor:
-    """Returns the nested model's logits. Raises: UserError when they are not finite."""
-    model.set_subnet(subnet)
-    logits = task.logits(model, probe)
-    model.set_subnet(model.space.full)
+def _logits(plain: PreTrainedModel, task: Task, where: ModelDir, subnet: SubNet, probe: Batch) -> Tensor:
+    """Returns the logits of the sub-network as it was read. Raises: UserError when they are not finite."""
+    logits = task.logits(plain, probe)
     if not logits.isfinite().all():
         raise UserError(
             f"{where.model}: the logits of {subnet} are not finite, although the weights are. Train again from an "
@@ -114,15 +111,15 @@ def _logits(model: NestedModel, task: Task, where: ModelDir, subnet: SubNet, pro
 
 
 @torch.no_grad()
-def _compare(model: NestedModel, task: Task, subnet: SubNet, hidden: Path, probe: Batch, expected: Tensor) -> None:
-    """Raises: LogitsDifferError when the logits of the written files differ from those of the nested model."""
-    written = model.family.auto_class.from_pretrained(
+def _compare(family: TrainedFamily, task: Task, subnet: SubNet, hidden: Path, probe: Batch, expected: Tensor) -> None:
+    """Raises: LogitsDifferError when the logits of the written files differ from those of the sub-network."""
+    written = family.architecture.auto_class.from_pretrained(
         hidden, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
     difference, largest = (task.logits(written, probe) - expected).abs().max(), expected.abs().max()
     if not difference <= LARGEST_RELATIVE_DIFFERENCE * largest:
         raise LogitsDifferError(
-            f"{subnet} was not exported: the written model's logits differ from the nested model's by "
+            f"{subnet} was not exported: the written model's logits differ from the full network's by "
             f"{difference / largest:.1e} of the largest logit; {LARGEST_RELATIVE_DIFFERENCE:.0e} is allowed. Please "
             "report this."
         )

@@ -5,6 +5,7 @@ used, and then in the stored precision. A sub-network is a view of the full netw
 ranges of the files that it holds.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from sorted_ds.base.errors import UserError
-from sorted_ds.deploy.evaluate import config_of, family_in, stored_dtype
-from sorted_ds.deploy.model_dir import Measured, ModelDir
+from sorted_ds.base.errors import UserError, naming, reason_of
+from sorted_ds.deploy.model_dir import SORTED_JSON, Measured, ModelDir
 from sorted_ds.deploy.select import parse_amount, select
 from sorted_ds.deploy.view import Cut, keep_owned, view
+from sorted_ds.families import family_of
+from sorted_ds.nested import Family
+from sorted_ds.nested.family import check_space
 from sorted_ds.nested.hf_weights import CheckpointReader, resolve_source
 from sorted_ds.nested.load import generation_config_of, reader_of
 from sorted_ds.nested.weights import OWNER_SEPARATOR
 from sorted_ds.space import SubNet, SubNetSpace
+
+CONFIG = "config.json"
+STORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The precisions in which weights may be stored."""
+COPY_AGAIN = "Copy the model's files again."
+"""What to do about a file of a trained model that cannot be used."""
 
 
 def load(
@@ -48,8 +57,9 @@ class TrainedFamily:
         self.contents = where.read()
         self.space: SubNetSpace = self.contents.sub_networks
         self.config = config_of(where)
+        stored = stored_dtype(where)
+        self.dtype = dtype or stored
         self.architecture = family_in(where, self.config, self.space)
-        self.dtype = dtype or stored_dtype(where)
         self._views: dict[SubNet, PreTrainedModel] = {}
 
     @property
@@ -125,6 +135,42 @@ class TrainedFamily:
 
     def _weights(self, dtype: torch.dtype) -> "InFiles":
         return InFiles(self._reader, dtype, self.device)
+
+
+def stored_dtype(where: ModelDir) -> torch.dtype:
+    """Returns the precision of the weights on disk, which the config states. Raises: UserError if it is not known."""
+    stated = config_of(where).dtype or torch.float32
+    dtype = getattr(torch, stated, None) if isinstance(stated, str) else stated
+    if dtype not in STORED_DTYPES:
+        raise UserError(f"{where.model / CONFIG}: dtype {stated!r} is not a precision of weights. {COPY_AGAIN}")
+    return dtype
+
+
+def config_of(where: ModelDir) -> PreTrainedConfig:
+    """Returns the config of a trained model. Raises: UserError when transformers refuses it."""
+    file = where.model / CONFIG
+    if not file.is_file():
+        raise UserError(f"{where.model} has a {SORTED_JSON} but no {CONFIG}. {COPY_AGAIN}")
+    with naming(file, COPY_AGAIN):
+        config = AutoConfig.from_pretrained(where.model, local_files_only=True, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{file} has a quantization_config, but the weights are not quantised. Remove this key.")
+    return config
+
+
+def family_in(where: ModelDir, config: PreTrainedConfig, space: SubNetSpace) -> Family:
+    """Returns the family of a trained model.
+
+    Raises: UserError when no model of a known family can be made from the config, or when it does not fit the space.
+    """
+    try:
+        family = family_of(config.model_type)
+        with torch.device("meta"):
+            family.auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
+        check_space(space, family, config)
+    except Exception as error:  # transformers raises many types, down to AssertionError
+        raise UserError(f"{where.model / CONFIG} cannot be used: {reason_of(error)}. {COPY_AGAIN}") from error
+    return family
 
 
 class InFiles:

@@ -30,7 +30,8 @@ from sorted_ds.checkpoint.folders import checkpoint_name, published_checkpoints
 from sorted_ds.checkpoint.identity import LAYER_ORDER, MODEL, Identity, flat, with_current_keys
 from sorted_ds.checkpoint.index import checkpoint_fingerprint
 from sorted_ds.cluster.ranks import Ranks
-from sorted_ds.deploy.evaluate import baseline_of, save_table, stored_dtype
+from sorted_ds.deploy.evaluate import baseline_of, save_table
+from sorted_ds.deploy.family import stored_dtype
 from sorted_ds.deploy.license import base_of, copy_license_files
 from sorted_ds.deploy.model_dir import (
     FROM_RUN_DIR,

@@ -5,11 +5,10 @@ import shutil
 from pathlib import Path
 
 from sorted_ds.commands.cli import main
-from sorted_ds.deploy.evaluate import load_nested
 from sorted_ds.nested import extract
 from tests.launched import run_dir, train_by_command
 from tests.runs import run_file
-from tests.trained import add_code
+from tests.trained import add_code, load_nested
 
 ODD = 'it\'s "a" $(touch pwned) `touch pwned` b;c&d'
 SECRET = "hf_ThisMustNotBeSeen"

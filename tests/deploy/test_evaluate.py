@@ -11,13 +11,15 @@ from transformers import AutoModelForCausalLM
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import MicroBatch
-from sorted_ds.deploy.evaluate import choose_spread, evaluate_directory, forward_of, load_nested, measure
+from sorted_ds.deploy.evaluate import choose_spread, evaluate_directory, forward_of, measure
 from sorted_ds.deploy.export import export
+from sorted_ds.deploy.family import load
+from sorted_ds.deploy.view import view
 from sorted_ds.nested import costs_of, extract
 from sorted_ds.space import SubNetSpace
 from tests.batches import TASK, batch
 from tests.families import SPACE, SUBNETS, tokens
-from tests.trained import ROW_TOKENS, set_keys, trained_run
+from tests.trained import ROW_TOKENS, load_nested, set_keys, trained_run
 
 
 def batches(number: int = 3) -> list[MicroBatch]:
@@ -41,7 +43,13 @@ def model(tmp_path_factory):
 def measured(model, names, rows, total=list):
     costs = costs_of(model.space, model.family, model.config, ROW_TOKENS)
     subnets = [model.space[name] for name in names]
-    return measure(forward_of(model, TASK), subnets, rows, TASK.metrics, total, costs)
+    return [
+        row
+        for subnet in subnets
+        for row in measure(
+            forward_of(view(model, subnet), TASK, model.family), [subnet], rows, TASK.metrics, total, costs
+        )
+    ]
 
 
 def expected(model, name, rows):
@@ -110,8 +118,8 @@ def test_a_space_of_one_is_its_own_spread():
 
 def test_the_stored_precision_is_kept_unless_another_is_asked_for(tmp_path):
     run = trained_run(tmp_path, dtype=torch.bfloat16)
-    assert load_nested(run).dtype == torch.bfloat16
-    widened = load_nested(run / "model", dtype=torch.float32)
+    assert load(run).full.dtype == torch.bfloat16
+    widened = load(run / "model", dtype=torch.float32).full
     assert widened.dtype == torch.float32
     plain = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -131,7 +139,7 @@ def test_a_missing_file_is_named(tmp_path, missing, message):
     run = trained_run(tmp_path)
     (run / "model" / missing).unlink()
     with pytest.raises(UserError, match=message):
-        load_nested(run)
+        _ = load(run).full
 
 
 REFUSED_CONFIGS = [
@@ -169,7 +177,7 @@ def check_config_error(run, reason):
     """Loading, evaluating and exporting the model give one line that names config.json."""
     out = run / "small"
     for use in (
-        lambda: load_nested(run),
+        lambda: load(run),
         lambda: evaluate_directory(run),
         lambda: export(run, ["d1-g1-f32"], [out]),
     ):

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.text.tokenizer import load_tokenizer, train_tokenizer
 from sorted_ds.deploy import export as export_module
-from sorted_ds.deploy.evaluate import load_nested
 from sorted_ds.deploy.export import LogitsDifferError, export
 from sorted_ds.deploy.model_dir import ModelDir
 from sorted_ds.nested import extract
@@ -25,7 +24,7 @@ from sorted_ds.tasks.causal_lm import PROBE_TEXT
 from tests.batches import TASK
 from tests.families import VARIANTS
 from tests.parity import run_reference
-from tests.trained import made_up_table, measured_run, set_keys, trained_run
+from tests.trained import load_nested, made_up_table, measured_run, set_keys, trained_run
 
 SUBNET = "d2-g3-f80"
 

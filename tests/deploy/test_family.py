@@ -9,10 +9,9 @@ import torch
 
 import sorted_ds
 from sorted_ds import UserError, extract, load
-from sorted_ds.deploy.evaluate import load_nested
 from sorted_ds.nested.hf_weights import CheckpointReader
 from tests.families import SUBNETS, VARIANTS, tokens
-from tests.trained import measured_run, trained_run
+from tests.trained import load_nested, measured_run, trained_run
 
 ORDER = (2, 0, 3, 1)
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sorted_ds.commands.cli import main
-from sorted_ds.deploy.evaluate import load_nested
 from sorted_ds.deploy.model_dir import ModelDir
 from sorted_ds.nested import extract
 from tests import toys
 from tests.runs import run_file
 from tests.spawn import on_ranks
+from tests.trained import load_nested
 
 TOY = (
     'model.family="toy"',
