@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from sorted_ds.base.errors import UserError, naming, reason_of
+from sorted_ds.data.text.tokenizer import read_tokenizer
 from sorted_ds.deploy.model_dir import SORTED_JSON, Measured, ModelDir
 from sorted_ds.deploy.select import parse_amount, select
 from sorted_ds.deploy.view import Cut, keep_owned, view
@@ -79,7 +80,7 @@ class TrainedFamily:
     def tokenizer(self) -> Any:
         """The tokenizer beside the model. Raises: UserError if there is none."""
         try:
-            return AutoTokenizer.from_pretrained(self.where.model, local_files_only=True, trust_remote_code=False)
+            return read_tokenizer(str(self.where.model))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.where.model} has no tokenizer that can be read. Copy its files again.") from error
 
