@@ -1,4 +1,4 @@
-"""Prints what a view costs, for every family: the time to make it, its memory, and its speed: `python -m benchmarks.views`.
+"""Prints what a view costs, for every family: `python -m benchmarks.views`.
 
 The full network has 12 layers of hidden size 512. A view of `d8-g2-f704` is compared with the extracted model: the time
 to make each, the bytes that torch allocates meanwhile, and the time of a forward pass of 256 tokens and of a decoded

@@ -49,7 +49,8 @@ def load(
 class TrainedFamily:
     """A trained family. `family["d4-g2-f256"]` is a plain Hugging Face model, and so is `family.full`.
 
-    Iteration, `in` and `len` are over the sub-networks of the space, in ascending order of parameters.
+    Iteration, `in` and `len` are over the sub-networks of the space, in ascending order of parameters. To use another
+    device, name it in `load`: `.to()` on the full network or on a view ends the sharing of weights.
     """
 
     def __init__(self, where: ModelDir, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
@@ -121,7 +122,7 @@ class TrainedFamily:
         return len(self.space)
 
     def __contains__(self, subnet: object) -> bool:
-        return (SubNet.parse(subnet) if isinstance(subnet, str) else subnet) in self.space
+        return str(subnet) in self.contents.space
 
     def __repr__(self) -> str:
         return f"TrainedFamily({self.where.root}, {self.space.smallest} to {self.space.full}, {len(self)} sub-networks)"

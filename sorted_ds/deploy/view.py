@@ -9,8 +9,8 @@ one slice of memory would have to be copied: `view.num_copied_bytes` counts that
 """
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +30,8 @@ from sorted_ds.nested.nest import copy_generation_config, empty_model, full_conf
 from sorted_ds.nested.weights import OWNER_SEPARATOR, slice_of
 from sorted_ds.space import SubNet, SubNetSpace
 
+MAKING = threading.Lock()
+"""Held while a model is made: transformers changes global settings of torch meanwhile."""
 OWNED = "_sorted_ds_owned"
 """The attribute of a plain full network that holds the tensors that other sub-networks own, by name and owner."""
 
@@ -42,30 +44,44 @@ def view(model: PreTrainedModel, subnet: SubNet | str, *, space: SubNetSpace | N
     gives the layer order, along which depth counts. Without a space, the layers are taken in the network's own
     sequence; a nested model has its space.
 
-    The view shares memory: a change of the full network's weights in place is seen at once. `.to()`, `deepcopy` and
-    `save_pretrained` make copies and end the sharing. Parameters of a view do not take a gradient. Views of one model
-    can be used by several threads that only read. `view.num_copied_bytes` is the memory that the view needs beside the
-    full network's; it is 0 where each part of a weight is one slice.
+    The view shares memory: a change of the full network's weights in place is seen at once. `deepcopy` and
+    `save_pretrained` make copies, and `.to()` ends the sharing. Parameters of a view do not take a gradient. Threads
+    can make views, and use views of one model, at the same time. `view.num_copied_bytes` is the memory that the view
+    needs beside the full network's; it is 0 where each part of a weight is one slice.
 
     Raises: UserError for a sub-network that does not fit, an unknown family, a layer order that is not known, or
     weights that are not in memory.
     """
     family = model.family if isinstance(model, NestedModel) else family_of(model.config.model_type)
     config = full_config(model) if isinstance(model, NestedModel) else model.config
+    _check_kind(model, family)
     check_fits(subnet, family, config)
     order = _layer_order(model, family, config, space)
     hf_class = model.hf_class if isinstance(model, NestedModel) else type(model)
-    plan = Cut(family, hf_class, config, SubNet.parse(str(subnet)), order)
-    plain = plan.make(InMemory(model), model.dtype)
+    cut = Cut(family, hf_class, config, SubNet.parse(str(subnet)), order)
+    plain = cut.make(InMemory(model), model.dtype)
     plain.__dict__["num_copied_bytes"] = _copied_bytes(plain, model)
     copy_generation_config(model, plain)
-    _dispatch(model, plain, plan)
+    _dispatch(model, plain, cut)
     return plain
 
 
 def keep_owned(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     """Gives a plain full network the tensors that other sub-networks own, by name and owner: `model.norm.weight@d4`."""
     setattr(model, OWNED, dict(tensors))
+
+
+def _check_kind(model: PreTrainedModel, family: Family) -> None:
+    """Raises UserError for a model whose weights are not those that the family names."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UserError("the model is quantised, so its weights cannot be cut. Load it without quantization_config.")
+    try:
+        model.get_submodule(family.layers), model.get_submodule(family.head)
+    except AttributeError as error:
+        raise UserError(
+            f"a {type(model).__name__} has no {family.layers} or no {family.head}. Load the model with "
+            f"{family.auto_class.__name__}."
+        ) from error
 
 
 def check_fits(subnet: SubNet | str, family: Family, config: PreTrainedConfig) -> None:
@@ -83,25 +99,26 @@ def _layer_order(
     full = family.full(config)
     if space is None and isinstance(model, NestedModel):
         space = model.space
-    if space is not None:
-        if space.full != full:
-            raise UserError(f"the space's largest sub-network is {space.full}, but the model is {full}.")
-        return space.layer_order
-    own = list(range(full.depth))
-    if (stated := _stated_order(model)) and stated != own:
+    if space is not None and space.full != full:
+        raise UserError(f"the space's largest sub-network is {space.full}, but the model is {full}.")
+    order = list(range(full.depth)) if space is None else list(space.layer_order)
+    if (stated := _stated_order(model)) and stated != order:
         raise UserError(
-            f"the model was loaded from {model.name_or_path}, whose {SORTED_JSON} has a layer order of its own. "
-            "Give its space: view(model, name, space=...). sorted_ds.load(DIR) knows it."
+            f"the model was loaded from {model.name_or_path}, whose {SORTED_JSON} has another layer order. Give its "
+            "space: view(model, name, space=...). sorted_ds.load(DIR) knows it."
         )
-    return own
+    return order
 
 
 def _stated_order(model: PreTrainedModel) -> list[int] | None:
     """Returns the layer order in sorted.json of the directory that a model was loaded from, if there is one."""
-    with suppress(OSError, ValueError, AttributeError):
-        facts = json.loads((Path(model.name_or_path or "") / SORTED_JSON).read_text(encoding="utf-8"))
-        return facts.get("layer_order") or None
-    return None
+    file = Path(model.name_or_path or "") / SORTED_JSON
+    if isinstance(model, NestedModel) or not model.name_or_path or not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("layer_order")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not a valid {SORTED_JSON} ({error}). Copy it again.") from error
 
 
 class Weights(Protocol):
@@ -173,7 +190,8 @@ class Cut:
         follow from the config and are computed there.
         """
         config = self.family.subnet_config(self.config, self.subnet, self.layers)
-        plain = empty_model(self.hf_class, config, torch.empty(0, dtype=dtype, device="meta"))
+        with MAKING:
+            plain = empty_model(self.hf_class, config, torch.empty(0, dtype=dtype, device="meta"))
         if device is not None:
             materialize_buffers(plain, device)
         halves = self.family.halves(self.config)
@@ -232,10 +250,10 @@ def _copied_bytes(plain: PreTrainedModel, model: PreTrainedModel) -> int:
 def _dispatch(model: PreTrainedModel, plain: PreTrainedModel, cut: Cut) -> None:
     """Lets a view of a model on several devices move its activations between them as the model does."""
     devices = getattr(model, "hf_device_map", None)
-    if not devices or len(devices) == 1:
+    if not devices or len(set(devices.values())) == 1:
         return
     from accelerate import dispatch_model
 
     paths = {cut.name_in_full(path): path for path, _ in plain.named_modules() if path}
     known = {paths[path]: device for path, device in devices.items() if path in paths}
-    dispatch_model(plain, device_map=known, force_hooks=True)
+    dispatch_model(plain, device_map=known, skip_keys=model._skip_keys_device_placement)

@@ -67,6 +67,7 @@ def test_nothing_is_loaded_before_it_is_used(run, tmp_path):
     assert len(family) == len(list(family)) == 27
     assert "d1-g1-f32" in family
     assert "d1-g2-f32" not in family
+    assert "nonsense" not in family
     with pytest.raises(UserError, match=r"cannot be read as safetensors"):
         _ = family.full
 

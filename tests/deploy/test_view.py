@@ -1,8 +1,10 @@
 """Views: plain models on the full network's weights, bit-equal to extracted ones, in every family and precision."""
 
 import copy
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -125,6 +127,20 @@ def test_threads_that_read_get_the_same_logits():
     assert all(torch.equal(value, expected[number % len(views)]) for number, value in found.items())
 
 
+def test_threads_can_make_views_at_the_same_time():
+    """transformers changes torch's default precision and its initialisation while it makes a model."""
+    model, interval = in_precision(tiny_model("llama"), torch.bfloat16), sys.getswitchinterval()
+    normal = torch.nn.init.normal_
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda number: view(model, SUBNETS[number % len(SUBNETS)]), range(40)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.nn.init.normal_ is normal
+
+
 def test_a_dispatched_model_gives_views_with_hooks_of_their_own():
     """Accelerate moves the activations of a model on several devices. Here all of them are the CPU."""
     model = tiny_model("llama")
@@ -137,6 +153,7 @@ def test_a_dispatched_model_gives_views_with_hooks_of_their_own():
         "lm_head",
     ]
     model = dispatch_model(model, dict.fromkeys(paths, "cpu"), force_hooks=True)
+    model.hf_device_map["model.layers.3"] = "cpu:0"  # another name, so that there are two devices
     seen = view(model, "d2-g3-f80", space=ORDERED)
     assert sorted(path for path in seen.hf_device_map if "layers" in path) == ["model.layers.0", "model.layers.1"]
     assert torch.equal(logits(seen), expected)
@@ -147,9 +164,14 @@ def test_a_model_of_a_directory_with_an_order_of_its_own_is_not_cut_without_its_
     tiny_model("llama").save_pretrained(tmp_path)
     (tmp_path / "sorted.json").write_text('{"layer_order": [2, 0, 3, 1]}')
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"has a layer order of its own\. Give its space"):
+    with pytest.raises(UserError, match=r"has another layer order\. Give its space"):
         view(model, "d2-g3-f80")
+    with pytest.raises(UserError, match=r"has another layer order\. Give its space"):
+        view(model, "d2-g3-f80", space=SPACE)
     assert view(model, "d2-g3-f80", space=ORDERED).config.num_hidden_layers == 2
+    (tmp_path / "sorted.json").write_text("nope")
+    with pytest.raises(UserError, match=r"is not a valid sorted\.json"):
+        view(model, "d2-g3-f80", space=ORDERED)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +186,17 @@ def test_a_model_of_a_directory_with_an_order_of_its_own_is_not_cut_without_its_
 def test_what_does_not_fit_is_one_line(name, space, message):
     with pytest.raises(UserError, match=message):
         view(tiny_model("llama"), name, space=space)
+
+
+def test_a_model_of_another_kind_is_one_line():
+    model = tiny_model("llama")
+    with pytest.raises(
+        UserError, match=r"a LlamaModel has no model\.layers .* Load the model with AutoModelForCausalLM"
+    ):
+        view(model.model, "d1-g1-f32")
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(UserError, match="the model is quantised"):
+        view(model, "d1-g1-f32")
 
 
 def test_weights_that_are_not_in_memory_are_refused():
