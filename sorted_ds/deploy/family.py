@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from sorted_ds.base.errors import UserError, naming, reason_of
 from sorted_ds.data.text.tokenizer import read_tokenizer
@@ -72,9 +72,8 @@ class TrainedFamily:
     @cached_property
     def full(self) -> PreTrainedModel:
         """The full network. Raises: UserError for weights that are damaged, or of another model."""
-        full = self.read(self.space.full)
-        owned = [name for name in self._reader.files if OWNER_SEPARATOR in name]
-        keep_owned(full, {name: self._weights(self.dtype).whole(name) for name in owned})
+        full, weights = self.read(self.space.full), self._weights(self.dtype)
+        keep_owned(full, {name: weights.whole(name) for name in self._reader.files if OWNER_SEPARATOR in name})
         return full
 
     @cached_property
@@ -104,7 +103,7 @@ class TrainedFamily:
         hf_class = family.auto_class._model_mapping[type(self.config)]
         cut = Cut(family, hf_class, self.config, self.space[str(subnet)], self.space.layer_order)
         plain = cut.make(self._weights(precision), precision, self.device)
-        if generation := self._generation_config:
+        if generation := generation_config_of(self.where.model):
             plain.generation_config = generation
         return plain
 
@@ -130,10 +129,6 @@ class TrainedFamily:
     @cached_property
     def _reader(self) -> CheckpointReader:
         return reader_of(self.architecture, self.config, self.space, self.where.model)
-
-    @property
-    def _generation_config(self) -> GenerationConfig | None:
-        return generation_config_of(self.where.model)
 
     def _weights(self, dtype: torch.dtype) -> "InFiles":
         return InFiles(self._reader, dtype, self.device)

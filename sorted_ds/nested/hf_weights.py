@@ -137,8 +137,7 @@ class CheckpointReader:
         return value
 
     def read_buffer(self, part: Slice) -> Tensor:
-        name = self._name(part)
-        return _open_file(self.files[name]).get_tensor(name)
+        return self._whole(self._name(part))
 
     def _name(self, part: Slice) -> str:
         return part.key if part.key in self.files else part.name

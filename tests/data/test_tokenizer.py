@@ -239,7 +239,7 @@ def test_a_damaged_tokenizer_in_a_directory_is_refused_with_the_advice_to_repair
 
 
 def byte_level(texts: list[str]) -> Tokenizer:
-    """As GPT-2's."""
+    """A tokenizer that cuts texts into words as GPT-2 does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -248,7 +248,7 @@ def byte_level(texts: list[str]) -> Tokenizer:
 
 
 def without_words(texts: list[str]) -> Tokenizer:
-    """As llama 2's: a text is not cut into words before its characters are joined."""
+    """A tokenizer as llama 2 has one: a text is not cut into words before its characters are joined."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, max_token_length=16))

@@ -28,7 +28,7 @@ def logits(model) -> torch.Tensor:
 
 
 def in_precision(model, dtype: torch.dtype):
-    """As from_pretrained loads it: `.to(dtype)` would round the rotary frequencies too."""
+    """Casts the parameters alone, as from_pretrained does. `.to(dtype)` would round the rotary frequencies too."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
