@@ -39,6 +39,7 @@ class Loss:
     """`full`, or `other` for a model of another width and depth."""
     temperature: float = 1.0
     exit_weight: float = 0.0
+    exit_rate: float = 1.0
     layer_dropout: float = 0.0
 
     @property
@@ -54,7 +55,7 @@ LOSSES = {
     "exits": Loss(exit_weight=0.3),
     "dropout": Loss(layer_dropout=0.7),
     "full_teaches_exits_dropout": Loss("full", exit_weight=0.5, layer_dropout=0.7),
-    "other_teaches_exits": Loss("other", exit_weight=1.0),
+    "other_teaches_exits": Loss("other", exit_weight=1.0, exit_rate=0.6),
 }
 POLICIES: dict[str, dict[int, Policy]] = {
     "full_plus": {0: Policy(strategy="full_plus")},
@@ -105,7 +106,7 @@ class LossCase:
     @property
     def sampler(self) -> Sampler:
         loss = LOSSES[self.loss]
-        passes = LossPasses(self.teacher == "full", loss.exit_weight > 0, loss.layer_dropout)
+        passes = LossPasses(self.teacher == "full", loss.exit_rate if loss.exit_weight else 0.0, loss.layer_dropout)
         first, *later = POLICIES[self.policy].items()
         return Sampler(list(self.space), first[1], SEED, dict(later), passes, self.space)
 

@@ -42,14 +42,19 @@ EXITS = ("loss.exit_weight=0.3",)
 HALF_FULL = (*FULL_PLUS_4, "sampling.full_shares=2")
 """The full network trains on half of the rows, and two others on a quarter each."""
 TRIALS = [
-    # Rows a step and learning rate of both sides, and what differs from seed to seed.
-    *tuned("alone", rows=(8,), rates=(3e-3,), alone=FULL),
+    # What differs from seed to seed.
     *tuned("full_plus 2", *FULL_PLUS_2, rows=(8,), rates=(3e-3,)),
-    *tuned("full_plus 4", *FULL_PLUS_4, rows=(8,), rates=(3e-3, 1e-3)),
-    *tuned("full_plus 4, exits", *FULL_PLUS_4, *EXITS, rows=(8,), rates=(3e-3, 1.5e-3)),
-    *tuned("half full, exits", *HALF_FULL, *EXITS, rows=(8,), rates=(3e-3,)),
-    *tuned("full_plus 2", *FULL_PLUS_2, rows=(8,), rates=(3e-3, 1.5e-3), seed=2),
-    *tuned("alone", rows=(4, 8, 16), rates=(2e-3, 5e-3), alone=FULL),
+    *tuned("full_plus 2", *FULL_PLUS_2, rows=(8,), rates=(3e-3,), seed=2),
+    *tuned("full_plus 4", *FULL_PLUS_4, rows=(8,), rates=(3e-3,)),
+    *tuned("full_plus 4", *FULL_PLUS_4, rows=(8,), rates=(3e-3,), seed=2),
+    *tuned("alone", rows=(8,), rates=(3e-3,), alone=FULL),
+    *tuned("alone", rows=(8,), rates=(3e-3,), alone=FULL, seed=2),
+    # Rows a step and learning rate of both sides.
+    *tuned("half full", *HALF_FULL, rows=(8,), rates=(3e-3,)),
+    *tuned("alone", rows=(8,), rates=(5e-3, 2e-3), alone=FULL),
+    *tuned("full_plus 4", *FULL_PLUS_4, rows=(8,), rates=(2e-3,)),
+    *tuned("alone", rows=(16,), rates=(5e-3,), alone=FULL),
+    *tuned("full_plus 4, exits", *FULL_PLUS_4, *EXITS, rows=(8,), rates=(3e-3,)),
 ]
 
 

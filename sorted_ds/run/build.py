@@ -70,8 +70,9 @@ def sampler_of(run: Run, space: SubNetSpace, costs: Mapping[SubNet, Cost]) -> Sa
     """
     ascending = sorted(costs, key=lambda subnet: (costs[subnet].flops_per_token, subnet))
     phases = {step: policy_of(settings, space, costs) for step, settings in run.sampling.phases_by_step.items()}
-    loss = LossPasses(run.loss.teacher == FULL_TEACHES, run.loss.exit_weight > 0, run.loss.layer_dropout)
-    if loss.has_exits and not any(exits_of(subnet, space) for subnet in space):
+    exit_rate = run.loss.exit_rate if run.loss.exit_weight else 0.0
+    loss = LossPasses(run.loss.teacher == FULL_TEACHES, exit_rate, run.loss.layer_dropout)
+    if exit_rate and not any(exits_of(subnet, space) for subnet in space):
         raise UserError(
             f"loss.exit_weight = {run.loss.exit_weight:g}, but no sub-network of the space begins with the layers of a "
             "shallower one that has its widths. Remove loss.exit_weight, space.layer_order, or change the space."

@@ -168,9 +168,18 @@ class Loss(Section):
     """The weight of the loss of each shallower sub-network of the same widths that a pass contains, relative to the
     loss of the sampled one. One pass so trains all depths up to its own. 0 means none. Sums are divided by the sum of
     the weights."""
+    exit_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The probability with which a pass trains each of them. Every exit costs one more product with the head, so in a
+    small network with a large vocabulary a part of them buys more tokens."""
     layer_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The probability that a pass leaves out the last layer of its sub-network. It falls exponentially towards the
     first layer, which always runs."""
+
+    @model_validator(mode="after")
+    def _a_rate_has_a_weight(self) -> Self:
+        if self.exit_rate < 1 and not self.exit_weight:
+            raise PydanticCustomError("exits", "Input should have an exit_weight above 0 where it has an exit_rate")
+        return self
 
 
 class Data(Section):

@@ -60,8 +60,8 @@ class LossPasses:
     full_teaches: bool = False
     """Sub-networks learn from the full network on the same rows: from its training pass there, or from a pass of it
     without a gradient."""
-    has_exits: bool = False
-    """A pass also trains the shallower sub-networks of the space that have the same widths."""
+    exit_rate: float = 0.0
+    """The probability with which a pass also trains each shallower sub-network of the space that has its widths."""
     layer_dropout: float = 0.0
     """The probability that a pass leaves out the last layer of its sub-network. Earlier layers have smaller ones, and
     the first layer has 0."""
@@ -77,7 +77,7 @@ class LossPasses:
     def _changed(self, run: Pass, space: SubNetSpace, seed: int, step: int, number: int) -> Pass:
         if not run.has_gradient:
             return run
-        exits = exits_of(run.subnet, space) if self.has_exits else ()
+        exits = sampled_exits(exits_of(run.subnet, space), self.exit_rate, (seed, "exits", step, number))
         # A teacher has all of its layers.
         rate = 0.0 if self.full_teaches and run.subnet == space.full else self.layer_dropout
         dropped = dropped_layers(space.layers_of(run.subnet), rate, (seed, "dropout", step, number))
@@ -105,6 +105,11 @@ def exits_of(subnet: SubNet, space: SubNetSpace) -> tuple[int, ...]:
     smaller = [subnet.replace(**{DEPTH: depth}) for depth in space.sizes(DEPTH) if depth < subnet.depth]
     found = (each for each in smaller if each in space and space.layers_of(each) == layers[: each.depth])
     return tuple(each.depth for each in found)
+
+
+def sampled_exits(exits: Sequence[int], rate: float, key: tuple) -> tuple[int, ...]:
+    """Returns the exits that a pass trains, each with the probability `rate`."""
+    return tuple(depth for depth in exits if keyed_number(FINE, *key, depth) < rate * FINE)
 
 
 def dropped_layers(layers: Sequence[int], rate: float, key: tuple) -> tuple[int, ...]:

@@ -79,6 +79,8 @@ def test_exits_cost_their_heads_and_dropout_saves_layers(tmp_path):
     plan, config = planned(tmp_path / "exits", "loss.exit_weight=0.3")
     deep = sum(s.tokens for s in plan.subnets if s.subnet.startswith("d3"))
     assert plan.flops.exits == pytest.approx(3 * head_flops(LLAMA, config) * deep, rel=0.05)
+    part, _ = planned(tmp_path / "part", "loss.exit_weight=0.3", "loss.exit_rate=0.25")
+    assert part.flops.exits == pytest.approx(plan.flops.exits / 4, rel=0.1)
     plan, _ = planned(tmp_path / "dropout", "loss.layer_dropout=0.6")
     assert 0 < plan.flops.dropped < 0.3 * plan.flops.sampled
     assert plan.flops.run == pytest.approx(plan.flops.sampled - plan.flops.dropped)
@@ -150,6 +152,7 @@ def test_a_phase_takes_over_what_it_does_not_set(tmp_path):
         (["loss.teacher_weight=0"], "loss.teacher_weight = 0 should be greater than 0"),
         (["loss.layer_dropout=1.0"], "loss.layer_dropout = 1.0 should be less than 1"),
         (["loss.teacher=nowhere"], "'nowhere' is not a directory and cannot be downloaded"),
+        (["loss.exit_rate=0.5"], "exit_rate"),
         (
             ["loss.exit_weight=0.3", "space.depths=[3]", "space.groups=[1, 2]"],
             "loss.exit_weight = 0.3, but no sub-network of the space begins with the layers of a shallower one",

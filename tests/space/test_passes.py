@@ -38,8 +38,18 @@ def test_a_pass_exits_at_the_smaller_depths_of_the_space():
     assert exits_of(FULL, SPACE) == (1, 2)
     assert exits_of(SPACE["d2-g1-f16"], SPACE) == (1,)
     assert exits_of(SHALLOW, SPACE) == ()
-    [planned] = applied(one_each(DEEP), has_exits=True)
+    [planned] = applied(one_each(DEEP), exit_rate=1.0)
     assert str(planned) == "d4-g1-f16/train exits (1, 2)/0"
+
+
+def test_exits_are_taken_with_the_rate_and_are_pure_in_seed_and_step():
+    sampler = [Sampler(list(SPACE), Policy(2, "full"), seed, loss=LossPasses(exit_rate=0.3)) for seed in (1, 1, 2)]
+    taken = [[planned.run.exits for step in range(2000) for planned in each.plan(step)] for each in sampler]
+    assert taken[0] == taken[1] != taken[2]
+    counts = Counter(exits for exits in taken[0])
+    assert counts[(1, 2)] / 4000 == pytest.approx(0.09, abs=0.02)
+    assert counts[(1,)] / 4000 == pytest.approx(0.21, abs=0.02)
+    assert counts[()] / 4000 == pytest.approx(0.49, abs=0.03)
 
 
 def test_a_pass_exits_only_at_sub_networks_that_are_in_the_space():
