@@ -277,6 +277,11 @@ CASES = {
         r"Remove loss\.exit_weight, (space\.layer_order), or change the space\.",
         removes,
     ),
+    "exit rate alone": Case(
+        sets("loss.exit_rate=0.5"),
+        r"Set loss\.exit_weight, or remove loss\.exit_rate\.",
+        lambda folder, advice, overrides: [*overrides, "loss.exit_weight=0.3"],
+    ),
     "trained tokenizer and a teacher": Case(
         checkpoint("data.tokenizer=train", "data.vocab_size=120", "loss.teacher=base/model"),
         r"has a tokenizer of its own, but data\.tokenizer = .*\. Set data\.tokenizer = (.+)\.",

@@ -70,6 +70,11 @@ def sampler_of(run: Run, space: SubNetSpace, costs: Mapping[SubNet, Cost]) -> Sa
     """
     ascending = sorted(costs, key=lambda subnet: (costs[subnet].flops_per_token, subnet))
     phases = {step: policy_of(settings, space, costs) for step, settings in run.sampling.phases_by_step.items()}
+    if run.loss.exit_rate < 1 and not run.loss.exit_weight:
+        raise UserError(
+            f"loss.exit_rate = {run.loss.exit_rate:g} needs loss.exit_weight, which is 0. Set loss.exit_weight, or "
+            "remove loss.exit_rate."
+        )
     exit_rate = run.loss.exit_rate if run.loss.exit_weight else 0.0
     loss = LossPasses(run.loss.teacher == FULL_TEACHES, exit_rate, run.loss.layer_dropout)
     if exit_rate and not any(exits_of(subnet, space) for subnet in space):

@@ -175,12 +175,6 @@ class Loss(Section):
     """The probability that a pass leaves out the last layer of its sub-network. It falls exponentially towards the
     first layer, which always runs."""
 
-    @model_validator(mode="after")
-    def _a_rate_has_a_weight(self) -> Self:
-        if self.exit_rate < 1 and not self.exit_weight:
-            raise PydanticCustomError("exits", "Input should have an exit_weight above 0 where it has an exit_rate")
-        return self
-
 
 class Data(Section):
     """The text that the network learns from."""

@@ -82,8 +82,8 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {name!r}. " + (f"Did you mean {near!r}?" if near else "Remove it.")
     if first["type"] == "missing":
         return f"{name!r} is missing. Add it; docs/run-file.md explains it."
-    message = first["msg"].removeprefix("Input should be ").rstrip(".")
-    return f"{name} = {first['input']!r} should be {message}."
+    message = first["msg"].removeprefix("Input ").rstrip(".")
+    return f"{name} = {first['input']!r} {message if message.startswith('should') else 'should be ' + message}."
 
 
 def _nearest_key(sections: list[str], key: str) -> str:

@@ -152,7 +152,7 @@ def test_a_phase_takes_over_what_it_does_not_set(tmp_path):
         (["loss.teacher_weight=0"], "loss.teacher_weight = 0 should be greater than 0"),
         (["loss.layer_dropout=1.0"], "loss.layer_dropout = 1.0 should be less than 1"),
         (["loss.teacher=nowhere"], "'nowhere' is not a directory and cannot be downloaded"),
-        (["loss.exit_rate=0.5"], "exit_rate"),
+        (["loss.exit_rate=0.5"], "loss.exit_rate = 0.5 needs loss.exit_weight, which is 0."),
         (
             ["loss.exit_weight=0.3", "space.depths=[3]", "space.groups=[1, 2]"],
             "loss.exit_weight = 0.3, but no sub-network of the space begins with the layers of a shallower one",
