@@ -32,7 +32,14 @@ from sorted_ds.nested.family import check_space
 from sorted_ds.nested.hf_weights import fingerprint, unread_weight_files
 from sorted_ds.nested.load import build, check_weights, generation_config_of
 from sorted_ds.run.config import FULL_TEACHES, Run, SamplingBase
-from sorted_ds.run.model_config import config_of_json, json_of_config, layer_order_of, model_config, source_of
+from sorted_ds.run.model_config import (
+    config_of_json,
+    json_of_config,
+    layer_order_of,
+    model_config,
+    sorted_source,
+    source_of,
+)
 from sorted_ds.run.run_dir import identity_of, require_step
 from sorted_ds.run.run_file import load_engine_config
 from sorted_ds.run.teacher import check_teacher
@@ -216,6 +223,11 @@ def check_resumable(run: Run, config: PreTrainedConfig) -> None:
     """
     folder = run.run_dir / CHECKPOINTS_FOLDER
     published = published_checkpoints(folder)
+    if published and run.model.sort and not sorted_source(run):
+        raise UserError(
+            f"{folder} has checkpoints, but the sorted model that they began with is not in {run.run_dir}. Run "
+            "`sorted-ds prepare` with this run file, which sorts it again."
+        )
     if run.checkpoint.branch and not published:
         index = Origin.parse(run.checkpoint.branch).index(identity_of(run, config, data_key=""))
         require_step(index.step, run.train.steps, folder)

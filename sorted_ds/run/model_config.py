@@ -7,7 +7,9 @@ import copy
 import difflib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -15,12 +17,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from sorted_ds.base.errors import UserError, naming, reason_of
 from sorted_ds.deploy.model_dir import SORTED_JSON
 from sorted_ds.families import family_of
-from sorted_ds.nested.hf_weights import resolve_source
+from sorted_ds.nested.hf_weights import fingerprint, resolve_source
 from sorted_ds.run.config import SCRATCH, Run
 from sorted_ds.tasks import Task, task_of
 
 SORTED_FOLDER = "sorted"
 """The folder of RUN_DIR that holds the sorted model of `model.sort`."""
+SORTED_FROM = "sorted_from"
+"""The key of a sorted model's sorted.json that holds the fingerprint of the weights before sorting."""
 ROTARY_KEYS = ("rope_theta", "rope_scaling")
 """Hugging Face accepts these config keys, and stores their values in `rope_parameters`."""
 
@@ -51,20 +55,42 @@ def source_of(run: Run, asks_hub: bool = True) -> Path | None:
 
 
 def sorted_source(run: Run) -> Path | None:
-    """Returns the folder of the sorted model of `model.sort`; None if it is not wanted, or not made yet."""
-    folder = run.run_dir / SORTED_FOLDER
-    return folder if run.model.sort and folder.is_dir() else None
+    """Returns the folder of the sorted model of `model.sort`; None if it is not wanted, or not made yet.
+
+    A run that branches off takes that of the run that it comes from.
+    """
+    if not run.model.sort:
+        return None
+    origin = run.checkpoint.branch.rpartition("@")[0]
+    folders = (run_dir / SORTED_FOLDER for run_dir in (run.run_dir, *([Path(origin)] if origin else [])))
+    return next(filter(Path.is_dir, folders), None)
 
 
 def require_sorted(run: Run) -> None:
-    """Raises UserError if `model.sort` is set and the model is not sorted yet: while one rank sorted it, others would
-    time out.
+    """Raises UserError if `model.sort` is set and the model is not sorted yet, or another one is.
+
+    While one rank sorted it, others would time out.
     """
-    if run.model.sort and not sorted_source(run):
+    if not run.model.sort:
+        return
+    folder, source = sorted_source(run), resolve_source(run.model.init, asks_hub=False)
+    if folder is None:
         raise UserError(
             f"model.sort = true, but {run.run_dir / SORTED_FOLDER} is not there. Run `sorted-ds prepare` with this run "
             "file first."
         )
+    if _facts_of(folder).get(SORTED_FROM) != fingerprint(source):
+        raise UserError(
+            f"{folder} was not made from the weights of model.init = {run.model.init}. Set another run_dir, or delete "
+            "the folder if the run has not begun."
+        )
+
+
+def _facts_of(folder: Path) -> dict[str, Any]:
+    """Returns what sorted.json of a sorted model says; nothing if it cannot be read."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / SORTED_JSON).read_text(encoding="utf-8"))
+    return {}
 
 
 def layer_order_of(run: Run) -> list[int]:

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.base.files import replaced, share
+from sorted_ds.base.files import claim, remove_unfinished, replaced, share
 from sorted_ds.data.loader import Batch, Rows
 from sorted_ds.deploy.export import write_plain
 from sorted_ds.deploy.license import base_of
@@ -35,7 +35,7 @@ from sorted_ds.nested.load import check_weights
 from sorted_ds.nested.nest import nest_as
 from sorted_ds.run.build import PROGRESS_COLUMNS, prepare_data
 from sorted_ds.run.config import Run
-from sorted_ds.run.model_config import SORTED_FOLDER, model_config
+from sorted_ds.run.model_config import SORTED_FOLDER, SORTED_FROM, model_config, require_sorted, sorted_source
 from sorted_ds.space import Pass, SubNet, SubNetSpace
 from sorted_ds.space.axes import DEPTH
 from sorted_ds.tasks import LOSS, Prepared, SummedLoss, Task, task_of
@@ -43,8 +43,6 @@ from sorted_ds.tasks import LOSS, Prepared, SummedLoss, Task, task_of
 LARGEST_RELATIVE_DIFFERENCE = 1e-4
 """The largest difference between the logits before and after sorting, divided by the largest logit, in fp32."""
 CARD = "README.md"
-SORTED_FROM = "sorted_from"
-"""The key of sorted.json that holds the fingerprint of the weights before sorting."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ class Sorting:
 
     @torch.no_grad()
     def _importance(self, progress: Progress) -> Importance:
-        bar = progress.add_task("importance", total=len(self.calibration))
+        bar = begun(progress, "importance", len(self.calibration))
         with watched(self.model, self.family) as importance:
             for batch in self.calibration:
                 self.task.states(self.model, self.family, batch)
@@ -123,7 +121,7 @@ class Sorting:
 
     def _layer_order(self, progress: Progress) -> tuple[tuple[int, ...], dict[int, float]]:
         measured, full = self._measured(self.space, self.other[: self._batches_of_order()]), self.space.full
-        bar = progress.add_task("layer order", total=None)
+        bar = begun(progress, "layer order", None)
         order, losses = layer_order(
             full.depth,
             self.loads.fewest_layers or full.depth // 2,
@@ -225,25 +223,22 @@ def prepare(run: Run, console: Console) -> Prepared:
 
 def prepare_model(run: Run, data: Prepared, console: Console) -> None:
     """Writes the sorted model to RUN_DIR/sorted if it is not there yet. Raises: UserError if another model is there."""
-    config, source, folder = model_config(run), resolve_source(run.model.init), run.run_dir / SORTED_FOLDER
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        report = sort_model(source, config, task_of(run.task), data, run.batch.row_tokens, folder, Loads())
-        before, after = (sum(losses) / len(losses) for losses in (report.before, report.ordered))
-        told = f"sorted into {folder}: the mean loss of {len(report.subnets)} sub-networks was {before:.3f}"
-        console.print(f"{told} and is {after:.3f}", highlight=False, markup=False, soft_wrap=True)
-    elif facts_of(folder).get(SORTED_FROM) != fingerprint(source):
-        raise UserError(
-            f"{folder} was not made from the weights of model.init = {run.model.init}. Set another run_dir, or delete "
-            "the folder if the run has not begun."
-        )
+    config, source = model_config(run), resolve_source(run.model.init)
+    if not sorted_source(run):
+        with claim(run.run_dir):
+            remove_unfinished(run.run_dir, SORTED_FOLDER)
+            if not sorted_source(run):  # another process may have sorted it while this one waited
+                _sort_for(run, source, config, data, console)
+    require_sorted(run)
 
 
-def facts_of(folder: Path) -> dict[str, Any]:
-    """Returns what sorted.json of a sorted model says; nothing if it cannot be read."""
-    with suppress(OSError, ValueError):
-        return json.loads((folder / SORTED_JSON).read_text(encoding="utf-8"))
-    return {}
+def _sort_for(run: Run, source: Path, config: PreTrainedConfig, data: Prepared, console: Console) -> None:
+    folder = run.run_dir / SORTED_FOLDER
+    report = sort_model(source, config, task_of(run.task), data, run.batch.row_tokens, folder, Loads())
+    sorted_losses = report.ordered if run.space.layer_order == "model" else report.after
+    before, after = (sum(losses) / len(losses) for losses in (report.before, sorted_losses))
+    told = f"sorted into {folder}: the mean loss of {len(report.subnets)} sub-networks was {before:.3f}"
+    console.print(f"{told} and is {after:.3f}", highlight=False, markup=False, soft_wrap=True)
 
 
 def sort_model(
@@ -274,6 +269,13 @@ def sort_model(
     dtype = getattr(torch, stated) if isinstance(stated, str) else stated
     write(model, dtype, source, task, out, report)
     return report
+
+
+def begun(progress: Progress, title: str, total: int | None) -> TaskID:
+    """Returns a new bar of a part of the work. Where bars are not shown, a line says that the part has begun."""
+    if progress.disable:
+        progress.console.print(f"sorting: {title}", highlight=False)
+    return progress.add_task(title, total=total)
 
 
 def batches_of(task: Task, rows: Rows, row_tokens: int, num_tokens: int, size: int) -> Iterator[Batch]:
@@ -308,7 +310,7 @@ def is_possible(family: Family, config: PreTrainedConfig, subnet: SubNet) -> boo
 def write(model: PreTrainedModel, dtype: torch.dtype, source: Path, task: Task, out: Path, report: Report) -> None:
     """Writes the directory, with weights in `dtype`. Raises: UserError when it cannot be written."""
     try:
-        with replaced(out, overwrite=False) as hidden:
+        with replaced(out, durable=True, overwrite=False) as hidden:
             hidden.mkdir()
             write_plain(model, dtype, task, source, base_of(source, None), hidden)
             if (source / CARD).is_file():

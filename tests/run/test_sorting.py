@@ -236,7 +236,22 @@ def test_a_run_sorts_before_its_first_step(folder, tmp_path, capsys):
     capsys.readouterr()
     assert main(["prepare", str(run), *settings]) == 0, "it is sorted already"
     assert "sorted into" not in capsys.readouterr().err
+    branch = [f"checkpoint.branch={run_dir(run)}@2", "train.steps=3", "run_dir=branch"]
+    assert list(check_run(load_run(run, [*settings, *branch]))[1].layer_order) == order
+    require_sorted(load_run(run, [*settings, *branch]))
+
+    shutil.rmtree(made)
+    assert main(["train", str(run), *settings]) == 2
+    assert "Run `sorted-ds prepare` with this run file, which sorts it again." in one_error(capsys.readouterr().err)
+    assert main(["prepare", str(run), *settings]) == 0
+    said = capsys.readouterr().err
+    assert "sorting: importance" in said
+    assert "sorted into" in said
+    assert main(["plan", str(run), *settings]) == 0, "it is the same order again"
+
     shutil.rmtree(run_dir(run) / "checkpoints")
+    with pytest.raises(UserError, match="was not made from the weights of model.init"):
+        require_sorted(load_run(run, [*settings, f"model.init={folder / 'sorted'}"]))
     assert main(["prepare", str(run), *settings, f"model.init={folder / 'sorted'}"]) == 2
     assert "was not made from the weights of model.init" in one_error(capsys.readouterr().err)
 
