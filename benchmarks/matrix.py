@@ -2,7 +2,7 @@
 
 `python -m benchmarks.matrix --minutes 60` goes on where it stopped, on any machine. Results are kept in
 docs/matrix.jsonl, for one state of the code and one version of each package; `--anew` begins again with others. Modes
-come in random order, so a part of them is a fair sample. Several can run at once with different `--ranks`.
+come so that all pairs of settings meet first, then each three and each four of them, which takes half an hour. Several can run at once with different `--ranks`.
 `--device cuda` is a matrix of its own, docs/matrix_cuda.md, over NCCL; ranks share a GPU if there are too few.
 `--cover` takes the modes that the tests take. `--sample` is for `make test-all`: modes that change with the code, kept
 in .cache; it fails if one is outside its bounds.
@@ -147,9 +147,13 @@ def page(matrix: Matrix, modes: Sequence[Mode], found: dict[str, Error]) -> str:
         groups[case.stage, offload, case.optimizer, case.precision].append(mode)
     done = [mode for mode in modes if mode.name in found]
     outside = [mode.name for mode in done if is_outside(mode, found)]
+    names = {mode.name for mode in done}
+    settings = cover.allowed()
+    strength = cover.strength([each for each in settings if cover.mode_of(each).name in names], settings)
     lines = [
         f"# Every mode against plain PyTorch{' on CUDA' if matrix.device == 'cuda' else ''}\n",
         f"`{matrix.command}`: {len(done)} of {len(modes)} modes, {len(outside)} outside their bounds.",
+        f"Each {strength} settings that go together are in one of these modes.",
         f"{', '.join(f'{name} {value}' for name, value in versions().items())}, {where(matrix)}.\n",
         "A line holds 1 to 4 ranks x overlap_comm (stages 2, 3) x clipping x tied embeddings x activation",
         "checkpointing x evaluation in between. Largest difference from one process of plain PyTorch after four",
@@ -210,7 +214,7 @@ def main() -> None:
     parser.add_argument("--anew", action="store_true", help="throw away what is known")
     parser.add_argument("--sample", action="store_true", help="modes that change with the code, for make test-all")
     args = parser.parse_args()
-    settings = [setting for setting in cover.settings() if cover.is_allowed(setting)]
+    settings = cover.allowed()
     modes = [cover.mode_of(setting) for setting in settings]
     if args.sample:
         print(sample(Matrix(args.device, SAMPLE), modes, args.minutes))
@@ -218,9 +222,9 @@ def main() -> None:
     matrix = Matrix(args.device)
     if args.anew:
         matrix.file.unlink(missing_ok=True)
-    random.Random(0).shuffle(modes)
-    wanted = [cover.mode_of(setting) for setting in cover.cover(settings)] if args.cover else modes
-    run(matrix, [mode for mode in wanted if mode.num_ranks in args.ranks], args.minutes)
+    chosen = cover.cover(settings) if args.cover else cover.in_order(settings)
+    wanted = [cover.mode_of(setting) for setting in chosen if setting["num_ranks"] in args.ranks]
+    run(matrix, wanted, args.minutes)
     matrix.summary.write_text(page(matrix, modes, known(matrix)))
     print(matrix.summary)
 

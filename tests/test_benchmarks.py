@@ -77,7 +77,7 @@ def test_every_benchmark_imports(path):
     importlib.import_module(f"benchmarks.{path.stem}")
 
 
-MODES = [cover.mode_of(setting) for setting in cover.settings() if cover.is_allowed(setting)]
+MODES = [cover.mode_of(setting) for setting in cover.allowed()]
 
 
 def test_the_matrixs_page_is_of_its_committed_rows_and_none_is_outside():
@@ -89,6 +89,13 @@ def test_the_matrixs_page_is_of_its_committed_rows_and_none_is_outside():
         assert committed.summary.read_text() == matrix.page(committed, MODES, found)
     assert found.keys() <= {name for mode in MODES for name in (mode.name, mode.twin.name)}
     assert not [mode.name for mode in MODES if mode.name in found and matrix.is_outside(mode, found)]
+
+
+def test_modes_come_so_that_four_settings_meet_early():
+    settings = cover.allowed()
+    ordered = cover.in_order(settings)
+    assert len(ordered) == len(settings) == len({tuple(setting.items()) for setting in ordered})
+    assert [cover.strength(ordered[:number], settings) for number in (65, 150, 240)] == [2, 3, 4]
 
 
 def at_bounds(mode: cover.Mode) -> dict[str, cover.Error]:

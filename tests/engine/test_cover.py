@@ -19,7 +19,7 @@ from tests.exactness import Case
 from tests.spawn import ROOT, on_ranks
 from tests.tiers import Tiers
 
-ALLOWED = [setting for setting in cover.settings() if cover.is_allowed(setting)]
+ALLOWED = cover.allowed()
 COVER = cover.cover(ALLOWED)
 MODES = [cover.mode_of(setting) for setting in COVER]
 CORE = [cover.mode_of(setting) for setting in cover.cover(COVER, cover.pairs)]
