@@ -1,11 +1,11 @@
 """Compares every mode of the engine with plain PyTorch, and writes docs/matrix.md. Takes hours; can be stopped anytime.
 
 `python -m benchmarks.matrix --minutes 60` goes on where it stopped, on any machine. Results are kept in
-docs/matrix.jsonl, for one state of the code and one version of each package; `--anew` begins again with others. Modes
-come so that all pairs of settings meet first, then each three and each four of them, which takes half an hour. Several can run at once with different `--ranks`.
-`--device cuda` is a matrix of its own, docs/matrix_cuda.md, over NCCL; ranks share a GPU if there are too few.
-`--cover` takes the modes that the tests take. `--sample` is for `make test-all`: modes that change with the code, kept
-in .cache; it fails if one is outside its bounds.
+docs/matrix.jsonl, for one state of the code and one version of each package; `--anew` begins again with others. In the
+first modes all pairs of settings meet, in the next ones each three and then each four of them, which takes half an
+hour. Several can run at once with different `--ranks`. `--device cuda` is a matrix of its own, docs/matrix_cuda.md,
+over NCCL; ranks share a GPU if there are too few. `--cover` takes the modes that the tests take. `--sample` is for
+`make test-all`: modes that change with the code, kept in .cache; it fails if one is outside its bounds.
 """
 
 import argparse

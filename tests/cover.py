@@ -146,13 +146,10 @@ def in_order(candidates: Sequence[Setting], seed: int = 0) -> list[Setting]:
 
 
 def strength(chosen: Sequence[Setting], candidates: Sequence[Setting]) -> int:
-    """Returns the largest number, up to 4, for which each so many settings that go together are in one chosen setting."""
+    """Returns the largest number, up to 4, for which each group of so many values of a candidate is in a chosen one."""
     for number in range(STRONGEST, 0, -1):
-        if (
-            not set()
-            .union(*(groups(number, each) for each in candidates))
-            .difference(*(groups(number, each) for each in chosen))
-        ):
+        have, want = (set().union(*(groups(number, each) for each in part)) for part in (chosen, candidates))
+        if have >= want:
             return number
     return 0
 

@@ -250,7 +250,7 @@ def test_a_run_sorts_before_its_first_step(folder, tmp_path, capsys):
     assert main(["plan", str(run), *settings]) == 0, "it is the same order again"
 
     shutil.rmtree(run_dir(run) / "checkpoints")
-    with pytest.raises(UserError, match="was not made from the weights of model.init"):
+    with pytest.raises(UserError, match=r"was not made from the weights of model\.init"):
         require_sorted(load_run(run, [*settings, f"model.init={folder / 'sorted'}"]))
     assert main(["prepare", str(run), *settings, f"model.init={folder / 'sorted'}"]) == 2
     assert "was not made from the weights of model.init" in one_error(capsys.readouterr().err)
