@@ -39,6 +39,7 @@ def steps_of(rows: int, rate: float) -> tuple[str, str]:
 FULL_PLUS_4 = ("sampling.strategy=full_plus", "sampling.subnets_per_step=4")
 FULL_PLUS_2 = ("sampling.strategy=full_plus", "sampling.subnets_per_step=2")
 EXITS = ("loss.exit_weight=0.3",)
+SOME_EXITS = (*EXITS, "loss.exit_rate=0.25")
 HALF_FULL = (*FULL_PLUS_4, "sampling.full_shares=2")
 """The full network trains on half of the rows, and two others on a quarter each."""
 TRIALS = [
@@ -49,12 +50,14 @@ TRIALS = [
     *tuned("full_plus 4", *FULL_PLUS_4, rows=(8,), rates=(3e-3,), seed=2),
     *tuned("alone", rows=(8,), rates=(3e-3,), alone=FULL),
     *tuned("alone", rows=(8,), rates=(3e-3,), alone=FULL, seed=2),
-    # Rows a step and learning rate of both sides.
-    *tuned("half full", *HALF_FULL, rows=(8,), rates=(3e-3,)),
+    # Levers, and rows a step and learning rate of both sides.
+    *tuned("full_plus 4, exits", *FULL_PLUS_4, *EXITS, rows=(8,), rates=(3e-3,)),
+    *tuned("full_plus 4, a quarter of the exits", *FULL_PLUS_4, *SOME_EXITS, rows=(8,), rates=(3e-3,)),
     *tuned("alone", rows=(8,), rates=(5e-3, 2e-3), alone=FULL),
+    *tuned("half full", *HALF_FULL, rows=(8,), rates=(3e-3,)),
+    *tuned("full_plus 2, warm-up 400", *FULL_PLUS_2, "optim.warmup_steps=400", rows=(8,), rates=(3e-3,), seed=2),
     *tuned("full_plus 4", *FULL_PLUS_4, rows=(8,), rates=(2e-3,)),
     *tuned("alone", rows=(16,), rates=(5e-3,), alone=FULL),
-    *tuned("full_plus 4, exits", *FULL_PLUS_4, *EXITS, rows=(8,), rates=(3e-3,)),
 ]
 
 
