@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_launch(commands)
     _add_eval(commands)
     _add_select(commands)
+    _add_generate(commands)
     _add_export(commands)
     return parser
 
@@ -211,7 +212,7 @@ def _add_eval(commands: Commands) -> None:
     _add_dir(parser)
     parser.add_argument("--subnets", metavar="NAME,NAME", help="measure only these sub-networks (default: all)")
     parser.add_argument("--rows", type=_positive, metavar="N", help="number of validation rows (default: eval.rows)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    _add_device(parser)
     _add_json(parser)
 
 
@@ -226,6 +227,35 @@ def _add_select(commands: Commands) -> None:
     _add_dir(parser)
     parser.add_argument("--max-params", metavar="N", help="largest number of parameters, like 2.5B, 300M or 1e6")
     parser.add_argument("--max-flops", metavar="N", help="largest number of forward FLOPs per token, like 5G")
+    _add_json(parser)
+
+
+def _add_generate(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "generate",
+        "write text with a sub-network, alone or with a smaller one as its draft",
+        "The text of a single prompt appears while it is written. With --draft a smaller sub-network proposes tokens,\n"
+        "and the one that writes keeps those that it would have written itself.",
+        f'sorted-ds generate {EXAMPLE_RUN_DIR} --prompt "def " --subnet d6-g4-f384 --draft d2-g4-f384',
+    )
+    _add_dir(parser)
+    text = "a prompt; - reads one from standard input; can be repeated"
+    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help=text)
+    parser.add_argument("--subnet", metavar="NAME", help="the sub-network that writes (default: the full network)")
+    parser.add_argument("--draft", metavar="NAME", help="a smaller sub-network that proposes tokens")
+    text = "tokens of a draft (default: a number that follows how many are kept)"
+    parser.add_argument("--draft-tokens", type=_positive, metavar="N", help=text)
+    text = "most tokens that are written for a prompt (default: 128)"
+    parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help=text)
+    text = "0 takes the likeliest tokens; above 0 they are drawn at random (default: 0)"
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help=text)
+    text = "draw from the likeliest tokens with this probability together"
+    parser.add_argument("--top-p", type=float, metavar="P", help=text)
+    parser.add_argument("--top-k", type=_positive, metavar="K", help="draw from so many of the likeliest tokens")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random draws (default: 0)")
+    parser.add_argument("--chat", action="store_true", help="take the prompts as messages of a user")
+    _add_device(parser)
     _add_json(parser)
 
 
@@ -267,6 +297,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", type=Path, metavar="DIR", help="directory of a run, or the model directory in it")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -43,10 +43,11 @@ def _evaluate(args: argparse.Namespace, names: list[str] | None, num_subnets: in
             else:
                 print(f"evaluating {name}", file=sys.stderr)
 
-        return evaluate_directory(args.dir, names, args.rows, _device(args.device), report)
+        return evaluate_directory(args.dir, names, args.rows, device_of(args.device), report)
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """Returns the device of `--device`, by default a GPU if there is one. Raises: UserError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:

@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from sorted_ds.base.errors import UserError, naming, reason_of
 from sorted_ds.data.text.tokenizer import read_tokenizer
+from sorted_ds.deploy.drafts import draft_of
+from sorted_ds.deploy.generate import Options, generate
 from sorted_ds.deploy.model_dir import SORTED_JSON, Measured, ModelDir
 from sorted_ds.deploy.select import parse_amount, select
+from sorted_ds.deploy.speculative import Speculation
 from sorted_ds.deploy.view import Cut, keep_owned, view
 from sorted_ds.families import family_of
 from sorted_ds.nested import Family
@@ -113,6 +117,40 @@ class TrainedFamily:
         `max_flops`: forward FLOPs for a token. Raises: UserError when none is within the budget.
         """
         return self[select(self.table, _amount(max_params), _amount(max_flops)).subnet]
+
+    def speculation(self, subnet: SubNet | str, draft: SubNet | str, draft_tokens: int | None = None) -> Speculation:
+        """Returns a sub-network that generates with a smaller one as its draft: `.generate` is like the model's own.
+
+        `draft_tokens`: how many tokens a draft has; None for a number that follows acceptance. Raises: UserError for a
+        draft that is not smaller.
+        """
+        return Speculation(draft_of(self.full, subnet, draft, self.space), draft_tokens)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        subnet: SubNet | str | None = None,
+        draft: SubNet | str | None = None,
+        draft_tokens: int | None = None,
+        chat: bool = False,
+        streamer: BaseStreamer | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Returns the text that a sub-network, by default the full network, writes after each prompt.
+
+        `draft`: a smaller sub-network that proposes tokens, so that the same text needs fewer passes. `options` are
+        those of `generate.Options`: `max_new_tokens`, `temperature`, `top_p`, `top_k`. `chat` takes a prompt as a
+        user's message. `streamer` gets the tokens of a single prompt as soon as they are there.
+
+        Raises: UserError for an unknown sub-network, a draft that is not smaller, an option out of its range, or a
+        prompt that is empty or too long.
+        """
+        chosen = subnet or self.space.full
+        model = self[chosen] if draft is None else self.speculation(chosen, draft, draft_tokens)
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        found = generate(model, self.tokenizer, texts, Options(**options), chat=chat, streamer=streamer)
+        return [completion.text for completion in found]
 
     def __iter__(self) -> Iterator[SubNet]:
         return iter(self.space)

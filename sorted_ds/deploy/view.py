@@ -52,13 +52,30 @@ def view(model: PreTrainedModel, subnet: SubNet | str, *, space: SubNetSpace | N
     Raises: UserError for a sub-network that does not fit, an unknown family, a layer order that is not known, or
     weights that are not in memory.
     """
+    return _viewed(model, subnet, space)
+
+
+def tail_view(
+    model: PreTrainedModel, subnet: SubNet | str, first: int, *, space: SubNetSpace | None = None
+) -> PreTrainedModel:
+    """Returns the layers of a sub-network from the one at `first` on, with its final norm and head, as a plain model.
+
+    The model continues what the layers before have computed: it takes their hidden states as `inputs_embeds`, and does
+    not scale them as embeddings. `first` is at least 1, and below the sub-network's depth. Everything else, and the
+    errors, are those of `view`.
+    """
+    assert 0 < first < SubNet.parse(str(subnet)).depth
+    return _viewed(model, subnet, space, first)
+
+
+def _viewed(model: PreTrainedModel, subnet: SubNet | str, space: SubNetSpace | None, first: int = 0) -> PreTrainedModel:
     family = model.family if isinstance(model, NestedModel) else family_of(model.config.model_type)
     config = full_config(model) if isinstance(model, NestedModel) else model.config
     _check_kind(model, family)
     check_fits(subnet, family, config)
     order = _layer_order(model, family, config, space)
     hf_class = model.hf_class if isinstance(model, NestedModel) else type(model)
-    cut = Cut(family, hf_class, config, SubNet.parse(str(subnet)), order)
+    cut = Cut(family, hf_class, config, SubNet.parse(str(subnet)), order, first)
     plain = cut.make(InMemory(model), model.dtype)
     plain.__dict__["num_copied_bytes"] = _copied_bytes(plain, model)
     copy_generation_config(model, plain)
@@ -177,11 +194,13 @@ class Cut:
     """The full network's."""
     subnet: SubNet
     layer_order: Sequence[int]
+    first: int = 0
+    """The number of the sub-network's layers that are left out at the beginning. What is left takes hidden states."""
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The numbers of the full network's layers that the sub-network runs, ascending."""
-        return tuple(sorted(self.layer_order[: self.subnet.depth]))
+        """The numbers of the full network's layers that the model runs, ascending."""
+        return tuple(sorted(self.layer_order[: self.subnet.depth]))[self.first :]
 
     def make(self, weights: Weights, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
         """Returns the sub-network as a plain model in evaluation mode, whose parameters take no gradient.
@@ -190,6 +209,8 @@ class Cut:
         follow from the config and are computed there.
         """
         config = self.family.subnet_config(self.config, self.subnet, self.layers)
+        if self.first:
+            config = self.family.continued_config(config)
         with MAKING:
             plain = empty_model(self.hf_class, config, torch.empty(0, dtype=dtype, device="meta"))
         if device is not None:

@@ -33,6 +33,8 @@ class Decoder:
     """The config key of the cap on the logits: `cap * tanh(logits / cap)`."""
     logits_divisor_key: str = ""
     """The config key of the number that divides the logits."""
+    embeddings_factor_key: str = ""
+    """The config key of the number by which the body multiplies its `inputs_embeds`."""
     auto_class: Any = AutoModelForCausalLM
     axes: tuple[str, ...] = ("d", "g", "f")
     layers: str = "model.layers"
@@ -76,6 +78,13 @@ class Decoder:
         cut = type(config).from_dict(fields)
         cut._attn_implementation = config._attn_implementation
         return cut
+
+    def continued_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Returns the config with a factor of 1. Where the embedding layer itself scales (gemma2), nothing changes."""
+        factor = {self.embeddings_factor_key: 1.0} if self.embeddings_factor_key else {}
+        continued = type(config).from_dict({**config.to_dict(), **factor})
+        continued._attn_implementation = config._attn_implementation
+        return continued
 
     def layer_fields(self, config: PreTrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
         """Returns the number of layers, and the entries of these layers in the lists with one entry for each layer."""
@@ -146,6 +155,6 @@ DECODERS = {
     "qwen3": Decoder(),
     "gemma2": Decoder(softcap_key="final_logit_softcapping"),
     "olmo2": Decoder(nested_head_norms=("q_norm", "k_norm")),
-    "granite": Decoder(logits_divisor_key="logits_scaling"),
+    "granite": Decoder(logits_divisor_key="logits_scaling", embeddings_factor_key="embedding_multiplier"),
 }
 """The decoder families by Hugging Face's `model_type`."""

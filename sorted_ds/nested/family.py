@@ -91,6 +91,9 @@ class Family(Protocol):
         Raises: ValueError or StrictDataclassError if the family's config class refuses the sizes.
         """
 
+    def continued_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Returns the config of a model that takes hidden states of a layer in place of embeddings, as they are."""
+
     def layer_fields(self, config: PreTrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
         """Returns the config's fields that depend on the layers: their number, and lists with an entry for each."""
 
