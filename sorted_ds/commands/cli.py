@@ -234,7 +234,7 @@ def _add_generate(commands: Commands) -> None:
     parser = _add(
         commands,
         "generate",
-        "write text with a sub-network, alone or with a smaller one as its draft",
+        "write text with a sub-network, with or without a draft",
         "The text of a single prompt appears while it is written. With --draft a smaller sub-network proposes tokens,\n"
         "and the one that writes keeps those that it would have written itself.",
         f'sorted-ds generate {EXAMPLE_RUN_DIR} --prompt "def " --subnet d6-g4-f384 --draft d2-g4-f384',

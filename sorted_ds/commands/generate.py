@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 
 import torch
-from transformers import TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from sorted_ds.base.errors import UserError
@@ -28,22 +28,22 @@ def run(args: argparse.Namespace) -> int:
     options = Options(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
     prompts = [sys.stdin.read() if prompt == STDIN else prompt for prompt in args.prompt]
     family = load(args.dir, device=device_of(args.device))
-    model = _model(family, args)
+    subnet = args.subnet or family.space.full.name
+    model = _model(family, subnet, args)
     is_streamed = len(prompts) == 1 and not args.json
     streamer = TextStreamer(family.tokenizer, skip_prompt=True, skip_special_tokens=True) if is_streamed else None
     torch.manual_seed(args.seed)
     completions = generate(model, family.tokenizer, prompts, options, chat=args.chat, streamer=streamer)
     if args.json:
-        print(json.dumps(_facts(args, family, model, completions)))
+        print(json.dumps(_facts(subnet, args.draft, model, completions)))
     elif not is_streamed:
         print("\n\n".join(completion.prompt + completion.text for completion in completions))
-    print(_summary(model, completions), file=sys.stderr)
+    print(_summary(model, subnet, completions), file=sys.stderr)
     return 0
 
 
-def _model(family: TrainedFamily, args: argparse.Namespace):
+def _model(family: TrainedFamily, subnet: str, args: argparse.Namespace) -> PreTrainedModel | Speculation:
     """Returns what generates. Without a draft, only the sub-network's ranges of the files are read."""
-    subnet = args.subnet or family.space.full
     if args.draft is None:
         if args.draft_tokens is not None:
             raise UserError("--draft-tokens needs a draft. Name one with --draft, or leave out --draft-tokens.")
@@ -51,22 +51,18 @@ def _model(family: TrainedFamily, args: argparse.Namespace):
     return family.speculation(subnet, args.draft, args.draft_tokens)
 
 
-def _facts(args: argparse.Namespace, family: TrainedFamily, model, completions: list[Completion]) -> dict:
-    facts: dict[str, object] = {
-        "subnet": str(args.subnet or family.space.full),
-        "completions": [asdict(completion) for completion in completions],
-    }
+def _facts(subnet: str, draft: str | None, model: PreTrainedModel | Speculation, completions: list[Completion]) -> dict:
+    texts = [asdict(completion) for completion in completions]
+    facts: dict[str, object] = {"subnet": subnet, "completions": texts}
     if isinstance(model, Speculation):
-        facts["draft"] = {"subnet": args.draft, **asdict(model.counts)}
+        facts["draft"] = {"subnet": draft, **asdict(model.counts)}
     return facts
 
 
-def _summary(model, completions: list[Completion]) -> str:
+def _summary(model: PreTrainedModel | Speculation, subnet: str, completions: list[Completion]) -> str:
     num_tokens = sum(completion.num_tokens for completion in completions)
     if not isinstance(model, Speculation):
         return f"{num_tokens} tokens"
     counts = model.counts
-    return (
-        f"{num_tokens} tokens in {counts.rounds} passes; {counts.accepted} of {counts.proposed} proposed tokens were "
-        f"kept ({counts.acceptance:.0%})"
-    )
+    kept = f"{counts.accepted} of {counts.proposed} proposed tokens were kept ({counts.acceptance:.0%})"
+    return f"{num_tokens} tokens in {counts.rounds} passes of {subnet}; {kept}"

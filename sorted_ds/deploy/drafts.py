@@ -69,8 +69,8 @@ class OwnDraft:
         self.begin(0)
 
     def begin(self, num_rows: int) -> None:
-        self._draft = Cached(self.draft, num_rows, _new_layers(self.draft))
-        self._target = Cached(self.target, num_rows, _new_layers(self.target))
+        self._draft = Cached(self.draft, num_rows, new_layers(self.draft))
+        self._target = Cached(self.target, num_rows, new_layers(self.target))
 
     @property
     def seen(self) -> Tensor:
@@ -115,7 +115,7 @@ class SharedDraft:
         self._hidden.append(inputs[0])
 
     def begin(self, num_rows: int) -> None:
-        layers = _new_layers(self.target)
+        layers = new_layers(self.target)
         depth = self.draft.config.num_hidden_layers
         self._draft = Cached(self.draft, num_rows, layers[:depth])
         self._tail = Cached(self.tail, num_rows, layers[depth:])
@@ -171,7 +171,8 @@ def can_share(family: Family, space: SubNetSpace, target: SubNet, draft: SubNet)
     return draft.depth < target.depth and is_first and is_as_wide and not has_own_layers
 
 
-def _new_layers(model: PreTrainedModel) -> list[DynamicLayer]:
+def new_layers(model: PreTrainedModel) -> list[DynamicLayer]:
+    """Returns the layers of a cache for a model. None of them forgets what lies before a window."""
     return [DynamicLayer() for _ in range(model.config.num_hidden_layers)]
 
 

@@ -12,7 +12,7 @@ from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 
 from sorted_ds import SubNetSpace, UserError, extract, nest, view
-from sorted_ds.deploy.view import keep_owned
+from sorted_ds.deploy.view import keep_owned, tail_view
 from sorted_ds.nested.bundles import bundle
 from sorted_ds.nested.weights import slice_of
 from tests.families import SPACE, SUBNETS, VARIANTS, tiny_model, tokens
@@ -51,6 +51,19 @@ def test_a_view_is_bit_equal_to_the_extracted_model_and_shares_its_memory(varian
         assert storages(seen) <= storages(model)
         assert seen.num_copied_bytes == 0
         assert not any(parameter.requires_grad for parameter in seen.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_tail_continues_from_the_hidden_states_of_a_layer(variant):
+    """The hidden states are those that transformers returns for the whole sub-network, before the layer."""
+    model = tiny_model(variant).eval()
+    for name, first in (("d4-g4-f112", 2), ("d2-g3-f80", 1)):
+        whole = view(model, name, space=ORDERED)(tokens(), output_hidden_states=True)
+        tail = tail_view(model, name, first, space=ORDERED)
+        assert torch.equal(tail(inputs_embeds=whole.hidden_states[first]).logits, whole.logits)
+        assert storages(tail) <= storages(model)
+        assert tail.num_copied_bytes == 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
