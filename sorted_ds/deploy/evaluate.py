@@ -116,7 +116,7 @@ def evaluate_directory(
     task = task_of(contents.task)
     subnets = [space[name] for name in names] if names else list(space)
     whole = family.read(subnets[0]) if len(subnets) == 1 else family.full
-    data = task.open_prepared(_data_folder(where, contents.data))
+    data = task.open_prepared(data_folder(where, contents.data))
     batches = _validation_batches(task, data, contents.row_tokens, rows or contents.eval_rows)
     _check_rows(contents, names, sum(batch.num_targets for batch in batches))
     costs = costs_of(space, family.architecture, family.config, contents.row_tokens)
@@ -164,7 +164,7 @@ def baseline_of(task: Task, data: Prepared) -> dict[str, float] | None:
     return None if baseline is None else {baseline.name: baseline.loss}
 
 
-def _data_folder(where: ModelDir, data: Mapping[str, object]) -> Path:
+def data_folder(where: ModelDir, data: Mapping[str, object]) -> Path:
     """Returns the folder of the prepared data.
 
     It is where it was at training, or, if run and data were moved together, at the same place relative to the run.
