@@ -5,7 +5,7 @@ runs in turns, a ratio is taken within a round, and the median of the rounds is 
 generation takes one row only; `early exit` is its draft of the target's own first layers, without a cache that is kept.
 `identity` counts the prompts whose text is token by token that of the target alone, and the margin of the choices where
 it is not: the difference of the two tokens' logits in plain decoding. The results are kept in a file, so it can be
-stopped and goes on. Greedy decoding; the prompts are the beginnings of the family's validation rows.
+stopped and goes on. Greedy decoding; the prompts are parts of the family's validation rows.
 """
 
 import argparse
@@ -34,14 +34,19 @@ Batch = tuple[Tensor, Tensor]
 
 
 def prompts(family: TrainedFamily, number: int) -> list[list[int]]:
-    """Returns token ids: so many tokens from the beginning of each validation row."""
+    """Returns token ids: the beginnings of the validation rows, and then of later parts of them."""
     task = task_of(family.contents.task)
     data = task.open_prepared(data_folder(family.where, family.contents.data))
     rows = task.rows(data, family.contents.row_tokens, is_validation=True)
-    if number > len(rows):
-        raise SystemExit(f"there are {len(rows)} validation rows. Ask for at most so many prompts.")
+    longest = PROMPT_TOKENS[1]
+    parts = [(row, first) for first in range(0, family.contents.row_tokens, longest) for row in range(len(rows))]
+    if number > len(parts):
+        raise SystemExit(f"the validation rows hold {len(parts)} prompts. Ask for at most so many.")
     lengths = random.Random(0)
-    return [[int(token) for token in rows[index][: lengths.randint(*PROMPT_TOKENS)]] for index in range(number)]
+    return [
+        [int(token) for token in rows[row][first : first + lengths.randint(*PROMPT_TOKENS)]]
+        for row, first in parts[:number]
+    ]
 
 
 def batches(rows: list[list[int]], size: int, device: torch.device) -> Iterator[Batch]:

@@ -541,6 +541,7 @@ ELSEWHERE = {
     "on another number of validation rows": "tests/deploy/test_evaluate.py",
     "could not be written": "tests/deploy/test_export.py",
     "are not finite, although the weights are": "tests/deploy/test_export.py",
+    "--draft-tokens needs a draft": "tests/deploy/test_generate.py",
     "has no measured sub-networks": "tests/deploy/test_select.py",
     "cannot be written: {}. Set another run_dir": "tests/commands/test_launch.py",
     "is installed. sorted_ds changes how": "tests/engine/test_modes.py",

@@ -243,7 +243,8 @@ def _add_generate(commands: Commands) -> None:
     text = "a prompt; - reads one from standard input; can be repeated"
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help=text)
     parser.add_argument("--subnet", metavar="NAME", help="the sub-network that writes (default: the full network)")
-    parser.add_argument("--draft", metavar="NAME", help="a smaller sub-network that proposes tokens")
+    text = "a smaller sub-network that proposes tokens; auto tries a few, and takes the fastest or none"
+    parser.add_argument("--draft", metavar="NAME|auto", help=text)
     text = "tokens of a draft (default: a number that follows how many are kept)"
     parser.add_argument("--draft-tokens", type=_positive, metavar="N", help=text)
     text = "most tokens that are written for a prompt (default: 128)"

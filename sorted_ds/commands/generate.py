@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.commands.eval import device_of
+from sorted_ds.deploy.choose_draft import AUTO, choose_draft
 from sorted_ds.deploy.family import TrainedFamily, load
 from sorted_ds.deploy.generate import Completion, Options, generate
 from sorted_ds.deploy.speculative import Speculation
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [sys.stdin.read() if prompt == STDIN else prompt for prompt in args.prompt]
     family = load(args.dir, device=device_of(args.device))
     subnet = args.subnet or family.space.full.name
-    model = _model(family, subnet, args)
+    model = _model(family, subnet, prompts, options, args)
     is_streamed = len(prompts) == 1 and not args.json
     streamer = TextStreamer(family.tokenizer, skip_prompt=True, skip_special_tokens=True) if is_streamed else None
     torch.manual_seed(args.seed)
@@ -42,12 +43,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(family: TrainedFamily, subnet: str, args: argparse.Namespace) -> PreTrainedModel | Speculation:
+def _model(
+    family: TrainedFamily, subnet: str, prompts: list[str], options: Options, args: argparse.Namespace
+) -> PreTrainedModel | Speculation:
     """Returns what generates. Without a draft, only the sub-network's ranges of the files are read."""
     if args.draft is None:
         if args.draft_tokens is not None:
             raise UserError("--draft-tokens needs a draft. Name one with --draft, or leave out --draft-tokens.")
         return family.read(subnet)
+    if args.draft == AUTO:
+        given = (family.space, subnet, family.tokenizer, prompts, options)
+        choice = choose_draft(family.full, *given, draft_tokens=args.draft_tokens, chat=args.chat)
+        speeds = ", ".join(f"{name} {speed:.2f}" for name, speed in choice.speeds.items())
+        print(f"draft: {choice.draft or 'none'} (speeds as ratios to plain decoding: {speeds})", file=sys.stderr)
+        args.draft = choice.draft
+        return choice.model
     return family.speculation(subnet, args.draft, args.draft_tokens)
 
 

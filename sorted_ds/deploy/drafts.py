@@ -25,6 +25,7 @@ class Draft(Protocol):
     """A draft with its target."""
 
     target: PreTrainedModel
+    draft: PreTrainedModel
     cost: float
     """The cost of a step of the draft, as a share of a step of the target."""
 

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from sorted_ds.base.errors import UserError, naming, reason_of
 from sorted_ds.data.text.tokenizer import read_tokenizer
+from sorted_ds.deploy.choose_draft import AUTO, choose_draft
 from sorted_ds.deploy.drafts import draft_of
 from sorted_ds.deploy.generate import Options, generate
 from sorted_ds.deploy.model_dir import SORTED_JSON, Measured, ModelDir
@@ -139,17 +140,25 @@ class TrainedFamily:
     ) -> list[str]:
         """Returns the text that a sub-network, by default the full network, writes after each prompt.
 
-        `draft`: a smaller sub-network that proposes tokens, so that the same text needs fewer passes. `options` are
-        those of `generate.Options`: `max_new_tokens`, `temperature`, `top_p`, `top_k`. `chat` takes a prompt as a
-        user's message. `streamer` gets the tokens of a single prompt as soon as they are there.
+        `draft`: a smaller sub-network that proposes tokens, so that the same text needs fewer passes. "auto" tries a
+        few of them, and takes the fastest, or none if plain decoding is faster. `chat` takes a prompt as a user's
+        message. `streamer` gets the tokens of a single prompt as soon as they are there. `options` are those of
+        `generate.Options`: `max_new_tokens`, `temperature`, `top_p`, `top_k`.
 
         Raises: UserError for an unknown sub-network, a draft that is not smaller, an option out of its range, or a
         prompt that is empty or too long.
         """
-        chosen = subnet or self.space.full
-        model = self[chosen] if draft is None else self.speculation(chosen, draft, draft_tokens)
+        chosen, wanted = subnet or self.space.full, Options(**options)
         texts = [prompts] if isinstance(prompts, str) else prompts
-        found = generate(model, self.tokenizer, texts, Options(**options), chat=chat, streamer=streamer)
+        model: PreTrainedModel | Speculation
+        if draft is None:
+            model = self[chosen]
+        elif draft == AUTO:
+            given = (chosen, self.tokenizer, texts, wanted)
+            model = choose_draft(self.full, self.space, *given, draft_tokens=draft_tokens, chat=chat).model
+        else:
+            model = self.speculation(chosen, draft, draft_tokens)
+        found = generate(model, self.tokenizer, texts, wanted, chat=chat, streamer=streamer)
         return [completion.text for completion in found]
 
     def __iter__(self) -> Iterator[SubNet]:

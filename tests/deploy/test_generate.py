@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from transformers import AutoModelForCausalLM, TextStreamer
 
 from sorted_ds import UserError, load
 from sorted_ds.commands.cli import main
+from sorted_ds.deploy.choose_draft import choose_draft
 from sorted_ds.deploy.export import export
 from sorted_ds.deploy.generate import Options, generate
+from sorted_ds.deploy.speculative import Speculation
 from tests.trained import set_keys, tokenizer, trained_run
 
 PROMPTS = ["def f(x):", "import", "a"]
@@ -149,5 +152,40 @@ def test_a_directory_that_is_no_trained_family_or_is_not_complete_is_one_line(ru
 
 
 def test_a_number_of_draft_tokens_needs_a_draft(run, capsys):
-    assert main(["generate", str(run), "--prompt", "a", "--draft-tokens", "3"]) == 2
-    assert "--draft-tokens needs a draft" in capsys.readouterr().err
+    command = ["generate", str(run), "--prompt", "a", "--max-new-tokens", "2", "--draft-tokens", "3", "--device", "cpu"]
+    assert main(command) == 2
+    assert "Name one with --draft, or leave out --draft-tokens." in capsys.readouterr().err
+    assert main([*command, "--draft", "d1-g1-f32"]) == 0
+
+
+def test_auto_tries_drafts_and_the_text_stays_the_same(run, expected, capsys):
+    family = load(run)
+    assert family.generate(PROMPTS, subnet=SMALL, draft="auto", max_new_tokens=20) == expected
+    command = ["generate", str(run), "--subnet", SMALL, "--draft", "auto", "--max-new-tokens", "20", "--device", "cpu"]
+    assert main([*command, "--prompt", PROMPTS[0]]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == expected[0] + "\n"
+    assert re.search(r"draft: (none|d\d-g\d-f\d+) \(speeds as ratios to plain decoding: d1-", printed.err)
+    alone = choose_draft(family.full, family.space, "d1-g1-f32", family.tokenizer, PROMPTS, Options(4))
+    assert (alone.draft, alone.speeds) == (None, {}), "the smallest has no draft"
+
+
+def test_the_fastest_is_chosen_and_plain_decoding_where_nothing_is_faster(run, monkeypatch):
+    """The speeds are given here, so that the choice does not depend on the machine."""
+    family = load(run)
+    for fast, chosen in ((3.0, "d2-g3-f80"), (0.5, None)):
+        monkeypatch.setattr(
+            "sorted_ds.deploy.choose_draft.generate",
+            lambda model, *args, fast=fast, **kwargs: speed_of(model, fast),
+        )
+        monkeypatch.setattr("sorted_ds.deploy.choose_draft._tokens_per_second", lambda write: write())
+        found = choose_draft(family.full, family.space, "d4-g4-f112", family.tokenizer, PROMPTS, Options())
+        assert found.draft == chosen
+        assert found.speeds["d2-g3-f80"] == fast
+
+
+def speed_of(model, fast: float) -> float:
+    if not isinstance(model, Speculation):
+        return 1.0
+    config = model.draft.draft.config
+    return fast if (config.num_hidden_layers, config.intermediate_size) == (2, 80) else 0.9
