@@ -76,6 +76,30 @@ def test_any_length_of_a_draft_and_any_attention_give_the_same(attention, draft_
     compare(draft, arguments(rows=3, max_new_tokens=1), draft_tokens)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("small", ["d2-g4-f112", "d2-g1-f80"])
+def test_a_draft_has_seen_what_it_would_have_seen_alone(small, monkeypatch):
+    """A draft that has forgotten the wrong tokens proposes worse ones, which the text does not show."""
+    model, propose, differences = agreeing_model("mistral, sliding"), Speculation._propose, []
+    draft, alone, last = pair(model, FULL, small), view(model, small), {}
+    run = draft.propose
+    monkeypatch.setattr(draft, "propose", lambda ids, seen: last.update(logits=run(ids, seen)) or last["logits"])
+
+    def checked(self, rows, number, is_sampled):
+        proposed, chances = propose(self, rows, number, is_sampled)
+        for position, row in enumerate(rows.active if number else ()):
+            known = rows.tokens[row, rows.padding[position] : rows.lengths[position]]
+            logits = alone(torch.cat((known, proposed[position, :-1]))[None], logits_to_keep=1).logits
+            differences.append((logits - last["logits"][position]).abs().max() / logits.abs().max())
+        return proposed, chances
+
+    monkeypatch.setattr(Speculation, "_propose", checked)
+    counts = compare(draft, arguments(rows=3), draft_tokens=1)
+    assert counts.accepted >= 3, "rows have seen different numbers of tokens"
+    assert len(differences) > 20
+    assert max(differences) < 1e-5  # fp32, with padding and without
+
+
 def test_a_plain_model_can_draft_for_another_one():
     target, small = agreeing_model("qwen3, head norms"), tiny_model("llama", num_hidden_layers=1).eval()
     compare(OwnDraft(target, small), arguments(rows=3))
