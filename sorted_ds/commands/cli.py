@@ -206,13 +206,21 @@ def _add_eval(commands: Commands) -> None:
         commands,
         "eval",
         "measure sub-networks on the validation rows",
-        "The command prints the table, and writes it to subnets.json, model/sorted.json and, as a figure, pareto.png.",
-        f"sorted-ds eval {EXAMPLE_RUN_DIR} --subnets d6-g4-f384,d2-g1-f96",
+        "The command prints the table, and writes it to subnets.json, model/sorted.json and, as a figure, pareto.png.\n"
+        "--measure adds times and memory. Losses that the table already has are then kept, unless --rows is given.",
+        f"sorted-ds eval {EXAMPLE_RUN_DIR} --subnets d6-g4-f384,d2-g1-f96\n"
+        f"  sorted-ds eval {EXAMPLE_RUN_DIR} --measure --batch 1,8 --context 128,512",
     )
     _add_dir(parser)
     parser.add_argument("--subnets", metavar="NAME,NAME", help="measure only these sub-networks (default: all)")
     parser.add_argument("--rows", type=_positive, metavar="N", help="number of validation rows (default: eval.rows)")
     _add_device(parser)
+    text = "also measure the time of prefill and decoding and the memory, on the device"
+    parser.add_argument("--measure", action="store_true", help=text)
+    text = "with --measure: numbers of rows that are decoded together (default: 1)"
+    parser.add_argument("--batch", type=_positives, metavar="N,N", help=text)
+    text = "with --measure: numbers of tokens that a decoded token attends to (default: 512)"
+    parser.add_argument("--context", type=_positives, metavar="N,N", help=text)
     _add_json(parser)
 
 
@@ -221,12 +229,27 @@ def _add_select(commands: Commands) -> None:
         commands,
         "select",
         "find the best measured sub-network within a budget",
-        "The command looks it up in the measured table. It prints the name on stdout and the reason on stderr.",
-        f"sorted-ds select {EXAMPLE_RUN_DIR} --max-params 1.5M",
+        "The command looks it up in the measured table. It prints the name on stdout and the reason on stderr. Within\n"
+        "costs it takes the lowest loss. With --max-loss-gap or --min-accuracy it takes the cheapest: in the first of\n"
+        "latency, memory, FLOPs and parameters that has a budget, or in parameters.",
+        f"sorted-ds select {EXAMPLE_RUN_DIR} --max-params 1.5M\n"
+        f"  sorted-ds select {EXAMPLE_RUN_DIR} --max-latency-ms 20 --max-memory-gib 0.005",
     )
     _add_dir(parser)
     parser.add_argument("--max-params", metavar="N", help="largest number of parameters, like 2.5B, 300M or 1e6")
     parser.add_argument("--max-flops", metavar="N", help="largest number of forward FLOPs per token, like 5G")
+    text = "longest time of a decoded token, which `sorted-ds eval --measure` measures"
+    parser.add_argument("--max-latency-ms", type=float, metavar="MS", help=text)
+    text = "largest memory of the exported model's weights and cache, also from --measure"
+    parser.add_argument("--max-memory-gib", type=float, metavar="GIB", help=text)
+    text = "largest loss above the full network's; takes the cheapest"
+    parser.add_argument("--max-loss-gap", type=float, metavar="NATS", help=text)
+    text = "lowest accuracy, from 0 to 1; takes the cheapest"
+    parser.add_argument("--min-accuracy", type=float, metavar="SHARE", help=text)
+    text = "rows that are decoded together, for latency and memory (default: 1)"
+    parser.add_argument("--batch", type=_positive, metavar="N", help=text)
+    text = "tokens that a decoded token attends to, for latency and memory (default: 512)"
+    parser.add_argument("--context", type=_positive, metavar="N", help=text)
     _add_json(parser)
 
 
@@ -306,6 +329,10 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+
+def _positives(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
 
 
 def _positive(text: str) -> int:

@@ -1,49 +1,102 @@
 """`sorted-ds eval`: measures sub-networks, prints the table, and writes it with its figure.
 
-In: the directory of a trained model. Out: the table on stdout. On disk: subnets.json, pareto.png and model/sorted.json.
+In: the directory of a trained model. Out: the table on stdout. With --measure, also times and memory on the device at
+hand. On disk: subnets.json, pareto.png and model/sorted.json.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.deploy.evaluate import Evaluation, evaluate_directory
-from sorted_ds.deploy.model_dir import PARETO_PNG, SUBNETS_JSON, ModelDir
-from sorted_ds.deploy.table import console, measured_table
+from sorted_ds.deploy.evaluate import evaluate_family
+from sorted_ds.deploy.family import TrainedFamily, load
+from sorted_ds.deploy.measure import measure_family, num_runs, settings_of
+from sorted_ds.deploy.model_dir import PARETO_PNG, SUBNETS_JSON, Sorted
+from sorted_ds.deploy.speed import Setting
+from sorted_ds.deploy.table import console, measured_table, speed_table
+from sorted_ds.space import SubNet
+from sorted_ds.tasks import task_of
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit code. Raises: UserError for what the user can correct."""
-    where = ModelDir.find(args.dir)
+    if not args.measure and (args.batch or args.context):
+        raise UserError("--batch and --context say what --measure measures. Add --measure.")
+    family = load(args.dir, device=device_of(args.device))
     names = [name.strip() for name in args.subnets.split(",")] if args.subnets else None
-    evaluation = _evaluate(args, names, len(names or where.read().space))
+    subnets = [family.find(name) for name in names] if names else list(family)
+    settings = settings_of(family, args.batch or (1,), args.context or ()) if args.measure else []
+    _evaluate(family, _to_evaluate(family, subnets, args), args.rows)
+    if settings:
+        _measure(family, subnets, settings)
+    contents = family.where.read()
     if args.json:
-        rows = [row.to_json() for row in evaluation.measured]
-        print(json.dumps({"measured": rows, "baseline": evaluation.baseline}))
+        print(json.dumps(_json(contents)))
         return 0
-    console().print(measured_table(evaluation.measured, evaluation.metrics, evaluation.baseline))
-    print(f"\nWritten: {where.root / SUBNETS_JSON}, {where.root / PARETO_PNG}", file=sys.stderr)
+    _print(contents, settings)
+    print(f"\nWritten: {family.where.root / SUBNETS_JSON}, {family.where.root / PARETO_PNG}", file=sys.stderr)
     return 0
 
 
-def _evaluate(args: argparse.Namespace, names: list[str] | None, num_subnets: int) -> Evaluation:
-    """Evaluates, and shows the progress on stderr: as a bar on a terminal, otherwise as a line for each sub-network."""
-    stderr = Console(stderr=True)
+def _to_evaluate(family: TrainedFamily, subnets: list[SubNet], args: argparse.Namespace) -> list[SubNet]:
+    """Returns the sub-networks whose losses are measured: with --measure alone, those that have none in the table."""
+    if not args.measure or args.rows:
+        return subnets
+    known = {row.subnet for row in family.contents.subnets}
+    return [subnet for subnet in subnets if subnet.name not in known]
+
+
+def _evaluate(family: TrainedFamily, subnets: list[SubNet], rows: int | None) -> None:
+    if subnets:
+        with _progress("evaluating", len(subnets)) as report:
+            evaluate_family(family, subnets, rows, report)
+
+
+def _measure(family: TrainedFamily, subnets: list[SubNet], settings: list[Setting]) -> None:
+    with _progress("measuring", num_runs(len(subnets), settings)) as report:
+        measure_family(family, subnets, settings, report)
+
+
+def _json(contents: Sorted) -> dict[str, object]:
+    where = {} if contents.measured_on is None else {"measured_on": asdict(contents.measured_on)}
+    return {"measured": [row.to_json() for row in contents.subnets], "baseline": contents.baseline, **where}
+
+
+def _print(contents: Sorted, settings: list[Setting]) -> None:
+    """Prints the table, and a table of speeds for each of the settings that were measured now."""
+    out, metrics = console(), task_of(contents.task).metrics
+    out.print(measured_table(contents.subnets, metrics, contents.baseline))
+    for setting in settings:
+        out.print()
+        out.print(speed_table(contents.subnets, setting))
+    if contents.measured_on is not None:
+        out.print(f"\nSpeeds are measured on {contents.measured_on}.", soft_wrap=True)
+
+
+@contextmanager
+def _progress(work: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Shows progress on stderr: as a bar on a terminal, otherwise as a line whenever what is reported changes."""
+    stderr, last = Console(stderr=True), ""
     with Progress(console=stderr, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task("evaluating", total=num_subnets, start=True)
+        task = progress.add_task(work, total=total, start=True)
 
-        def report(name: str) -> None:
+        def report(what: str) -> None:
+            nonlocal last
             if stderr.is_terminal:
-                progress.update(task, advance=1, description=f"evaluating {name}")
-            else:
-                print(f"evaluating {name}", file=sys.stderr)
+                progress.update(task, advance=1, description=f"{work} {what}")
+            elif what != last:
+                print(f"{work} {what}", file=sys.stderr)
+            last = what
 
-        return evaluate_directory(args.dir, names, args.rows, device_of(args.device), report)
+        yield report
 
 
 def device_of(name: str | None) -> torch.device:

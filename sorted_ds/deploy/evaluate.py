@@ -7,7 +7,7 @@ at the end.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import MicroBatch, validation_batches
-from sorted_ds.deploy.family import load
+from sorted_ds.deploy.family import TrainedFamily
 from sorted_ds.deploy.figures import draw_pareto
 from sorted_ds.deploy.model_dir import FROM_RUN_DIR, SORTED_JSON, TOKENS_DIR, Measured, ModelDir, Sorted
 from sorted_ds.deploy.view import view
 from sorted_ds.nested import Family, costs_of
-from sorted_ds.space import Cost, SubNet, SubNetSpace
+from sorted_ds.space import Cost, SubNet
 from sorted_ds.tasks import LOSS, Metric, Prepared, SummedLoss, Task, task_of
 from sorted_ds.tasks.task import Sums
 
@@ -32,7 +32,7 @@ Forward = Callable[[MicroBatch, SubNet], Sums]
 """Runs a sub-network on a micro-batch and returns the task's sums."""
 
 
-def measure(
+def evaluate_subnets(
     forward: Forward,
     subnets: Iterable[SubNet],
     batches: Sequence[MicroBatch],
@@ -77,61 +77,47 @@ def _measured(
     )
 
 
-def choose_spread(space: SubNetSpace, number: int = 9) -> list[SubNet]:
-    """Returns about `number` sub-networks, evenly spread over the space, with the smallest and the full one."""
-    if len(space) <= number:
-        return list(space)
-    positions = {round(k * (len(space) - 1) / (number - 1)) for k in range(number)}
-    return sorted({space[p] for p in positions} | {space.smallest, space.full}, key=space.index)
+def choose_spread(subnets: Sequence[SubNet], number: int = 9) -> list[SubNet]:
+    """Returns about `number` of the sub-networks, evenly spread over their order, with the first and the last."""
+    if len(subnets) <= number:
+        return list(subnets)
+    return [subnets[p] for p in sorted({round(k * (len(subnets) - 1) / (number - 1)) for k in range(number)})]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What `sorted-ds eval` measured."""
-
-    measured: tuple[Measured, ...]
-    """The whole table, in ascending order of parameters."""
-    baseline: Mapping[str, float] | None
-    """The name and the loss of the task's baseline, if it has one."""
-    metrics: tuple[Metric, ...]
-    """The metrics of the task, which are columns of the table."""
-
-
-def evaluate_directory(
-    folder: Path,
-    names: Sequence[str] | None = None,
+def evaluate_family(
+    family: TrainedFamily,
+    subnets: Sequence[SubNet],
     rows: int | None = None,
-    device: torch.device | str = "cpu",
     report: Callable[[str], None] = lambda name: None,
-) -> Evaluation:
-    """Measures the named sub-networks of a trained model, or all, on its validation rows. Writes table and figure.
+) -> tuple[Measured, ...]:
+    """Measures sub-networks of a trained family on its validation rows. Writes the table and the figure.
 
-    `rows`: replaces the run's number of validation rows. `report`: called with the name of each sub-network before it
-    is measured.
+    Returns the whole table. `rows`: replaces the run's number of validation rows. `report`: called with the name of
+    each sub-network before it is measured.
 
-    Raises: UserError for a name that is not in the space, or for files that are missing.
+    Raises: UserError for files that are missing or damaged.
     """
-    family = load(folder, device=device)
     where, contents, space = family.where, family.contents, family.space
     task = task_of(contents.task)
-    subnets = [space[name] for name in names] if names else list(space)
     whole = family.read(subnets[0]) if len(subnets) == 1 else family.full
     data = task.open_prepared(data_folder(where, contents.data))
     batches = _validation_batches(task, data, contents.row_tokens, rows or contents.eval_rows)
-    _check_rows(contents, names, sum(batch.num_targets for batch in batches))
-    costs = costs_of(space, family.architecture, family.config, contents.row_tokens)
+    _check_rows(contents, subnets, sum(batch.num_targets for batch in batches))
+    costs = costs_of(subnets, family.architecture, family.config, contents.row_tokens)
     measured = []
     for subnet in subnets:
         report(subnet.name)
         model = whole if len(subnets) == 1 else view(whole, subnet, space=space)
         forward = forward_of(model, task, family.architecture)
-        measured += measure(forward, [subnet], batches, task.metrics, list, costs)
+        (row,) = evaluate_subnets(forward, [subnet], batches, task.metrics, list, costs)
+        measured.append(replace(row, is_trained=subnet in space))
     return save_table(where, measured, task, data)
 
 
-def _check_rows(contents: Sorted, names: Sequence[str] | None, num_targets: int) -> None:
+def _check_rows(contents: Sorted, subnets: Sequence[SubNet], num_targets: int) -> None:
     """Raises: UserError when the new rows of the table could not be compared with rows that it already has."""
-    others = {row.subnet for row in contents.subnets if row.num_targets != num_targets} - set(names or contents.space)
+    measured_again = {subnet.name for subnet in subnets}
+    others = {row.subnet for row in contents.subnets if row.num_targets != num_targets} - measured_again
     if others:
         raise UserError(
             f"the table holds {len(others)} sub-networks that were measured on another number of validation rows, so "
@@ -150,12 +136,12 @@ def forward_of(model: PreTrainedModel, task: Task, family: Family) -> Forward:
     return forward
 
 
-def save_table(where: ModelDir, measured: Sequence[Measured], task: Task, data: Prepared) -> Evaluation:
+def save_table(where: ModelDir, measured: Sequence[Measured], task: Task, data: Prepared) -> tuple[Measured, ...]:
     """Adds rows to the table (sorted.json, subnets.json), draws the figure, and returns the whole table."""
     baseline = baseline_of(task, data)
     table = where.add_measured(measured, baseline)
     draw_pareto(table, baseline, len(where.read().space), where.root)
-    return Evaluation(table, baseline, task.metrics)
+    return table
 
 
 def baseline_of(task: Task, data: Prepared) -> dict[str, float] | None:

@@ -51,7 +51,7 @@ def export(folder: Path, names: Sequence[str], outs: Sequence[Path], store_logit
             raise UserError(f"{out} already exists. Name another --out, or delete it.")
     family = load(folder, dtype=torch.float32)
     task = task_of(family.contents.task)
-    subnets = [family.space[name] for name in names]
+    subnets = [family.find(name) for name in names]
     probe = task.probe(family.where.model, family.config)
     for subnet, out in zip(subnets, outs, strict=True):
         _export_one(family, task, subnet, out, probe, store_logits)

@@ -22,12 +22,13 @@ from sorted_ds.deploy.choose_draft import AUTO, choose_draft
 from sorted_ds.deploy.drafts import draft_of
 from sorted_ds.deploy.generate import Options, generate
 from sorted_ds.deploy.model_dir import SORTED_JSON, Measured, ModelDir
-from sorted_ds.deploy.select import parse_amount, select
+from sorted_ds.deploy.select import Budgets, parse_amount, select
+from sorted_ds.deploy.speed import Setting
 from sorted_ds.deploy.speculative import Speculation
 from sorted_ds.deploy.view import Cut, keep_owned, view
 from sorted_ds.families import family_of
-from sorted_ds.nested import Family
-from sorted_ds.nested.family import check_space
+from sorted_ds.nested import Family, sorted_by_cost
+from sorted_ds.nested.family import check_space, cuttable
 from sorted_ds.nested.hf_weights import CheckpointReader, resolve_source
 from sorted_ds.nested.load import generation_config_of, reader_of
 from sorted_ds.nested.weights import OWNER_SEPARATOR
@@ -89,12 +90,35 @@ class TrainedFamily:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.where.model} has no tokenizer that can be read. Copy its files again.") from error
 
+    @cached_property
+    def cuttable(self) -> SubNetSpace:
+        """All sub-networks that can be cut, in ascending order of parameters: the trained ones, and more.
+
+        The others have a depth between trained ones, or trained widths that were not trained together.
+        """
+        return sorted_by_cost(cuttable(self.space, self.architecture), self.architecture, self.config)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the models decode with a key/value cache."""
+        return self.architecture.kv_elements(self.config, self.space.full) > 0
+
+    def find(self, subnet: SubNet | str) -> SubNet:
+        """Returns a sub-network that can be cut, by its name. Raises: UserError, which lists the nearest that can."""
+        chosen = SubNet.parse(str(subnet))
+        if chosen in self.space or chosen.axes != self.space.axes:
+            return self.space[chosen.name]
+        if chosen not in self.cuttable:
+            nearest = self.cuttable.nearest(chosen)
+            raise UserError(f"{chosen} cannot be cut from this family. Nearest that can: {nearest}.")
+        return chosen
+
     def __getitem__(self, subnet: SubNet | str) -> PreTrainedModel:
         """Returns a sub-network as a view of the full network. It is made once.
 
-        Raises: UserError if it is not in the space; the message lists the nearest ones.
+        Raises: UserError if it cannot be cut; the message lists the nearest that can.
         """
-        chosen = self.space[str(subnet)]
+        chosen = self.find(subnet)
         if chosen not in self._views:
             self._views[chosen] = view(self.full, chosen, space=self.space)
         return self._views[chosen]
@@ -102,22 +126,48 @@ class TrainedFamily:
     def read(self, subnet: SubNet | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Returns a sub-network with weights of its own. Only the ranges of the files that it holds are read.
 
-        Raises: UserError if it is not in the space, or for weights that are damaged, or of another model.
+        Raises: UserError if it cannot be cut, or for weights that are damaged, or of another model.
         """
         family, precision = self.architecture, dtype or self.dtype
         hf_class = family.auto_class._model_mapping[type(self.config)]
-        cut = Cut(family, hf_class, self.config, self.space[str(subnet)], self.space.layer_order)
+        cut = Cut(family, hf_class, self.config, self.find(subnet), self.space.layer_order)
         plain = cut.make(self._weights(precision), precision, self.device)
         if generation := generation_config_of(self.where.model):
             plain.generation_config = generation
         return plain
 
-    def best(self, *, max_params: float | str | None = None, max_flops: float | str | None = None) -> PreTrainedModel:
-        """Returns the sub-network with the lowest measured loss within budgets like `"2.5B"` or `1e9`, as a view.
+    def best(
+        self,
+        *,
+        max_params: float | str | None = None,
+        max_flops: float | str | None = None,
+        max_latency_ms: float | None = None,
+        max_memory_gib: float | None = None,
+        max_loss_gap: float | None = None,
+        min_accuracy: float | None = None,
+        batch: int = 1,
+        context: int = 512,
+    ) -> PreTrainedModel:
+        """Returns the sub-network with the lowest measured loss within budgets, as a view.
 
-        `max_flops`: forward FLOPs for a token. Raises: UserError when none is within the budget.
+        `max_params` and `max_flops` (forward, for a token) may be like `"2.5B"` or `1e9`. `max_latency_ms`: for one
+        decoded token. `max_memory_gib`: weights and cache of the exported model; a view needs the full network's
+        weights. Both at `batch` and `context`. `max_loss_gap`, in nats above the full network's loss, or
+        `min_accuracy` select the cheapest instead: in the first of latency, memory, FLOPs and parameters that has a
+        budget, or in parameters.
+
+        Raises: UserError when none is within the budget, or the table lacks what is asked for.
         """
-        return self[select(self.table, _amount(max_params), _amount(max_flops)).subnet]
+        budgets = Budgets(
+            max_params=_amount(max_params),
+            max_flops=_amount(max_flops),
+            max_latency_ms=max_latency_ms,
+            max_memory_gib=max_memory_gib,
+            max_loss_gap=max_loss_gap,
+            min_accuracy=min_accuracy,
+            setting=Setting(batch, context),
+        )
+        return self[select(budgets.table_in(self.where), budgets).subnet]
 
     def speculation(self, subnet: SubNet | str, draft: SubNet | str, draft_tokens: int | None = None) -> Speculation:
         """Returns a sub-network that generates with a smaller one as its draft: `.generate` is like the model's own.

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from sorted_ds.base.files import replaced
 from sorted_ds.deploy.model_dir import PARETO_PNG, Measured
+from sorted_ds.deploy.select import frontier
 from sorted_ds.deploy.table import human
 from sorted_ds.space import AXES, SubNet
 
@@ -69,18 +70,6 @@ def draw_pareto(table: Sequence[Measured], baseline: Mapping[str, float] | None,
     with replaced(path) as hidden:
         figure.savefig(hidden, format="png")
     return path
-
-
-def frontier(table: Sequence[Measured]) -> list[Measured]:
-    """Returns the sub-networks to which no other one with at most as many parameters has a lower or equal loss.
-
-    They are in ascending order of parameters.
-    """
-    best: list[Measured] = []
-    for row in sorted(table, key=lambda row: (row.parameters, row.loss)):
-        if not best or row.loss < best[-1].loss:
-            best.append(row)
-    return best
 
 
 class _Style:

@@ -19,7 +19,8 @@ from typing import Any
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced
-from sorted_ds.space import SubNetSpace
+from sorted_ds.deploy.speed import MeasuredOn, Setting, Speed, merged
+from sorted_ds.space import SubNet, SubNetSpace
 
 MODEL_FOLDER = "model"
 SORTED_JSON = "sorted.json"
@@ -49,22 +50,45 @@ class Measured:
     non_embedding_parameters: int
     flops_per_token: int
     kv_bytes_per_token: int
+    is_trained: bool = True
+    """Whether the sub-network is in the space. In JSON the key is only there if it is not."""
+    speeds: tuple[Speed, ...] = ()
+    """For each batch size and context that was measured. In JSON the key is only there if there are any."""
 
     @property
     def loss(self) -> float:
         """The mean loss in nats per target, which every task has."""
         return self.metrics[LOSS]
 
+    def speed(self, setting: Setting) -> Speed | None:
+        """Returns the speed for a batch size and a context, or None if it was not measured."""
+        return next((speed for speed in self.speeds if speed.setting == setting), None)
+
     def to_json(self) -> dict[str, object]:
         """Returns the fields of the row in subnets.json and sorted.json."""
-        costs = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
-        return {"subnet": self.subnet, **self.metrics, **costs}
+        costs = {name: getattr(self, name) for name in COSTS}
+        trained = {} if self.is_trained else {IS_TRAINED: False}
+        speeds = {SPEEDS: [speed.to_json() for speed in self.speeds]} if self.speeds else {}
+        return {"subnet": self.subnet, **self.metrics, **costs, **trained, **speeds}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Measured":
-        """Returns the row that `to_json` wrote. Raises: KeyError when a field is missing."""
-        own = {field.name: row[field.name] for field in fields(cls) if field.name != "metrics"}
-        return cls(metrics={key: row[key] for key in (LOSS, *row) if key not in own}, **own)
+        """Returns the row that `to_json` wrote.
+
+        Raises: KeyError when a field is missing, TypeError or ValueError for a value that it cannot have.
+        """
+        own = {name: row[name] for name in ("subnet", *COSTS)}
+        metrics = {key: row[key] for key in (LOSS, *row) if key not in (*own, IS_TRAINED, SPEEDS)}
+        if not _are_numbers(metrics.values()):
+            raise ValueError(f"the metrics of {row['subnet']} are {metrics}")
+        speeds = tuple(Speed.from_json(speed) for speed in row.get(SPEEDS, ()))
+        return cls(metrics=metrics, is_trained=row.get(IS_TRAINED, True), speeds=speeds, **own)
+
+
+COSTS = tuple(field.name for field in fields(Measured) if field.type is int)
+"""The fields of a row that count something."""
+IS_TRAINED, SPEEDS = "is_trained", "speeds"
+"""The keys of a row in JSON that may be missing."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +118,8 @@ class Sorted:
     """The measured table, which is empty before the first evaluation."""
     baseline: Mapping[str, float] | None = None
     """The name and the validation loss of the task's baseline. The evaluation writes it with the table."""
+    measured_on: MeasuredOn | None = None
+    """Where the speeds in the table were measured; None before `sorted-ds eval --measure`."""
 
     @property
     def sub_networks(self) -> SubNetSpace:
@@ -137,6 +163,8 @@ class ModelDir:
             contents |= {"space": tuple(contents["space"]), "layer_order": None if order is None else tuple(order)}
             if isinstance(base := contents.get("base"), dict):  # earlier versions stated it for checkpoints alone
                 contents["base"] = {TRAINED_FROM: CHECKPOINT, **base}
+            if isinstance(where := contents.get("measured_on"), dict):
+                contents["measured_on"] = MeasuredOn(**where)
             found = Sorted(**contents, subnets=rows)
             _check(found)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
@@ -148,30 +176,70 @@ class ModelDir:
         rows = [row.to_json() for row in contents.subnets]
         _write_json(self.model / SORTED_JSON, {**asdict(contents), "subnets": rows})
 
-    def table(self) -> tuple[Measured, ...]:
-        """Returns the measured table. Raises: UserError before the first evaluation."""
-        rows = self.read().subnets
-        if not rows:
-            raise UserError(f"{self.root} has no measured sub-networks. Run `sorted-ds eval {self.root}` first.")
-        return rows
+    def read_measured(self, setting: Setting | None = None) -> Sorted:
+        """Returns the contents of sorted.json with a measured table; with `setting`, a table that has speeds for it.
 
-    def add_measured(self, rows: Sequence[Measured], baseline: Mapping[str, float] | None) -> tuple[Measured, ...]:
-        """Adds rows to the table in sorted.json and subnets.json. Returns the whole table in the order of the space.
-
-        Earlier rows that were measured on another number of targets are removed, because they cannot be compared.
+        Raises: UserError if the table, or these speeds, are not there yet.
         """
         contents = self.read()
+        if not contents.subnets:
+            raise UserError(f"{self.root} has no measured sub-networks. Run `sorted-ds eval {self.root}` first.")
+        known = {speed.setting for row in contents.subnets for speed in row.speeds}
+        if setting is not None and not known:
+            raise UserError(f"{self.root} has no measured speeds. Run `sorted-ds eval {self.root} --measure` first.")
+        if setting is not None and setting not in known:
+            raise UserError(
+                f"{self.root} has no speeds for {setting}, but for {'; '.join(map(str, sorted(known)))}. Name one of "
+                f"these with --batch and --context, or run `sorted-ds eval {self.root} --measure --batch "
+                f"{setting.batch} --context {setting.context}`."
+            )
+        return contents
+
+    def table(self) -> tuple[Measured, ...]:
+        """Returns the measured table. Raises: UserError before the first evaluation."""
+        return self.read_measured().subnets
+
+    def add_measured(self, rows: Sequence[Measured], baseline: Mapping[str, float] | None) -> tuple[Measured, ...]:
+        """Adds rows to the table in sorted.json and subnets.json. Returns the whole table, ascending in parameters.
+
+        Earlier rows that were measured on another number of targets are removed, because they cannot be compared. The
+        speeds of an earlier row stay.
+        """
+        contents = self.read()
+        speeds = {row.subnet: row.speeds for row in contents.subnets}
+        new = [replace(row, speeds=merged(speeds.get(row.subnet, ()), row.speeds)) for row in rows]
         kept = [row for row in contents.subnets if row.num_targets == rows[0].num_targets]
-        by_name = {row.subnet: row for row in [*kept, *rows]}
-        table = tuple(by_name[name] for name in contents.space if name in by_name)
-        self.write(replace(contents, subnets=table, baseline=baseline))
-        _write_json(self.root / SUBNETS_JSON, {"baseline": baseline, "subnets": [row.to_json() for row in table]})
+        return self._write_table(replace(contents, baseline=baseline), [*kept, *new])
+
+    def add_speeds(self, speeds: Mapping[str, Sequence[Speed]], measured_on: MeasuredOn) -> tuple[Measured, ...]:
+        """Adds speeds to the rows of the table, by the sub-networks' names. Returns the whole table.
+
+        Earlier speeds that were measured elsewhere are removed, because they cannot be compared.
+        """
+        contents = self.read()
+        is_same = contents.measured_on == measured_on
+        rows = [
+            replace(row, speeds=merged(row.speeds if is_same else (), speeds.get(row.subnet, ())))
+            for row in contents.subnets
+        ]
+        return self._write_table(replace(contents, measured_on=measured_on), rows)
+
+    def _write_table(self, contents: Sorted, rows: Iterable[Measured]) -> tuple[Measured, ...]:
+        """Writes sorted.json and subnets.json. Of two rows of a sub-network the later one stays."""
+        by_name = {row.subnet: row for row in rows}
+        table = tuple(sorted(by_name.values(), key=lambda row: (row.parameters, SubNet.parse(row.subnet))))
+        self.write(replace(contents, subnets=table))
+        where = {} if contents.measured_on is None else {"measured_on": asdict(contents.measured_on)}
+        rows_in_json = [row.to_json() for row in table]
+        _write_json(self.root / SUBNETS_JSON, {"baseline": contents.baseline, **where, "subnets": rows_in_json})
         return table
 
 
 def _check(found: Sorted) -> None:
     """Raises: TypeError, ValueError or UserError when a field has a value that it cannot have."""
-    _ = found.sub_networks
+    space = found.sub_networks
+    for row in found.subnets:
+        _check_row(row, space)
     if found.base is not None:
         _check_base(found.base)
     is_valid = {
@@ -180,10 +248,22 @@ def _check(found: Sorted) -> None:
         "eval_rows": isinstance(found.eval_rows, int) and found.eval_rows > 0,
         "task": isinstance(found.task, str),
         "baseline": found.baseline is None or _are_numbers(found.baseline.values()),
+        "measured_on": isinstance(found.measured_on, MeasuredOn | None),
     }
     for name, valid in is_valid.items():
         if not valid:
             raise ValueError(f"{name} is {getattr(found, name)!r}")
+
+
+def _check_row(row: Measured, space: SubNetSpace) -> None:
+    """Raises: ValueError or UserError."""
+    subnet = SubNet.parse(row.subnet)
+    if subnet.axes != space.axes or not subnet.is_within(space.full):
+        raise ValueError(f"{row.subnet} is not a part of {space.full}")
+    if row.is_trained != (subnet in space):
+        raise ValueError(f"{row.subnet} says {IS_TRAINED} = {row.is_trained}, which the space contradicts")
+    if not all(isinstance(getattr(row, name), int) for name in COSTS):
+        raise ValueError(f"the costs of {row.subnet} are not whole numbers")
 
 
 def _are_numbers(values: Iterable[object]) -> bool:

@@ -3,6 +3,7 @@
 In: measured or planned sub-networks. Out: `rich` tables, and numbers like 1.24M.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from sorted_ds.deploy.model_dir import Measured
+from sorted_ds.deploy.speed import Setting, Speed
 
 if TYPE_CHECKING:
     from sorted_ds.tasks import Metric
 
-GIB = 2**30
+MIB = 2**20
 WIDTH_IN_A_FILE = 120
 """The fewest characters of a line that is not printed on a terminal. Every table fits."""
 
@@ -63,19 +65,97 @@ def cost_cells(costs: Costs) -> tuple[str, ...]:
 def measured_table(
     rows: Sequence[Measured], metrics: Sequence["Metric"], baseline: Mapping[str, float] | None
 ) -> Table:
-    """Returns a table with a line for each row, in the order of `rows`. The last line is the loss of the baseline."""
-    table = numbers_table("sub-network", *(metric.title for metric in metrics), *COST_COLUMNS)
+    """Returns a table with a line for each row, in the order of `rows`. The last line is the loss of the baseline.
+
+    If speeds were measured, those of one setting are shown: batch 1 and context 512, or the first one.
+    """
+    setting = shown_setting(rows)
+    speeds = () if setting is None else SPEED_COLUMNS
+    table = numbers_table("sub-network", *(metric.title for metric in metrics), *COST_COLUMNS, *speeds)
     for row in rows:
-        table.add_row(row.subnet, *(metric.text(row.metrics[metric.name]) for metric in metrics), *cost_cells(row))
+        metric_cells = (metric.text(row.metrics[metric.name]) for metric in metrics)
+        speed_cells = () if setting is None else _speed_cells(row.speed(setting))
+        table.add_row(shown_name(row), *metric_cells, *cost_cells(row), *speed_cells)
     table.add_section()
     for name, loss in (baseline or {}).items():
         table.add_row(name, metrics[0].text(loss))
+    table.caption = "\n".join(_notes(rows, setting)) or None
     return table
+
+
+SPEED_COLUMNS = ("ms/tok", "MiB")
+"""The titles of the columns of `_speed_cells`."""
+
+
+def shown_setting(rows: Sequence[Measured]) -> Setting | None:
+    """Returns the setting whose speeds are shown, or None if there are no speeds: most rows have it."""
+    counts = Counter(speed.setting for row in rows for speed in row.speeds)
+    return max(counts, key=lambda setting: (counts[setting], setting == Setting()), default=None)
+
+
+def shown_name(row: Measured) -> str:
+    """Returns the name, with a star if the sub-network was never trained."""
+    return row.subnet if row.is_trained else f"{row.subnet} *"
+
+
+def _speed_cells(speed: Speed | None) -> tuple[str, str]:
+    return ("", "") if speed is None else (_time(speed, speed.decode_ms), _mib(speed.memory_bytes))
+
+
+def _notes(rows: Sequence[Measured], setting: Setting | None) -> list[str]:
+    """Returns what must be said under a table."""
+    stars = ["* never trained"] if any(not row.is_trained for row in rows) else []
+    if setting is None:
+        return stars
+    speeds = [speed for row in rows if (speed := row.speed(setting)) is not None]
+    predicted = [speed for speed in speeds if not speed.is_measured]
+    about = f"ms/tok: one decoded token of each row; MiB: weights and cache; both for {setting}"
+    if not predicted:
+        return [*stars, about]
+    return [
+        *stars,
+        about,
+        f"~ predicted from the {len(speeds) - len(predicted)} that were measured. When each of these is predicted from "
+        f"the others, half of the times are off by at most {predicted[0].median_error:.0%}, and all by at most "
+        f"{predicted[0].largest_error:.0%}.",
+    ]
+
+
+def speed_table(rows: Sequence[Measured], setting: Setting) -> Table:
+    """Returns a table of the speeds for one setting, with a line for each row that has one."""
+    titles = ("prefill ms", "spread", "decode ms", "spread", "tokens/s", "MiB", "cache MiB")
+    table = numbers_table("sub-network", *titles)
+    for row in rows:
+        if (speed := row.speed(setting)) is not None:
+            table.add_row(
+                shown_name(row),
+                _time(speed, speed.prefill_ms),
+                _spread(speed.prefill_spread_ms),
+                _time(speed, speed.decode_ms),
+                _spread(speed.decode_spread_ms),
+                f"{speed.tokens_per_second:,.1f}",
+                _mib(speed.memory_bytes),
+                _mib(speed.cache_bytes),
+            )
+    table.caption = f"{setting}. Times are medians, and spreads interquartile ranges."
+    return table
+
+
+def _time(speed: Speed, milliseconds: float) -> str:
+    return f"{'' if speed.is_measured else '~'}{milliseconds:.2f}"
+
+
+def _spread(milliseconds: float | None) -> str:
+    return "" if milliseconds is None else f"{milliseconds:.2f}"
+
+
+def _mib(number: int) -> str:
+    return f"{number / MIB:,.1f}"
 
 
 def numbers_table(first: str, *others: str) -> Table:
     """Returns an empty table with a column of names and columns of numbers."""
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")  # fits 80 columns
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", caption_justify="left")
     table.add_column(first, no_wrap=True)
     for title in others:
         table.add_column(title, justify="right", no_wrap=True)

@@ -18,10 +18,12 @@ from sorted_ds.space import Cost, SubNet, SubNetSpace
 KV_BYTES_PER_ELEMENT = 2
 
 
-def costs_of(space: SubNetSpace, family: Family, config: PreTrainedConfig, row_tokens: int) -> dict[SubNet, Cost]:
+def costs_of(
+    subnets: Iterable[SubNet], family: Family, config: PreTrainedConfig, row_tokens: int
+) -> dict[SubNet, Cost]:
     """Returns the cost of every sub-network. Attention is counted over `row_tokens` positions."""
     counts = _LayerCounts(family, config)
-    return {subnet: counts.cost(subnet, row_tokens) for subnet in space}
+    return {subnet: counts.cost(subnet, row_tokens) for subnet in subnets}
 
 
 def head_flops(family: Family, config: PreTrainedConfig) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.space import SubNet, SubNetSpace
+from sorted_ds.space import AXES, SubNet, SubNetSpace
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,23 @@ def check_space(space: SubNetSpace, family: Family, config: PreTrainedConfig) ->
             f"the space's largest sub-network is {space.full}, but the model is {full}. Make {full} the largest."
         )
     family.check(space, config)
+
+
+def cuttable(space: SubNetSpace, family: Family) -> SubNetSpace:
+    """Returns every sub-network that can be cut from a network that was trained on `space`, trained or not.
+
+    The depth is any from the smallest to the largest that was trained. A width is one that was trained with some depth:
+    channels between two widths were only trained together, so none of them is more important than the others. The
+    tensors that the sub-network owns belong to one that was trained.
+    """
+    grid = SubNetSpace.grid(**{AXES[letter].sizes: space.sizes(letter) for letter in space.axes})
+    depths = range(min(subnet.depth for subnet in space), space.full.depth + 1)
+    owners = {axes: {subnet.name_along(axes) for subnet in space} for axes in family.owned.values()}
+    every = {subnet.replace(d=depth) for subnet in grid for depth in depths}
+    return SubNetSpace(
+        (subnet for subnet in every if all(subnet.name_along(axes) in names for axes, names in owners.items())),
+        layer_order=space.layer_order,
+    )
 
 
 def layers_of(model: PreTrainedModel, family: Family) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from sorted_ds.cluster.stop import StopRequest
 from sorted_ds.data.loader import MicroBatch
-from sorted_ds.deploy.evaluate import measure
+from sorted_ds.deploy.evaluate import evaluate_subnets
 from sorted_ds.deploy.model_dir import Measured
 from sorted_ds.run.build import eval_subnets
 from sorted_ds.run.parts import Parts
@@ -36,7 +36,9 @@ def evaluate(
         request = agree_to_stop()
         if request.stops:
             break
-        measured += measure(forward, [subnet], parts.validation, parts.task.metrics, parts.ranks.sum, parts.costs)
+        measured += evaluate_subnets(
+            forward, [subnet], parts.validation, parts.task.metrics, parts.ranks.sum, parts.costs
+        )
     return measured, time.perf_counter() - start, request
 
 

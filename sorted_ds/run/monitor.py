@@ -26,7 +26,8 @@ from sorted_ds.base.files import replaced
 from sorted_ds.checkpoint import SaveResult
 from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.deploy.model_dir import Measured
-from sorted_ds.deploy.table import GIB, console, measured_table
+from sorted_ds.deploy.speed import GIB
+from sorted_ds.deploy.table import console, measured_table
 from sorted_ds.run.config import Run
 from sorted_ds.run.plan import Plan
 from sorted_ds.run.plan_text import plan_table, step_lines

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from sorted_ds.deploy.table import COST_COLUMNS, GIB, cost_cells, human, numbers_table
+from sorted_ds.deploy.speed import GIB
+from sorted_ds.deploy.table import COST_COLUMNS, cost_cells, human, numbers_table
 from sorted_ds.run.plan import Plan
 
 

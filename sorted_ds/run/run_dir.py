@@ -152,7 +152,8 @@ class RunDir:
             if (*same, stored_dtype(where)) != (*wanted, engine.model.dtype):
                 return None
             # The data may have moved. Rows measured on other targets stay until add_measured replaces them.
-            where.write(replace(expected, subnets=found.subnets, baseline=found.baseline))
+            table = replace(expected, subnets=found.subnets, baseline=found.baseline)
+            where.write(replace(table, measured_on=found.measured_on))
         except (OSError, UserError):
             return None
         return [row.subnet for row in found.subnets if row.num_targets == num_targets]
@@ -224,7 +225,7 @@ class RunDir:
                 where = ModelDir.find(self.run.run_dir)
                 # Without new rows the figure is drawn too: an earlier start may have been killed before it drew it.
                 if rows := measured or where.read().subnets:
-                    table = save_table(where, rows, self.task, self.data).measured
+                    table = save_table(where, rows, self.task, self.data)
         return table
 
 

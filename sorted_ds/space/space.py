@@ -135,9 +135,12 @@ class SubNetSpace(Sequence[SubNet]):
         if subnet.axes != self.axes:
             raise UserError(f"{key} is not in the space, whose sub-networks are named like {self.full}.")
         if subnet not in self:
-            nearest = sorted(self._subnets, key=subnet.distance)[:3]
-            raise UserError(f"{key} is not in the space. Nearest that are: {', '.join(s.name for s in nearest)}.")
+            raise UserError(f"{key} is not in the space. Nearest that are: {self.nearest(subnet)}.")
         return subnet
+
+    def nearest(self, subnet: SubNet) -> str:
+        """Returns the names of the three sub-networks whose sizes are nearest. Its axes must be the space's."""
+        return ", ".join(other.name for other in sorted(self._subnets, key=subnet.distance)[:3])
 
     def __repr__(self) -> str:
         return f"SubNetSpace({len(self)} sub-networks, {self.smallest} to {self.full})"

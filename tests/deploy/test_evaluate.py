@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import MicroBatch
-from sorted_ds.deploy.evaluate import choose_spread, evaluate_directory, forward_of, measure
+from sorted_ds.deploy.evaluate import choose_spread, evaluate_family, evaluate_subnets, forward_of
 from sorted_ds.deploy.export import export
 from sorted_ds.deploy.family import load
 from sorted_ds.deploy.view import view
@@ -40,13 +40,18 @@ def model(tmp_path_factory):
     return load_nested(trained_run(tmp_path_factory.mktemp("run")))
 
 
+def evaluate_all(run):
+    family = load(run)
+    return evaluate_family(family, list(family))
+
+
 def measured(model, names, rows, total=list):
     costs = costs_of(model.space, model.family, model.config, ROW_TOKENS)
     subnets = [model.space[name] for name in names]
     return [
         row
         for subnet in subnets
-        for row in measure(
+        for row in evaluate_subnets(
             forward_of(view(model, subnet), TASK, model.family), [subnet], rows, TASK.metrics, total, costs
         )
     ]
@@ -178,7 +183,7 @@ def check_config_error(run, reason):
     out = run / "small"
     for use in (
         lambda: load(run),
-        lambda: evaluate_directory(run),
+        lambda: evaluate_all(run),
         lambda: export(run, ["d1-g1-f32"], [out]),
     ):
         with pytest.raises(UserError) as raised:
@@ -200,4 +205,4 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, number):
         rf"{run}/model/model.safetensors: model\.layers\.1\.mlp\.down_proj\.weight holds a number that is not finite"
     )
     with pytest.raises(UserError, match=message):
-        evaluate_directory(run)
+        evaluate_all(run)

@@ -113,7 +113,7 @@ def test_what_is_no_family_is_one_line(run, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             load(source)
-    with pytest.raises(UserError, match=r"d2-g2-f80 is not in the space\. Nearest that are: "):
+    with pytest.raises(UserError, match=r"d2-g2-f80 cannot be cut from this family\. Nearest that can: d2-g3-f80, "):
         load(run)["d2-g2-f80"]
     with pytest.raises(UserError, match="has no measured sub-networks"):
         _ = load(trained_run(tmp_path / "unmeasured")).table
