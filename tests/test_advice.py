@@ -468,7 +468,7 @@ CASES = {
     "short option": Case(
         sets("--sbatch=-p a100"), r"like (--sbatch=--partition=a100)\.", lambda f, advice, o: [advice[1]], launch
     ),
-    "no budget": Case(measured, r"Give (--max-params), --max-flops or both\.", changes("{0}=1G"), select),
+    "no budget": Case(measured, r"Give (--max-params), .* or --min-accuracy\.", changes("{0}=1G"), select),
     "amount": Case(
         lambda folder: [*measured(folder), "--max-params=many"],
         r"Write a number above zero like 2\.5B, (300M) or 1e6\.",
@@ -477,7 +477,7 @@ CASES = {
     ),
     "budget too small": Case(
         lambda folder: [*measured(folder), "--max-params=10"],
-        r"has ([\d,]+) parameters and .* FLOPs per token\. Allow at least that\.",
+        r"with ([\d,]+) parameters\. Allow that\.",
         lambda folder, advice, overrides: [f"--max-params={advice[1].replace(',', '')}"],
         select,
     ),
@@ -489,7 +489,7 @@ CASES = {
     ),
     "another sub-network": Case(
         lambda folder: [*measured(folder), f"--out={folder / 'small'}", "--subnet=d2-g3-f81"],
-        r"Nearest that are: (d\d-g\d-f\d+), .*",
+        r"Nearest that can: (d\d-g\d-f\d+), .*",
         changes("--subnet={0}"),
         export,
     ),
@@ -543,6 +543,13 @@ ELSEWHERE = {
     "are not finite, although the weights are": "tests/deploy/test_export.py",
     "--draft-tokens needs a draft": "tests/deploy/test_generate.py",
     "has no measured sub-networks": "tests/deploy/test_select.py",
+    "the table has no {}": "tests/deploy/test_select.py",
+    "no loss of the full network": "tests/deploy/test_select.py",
+    "has no measured speeds": "tests/deploy/test_measure.py",
+    "has no speeds for": "tests/deploy/test_measure.py",
+    "say what --measure measures": "tests/deploy/test_measure.py",
+    "say for what a speed is": "tests/deploy/test_measure.py",
+    "has no key/value cache": "tests/deploy/test_measure.py",
     "cannot be written: {}. Set another run_dir": "tests/commands/test_launch.py",
     "is installed. sorted_ds changes how": "tests/engine/test_modes.py",
     "could not compile its AdamW": "tests/engine/test_modes.py",

@@ -17,13 +17,15 @@ Prediction = Callable[[SubNet], float]
 def fit(values: Mapping[SubNet, float]) -> Prediction:
     """Returns the prediction with the smallest squared relative errors on positive values.
 
-    It is never below the smallest value: noise may give a part of the cost a negative share.
+    No part of the cost is negative. One to which noise gives a negative share is left out.
     """
-    scale = np.array(list(values.values()))
-    terms = np.array([_terms(subnet) for subnet in values])
-    weights, *_ = np.linalg.lstsq(terms / scale[:, None], np.ones(len(scale)), rcond=None)
-    lowest = scale.min()
-    return lambda subnet: float(max(lowest, np.dot(weights, _terms(subnet))))
+    scaled = np.array([_terms(subnet) for subnet in values]) / np.array(list(values.values()))[:, None]
+    parts = list(range(scaled.shape[1]))
+    while True:
+        shares, *_ = np.linalg.lstsq(scaled[:, parts], np.ones(len(scaled)), rcond=None)
+        if shares.min() >= 0:
+            return lambda subnet: float(np.dot(shares, np.array(_terms(subnet))[parts]))
+        del parts[int(shares.argmin())]
 
 
 def errors(values: Mapping[SubNet, float]) -> list[float]:
