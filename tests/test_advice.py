@@ -546,6 +546,7 @@ ELSEWHERE = {
     "the table has no {}": "tests/deploy/test_select.py",
     "no loss of the full network": "tests/deploy/test_select.py",
     "has no measured speeds": "tests/deploy/test_measure.py",
+    "too few to predict others": "tests/deploy/test_mix.py",
     "has no speeds for": "tests/deploy/test_measure.py",
     "say what --measure measures": "tests/deploy/test_measure.py",
     "say for what a speed is": "tests/deploy/test_measure.py",

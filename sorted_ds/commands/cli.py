@@ -19,7 +19,7 @@ from sorted_ds.base.errors import UserError
 INTERRUPTED = 130
 EXAMPLE_RUN_FILE, EXAMPLE_RUN_DIR = "launch/runs/demo.toml", "demo/run"
 LIGHT = ("select",)
-"""The commands that do not use torch, and so need no environment for an accelerator."""
+"""The commands that do not use torch, except with `--any`, and so need no environment for an accelerator."""
 Commands = argparse._SubParsersAction
 
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. For a usage error argparse exits with code 2."""
     args = _parse(_parser(), argv)
     try:
-        if args.command not in LIGHT:
+        if args.command not in LIGHT or getattr(args, "any", False):
             importlib.import_module("sorted_ds.cluster.launcher").configure_environment()
         return importlib.import_module(f"sorted_ds.commands.{args.command}").run(args)
     except UserError as error:
@@ -250,6 +250,8 @@ def _add_select(commands: Commands) -> None:
     parser.add_argument("--batch", type=_positive, metavar="N", help=text)
     text = "tokens that a decoded token attends to, for latency and memory (default: 512)"
     parser.add_argument("--context", type=_positive, metavar="N", help=text)
+    text = "also evaluate at most ten sub-networks that were never trained, and add them to the table"
+    parser.add_argument("--any", action="store_true", help=text)
     _add_json(parser)
 
 

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--batch and --context say what --measure measures. Add --measure.")
     family = load(args.dir, device=device_of(args.device))
     names = [name.strip() for name in args.subnets.split(",")] if args.subnets else None
-    subnets = [family.find(name) for name in names] if names else list(family)
+    subnets = [family.find(name) for name in names] if names else _all(family)
     settings = settings_of(family, args.batch or (1,), args.context or ()) if args.measure else []
     _evaluate(family, _to_evaluate(family, subnets, args), args.rows)
     if settings:
@@ -46,6 +46,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _all(family: TrainedFamily) -> list[SubNet]:
+    """Returns the trained sub-networks, and those of the table that were never trained, ascending in parameters."""
+    known = {*family.contents.space, *(row.subnet for row in family.contents.subnets)}
+    return [subnet for subnet in family.cuttable if subnet.name in known]
+
+
 def _to_evaluate(family: TrainedFamily, subnets: list[SubNet], args: argparse.Namespace) -> list[SubNet]:
     """Returns the sub-networks whose losses are measured: with --measure alone, those that have none in the table."""
     if not args.measure or args.rows:
@@ -56,12 +62,12 @@ def _to_evaluate(family: TrainedFamily, subnets: list[SubNet], args: argparse.Na
 
 def _evaluate(family: TrainedFamily, subnets: list[SubNet], rows: int | None) -> None:
     if subnets:
-        with _progress("evaluating", len(subnets)) as report:
+        with progress("evaluating", len(subnets)) as report:
             evaluate_family(family, subnets, rows, report)
 
 
 def _measure(family: TrainedFamily, subnets: list[SubNet], settings: list[Setting]) -> None:
-    with _progress("measuring", num_runs(len(subnets), settings)) as report:
+    with progress("measuring", num_runs(len(subnets), settings)) as report:
         measure_family(family, subnets, settings, report)
 
 
@@ -82,16 +88,16 @@ def _print(contents: Sorted, settings: list[Setting]) -> None:
 
 
 @contextmanager
-def _progress(work: str, total: int) -> Iterator[Callable[[str], None]]:
+def progress(work: str, total: int) -> Iterator[Callable[[str], None]]:
     """Shows progress on stderr: as a bar on a terminal, otherwise as a line whenever what is reported changes."""
     stderr, last = Console(stderr=True), ""
-    with Progress(console=stderr, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task(work, total=total, start=True)
+    with Progress(console=stderr, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task(work, total=total, start=True)
 
         def report(what: str) -> None:
             nonlocal last
             if stderr.is_terminal:
-                progress.update(task, advance=1, description=f"{work} {what}")
+                bar.update(task, advance=1, description=f"{work} {what}")
             elif what != last:
                 print(f"{work} {what}", file=sys.stderr)
             last = what
@@ -100,7 +106,7 @@ def _progress(work: str, total: int) -> Iterator[Callable[[str], None]]:
 
 
 def device_of(name: str | None) -> torch.device:
-    """Returns the device of `--device`, by default a GPU if there is one. Raises: UserError."""
+    """Returns the named device, or a GPU if there is one. Raises: UserError for a device that does not exist."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:

@@ -30,9 +30,9 @@ sub-networks work on their own (SortedNet, arXiv 2309.00255). It needs only `tra
 
 ## How it was cut
 
-It has {layers} of `{full}`, and in each of them {widths}. Nothing was trained or rounded after the cut. Before the
-model was written, its logits were compared with those of the larger network: in fp32, the largest difference is below
-{difference:.0e} of the largest logit.
+It has {layers} of `{full}`, and in each of them {widths}. {trained}Nothing was trained or rounded after the cut. Before
+the model was written, its logits were compared with those of the larger network: in fp32, the largest difference is
+below {difference:.0e} of the largest logit.
 
 ## Measured
 """
@@ -82,6 +82,7 @@ def model_card(
         family=config.model_type,
         layers=_layers(trained.sub_networks.layers_of(subnet)),
         widths=" and ".join(widths[1:]),
+        trained="" if subnet.name in trained.space else "This combination of sizes was never trained itself. ",
         difference=largest_difference,
     )
     rows = {row.subnet: row for row in trained.subnets}

@@ -38,6 +38,7 @@ def draw_pareto(table: Sequence[Measured], baseline: Mapping[str, float] | None,
     """
     figure = Figure(figsize=(12, 7.5), dpi=150, layout="constrained")
     axes = figure.subplots()
+    trained = [row for row in table if row.is_trained]
     style = _Style([SubNet.parse(row.subnet) for row in table])
     for row in sorted(table, key=lambda row: -row.parameters):
         subnet = SubNet.parse(row.subnet)
@@ -45,17 +46,18 @@ def draw_pareto(table: Sequence[Measured], baseline: Mapping[str, float] | None,
             row.parameters,
             row.loss,
             s=style.area(subnet),
-            color=style.color(subnet),
+            facecolors=style.color(subnet) if row.is_trained else "white",
             marker=style.marker(subnet),
-            edgecolors="white",
-            linewidths=0.8,
+            edgecolors="white" if row.is_trained else style.color(subnet),
+            linewidths=0.8 if row.is_trained else 1.6,
             zorder=3,
         )
     _draw_frontier(axes, table)
-    _annotate_ends(axes, table, "" if len(table) == space_size else " measured")
+    _annotate_ends(axes, table, "" if len(trained) == space_size else " measured")
     _label(axes, table)
-    of_all = "" if len(table) == space_size else f" of {space_size}"
-    title = f"{len(table)}{of_all} measured sub-networks of one network"
+    of_all = "" if len(trained) == space_size else f" of {space_size}"
+    hollow = "" if len(trained) == len(table) else f", and {len(table) - len(trained)} that were never trained (hollow)"
+    title = f"{len(trained)}{of_all} measured sub-networks of one network{hollow}"
     axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK, pad=26)
     _draw_baseline(axes, table, baseline or {})
     figure.legend(

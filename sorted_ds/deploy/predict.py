@@ -1,7 +1,7 @@
-"""Predicts what grows with the sizes of a sub-network, such as its times, from sub-networks where it was measured.
+"""Predicts what follows from the sizes of a sub-network, such as its times, from sub-networks where it was measured.
 
 In: measured values by sub-network. Out: a function of a sub-network, and its error on sub-networks that it did not see.
-The model is linear in what the cost is made of: a constant, the layers, and the layers times each width.
+The model is linear in what a cost or a loss is made of.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,19 +12,32 @@ from sorted_ds.space import SubNet
 from sorted_ds.space.axes import DEPTH
 
 Prediction = Callable[[SubNet], float]
+Terms = Callable[[SubNet], list[float]]
+"""Returns the parts of which a prediction is the weighted sum."""
 
 
-def fit(values: Mapping[SubNet, float]) -> Prediction:
+def cost_terms(subnet: SubNet) -> list[float]:
+    """Returns what a cost is made of: 1, the layers, and the layers times each width."""
+    widths = [size for letter, size in subnet.sizes if letter != DEPTH]
+    return [1.0, subnet.depth, *(subnet.depth * size for size in widths)]
+
+
+def inverse_sizes(subnet: SubNet) -> list[float]:
+    """Returns what a loss is made of: 1, and one over each size."""
+    return [1.0, *(1 / size for _, size in subnet.sizes)]
+
+
+def fit(values: Mapping[SubNet, float], terms: Terms = cost_terms) -> Prediction:
     """Returns the prediction with the smallest squared relative errors on positive values.
 
-    No part of the cost is negative. One to which noise gives a negative share is left out.
+    No part of it is negative. One to which noise gives a negative share is left out.
     """
-    scaled = np.array([_terms(subnet) for subnet in values]) / np.array(list(values.values()))[:, None]
+    scaled = np.array([terms(subnet) for subnet in values]) / np.array(list(values.values()))[:, None]
     parts = list(range(scaled.shape[1]))
     while True:
         shares, *_ = np.linalg.lstsq(scaled[:, parts], np.ones(len(scaled)), rcond=None)
         if shares.min() >= 0:
-            return lambda subnet: float(np.dot(shares, np.array(_terms(subnet))[parts]))
+            return lambda subnet: float(np.dot(shares, np.array(terms(subnet))[parts]))
         del parts[int(shares.argmin())]
 
 
@@ -35,13 +48,8 @@ def errors(values: Mapping[SubNet, float]) -> list[float]:
 
 def num_needed(subnet: SubNet) -> int:
     """Returns the smallest number of values whose prediction has an error that can be told."""
-    return len(_terms(subnet)) + 1
+    return len(cost_terms(subnet)) + 1
 
 
 def _without(values: Mapping[SubNet, float], left_out: SubNet) -> dict[SubNet, float]:
     return {subnet: value for subnet, value in values.items() if subnet != left_out}
-
-
-def _terms(subnet: SubNet) -> list[float]:
-    widths = [size for letter, size in subnet.sizes if letter != DEPTH]
-    return [1.0, subnet.depth, *(subnet.depth * size for size in widths)]

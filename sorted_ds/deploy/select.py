@@ -87,17 +87,22 @@ def select(contents: Sorted, budgets: Budgets) -> Measured:
 
     Raises: UserError when no budget is given, or no row is within it.
     """
-    costs, qualities = _costs(budgets), _qualities(contents, budgets)
-    bounds = [*costs, *qualities]
-    if not bounds:
-        raise UserError(f"select needs a budget. Give {', '.join(OPTIONS[:-1])} or {OPTIONS[-1]}.")
     rows = _comparable(contents, budgets)
-    fitting = [row for row in rows if all(bound.of(row) <= bound.limit for bound in bounds)]
-    if not fitting:
-        raise UserError(_closest(rows, bounds))
-    if qualities:
-        return min(fitting, key=lambda row: ((costs or [PARAMETERS])[0].of(row), row.loss))
-    return min(fitting, key=lambda row: (row.loss, row.parameters))
+    if found := fitting(contents, rows, budgets):
+        return found[0]
+    raise UserError(_closest(rows, _bounds(contents, budgets)))
+
+
+def fitting(contents: Sorted, rows: Sequence[Measured], budgets: Budgets) -> list[Measured]:
+    """Returns those of the rows that are within every budget, the best first, as `select` says.
+
+    Raises: UserError when no budget is given.
+    """
+    bounds, costs = _bounds(contents, budgets), _costs(budgets)
+    found = [row for row in rows if all(bound.of(row) <= bound.limit for bound in bounds)]
+    if _qualities(contents, budgets):
+        return sorted(found, key=lambda row: ((costs or [PARAMETERS])[0].of(row), row.loss))
+    return sorted(found, key=lambda row: (row.loss, row.parameters))
 
 
 def reason(contents: Sorted, selected: Measured, budgets: Budgets) -> str:
@@ -105,7 +110,8 @@ def reason(contents: Sorted, selected: Measured, budgets: Budgets) -> str:
     cost = (_costs(budgets) or [PARAMETERS])[0]
     cheapest = bool(_qualities(contents, budgets))
     why = f"is the cheapest in {cost.unit}" if cheapest else "has the lowest loss"
-    lines = [f"{selected.subnet} {why} within the budget: {_described(contents, selected, budgets)}"]
+    never = "" if selected.is_trained else ", which was never trained,"
+    lines = [f"{selected.subnet}{never} {why} within the budget: {_described(contents, selected, budgets)}"]
     rows = _comparable(contents, budgets)
     best = frontier(rows, cost.of)
     cheaper = [row for row in best if cost.of(row) < cost.of(selected)][-1:]
@@ -128,6 +134,13 @@ def frontier(
         if not best or row.loss < best[-1].loss:
             best.append(row)
     return best
+
+
+def _bounds(contents: Sorted, budgets: Budgets) -> list[Bound]:
+    """Returns all budgets. Raises: UserError when there is none, or the table cannot tell."""
+    if bounds := [*_costs(budgets), *_qualities(contents, budgets)]:
+        return bounds
+    raise UserError(f"select needs a budget. Give {', '.join(OPTIONS[:-1])} or {OPTIONS[-1]}.")
 
 
 def _costs(budgets: Budgets) -> list[Bound]:
