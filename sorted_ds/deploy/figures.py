@@ -56,8 +56,7 @@ def draw_pareto(table: Sequence[Measured], baseline: Mapping[str, float] | None,
     _annotate_ends(axes, table, "" if len(trained) == space_size else " measured")
     _label(axes, table)
     of_all = "" if len(trained) == space_size else f" of {space_size}"
-    hollow = "" if len(trained) == len(table) else f", and {len(table) - len(trained)} that were never trained (hollow)"
-    title = f"{len(trained)}{of_all} measured sub-networks of one network{hollow}"
+    title = f"{len(trained)}{of_all} measured sub-networks of one network"
     axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK, pad=26)
     _draw_baseline(axes, table, baseline or {})
     figure.legend(
@@ -188,6 +187,8 @@ def _label(axes: Axes, table: Sequence[Measured]) -> None:
 def _draw_baseline(axes: Axes, table: Sequence[Measured], baseline: Mapping[str, float]) -> None:
     """Draws the baseline's loss as a line if it is near the points; otherwise the text under the title states it."""
     caption = f"{table[0].num_targets:,} validation targets, the same for all"
+    if num_never := sum(not row.is_trained for row in table):
+        caption += f"; {num_never} hollow ones were never trained"
     low, high = axes.get_ylim()
     for name, loss in baseline.items():
         if high < loss <= high + BASELINE_MARGIN * (high - low):
