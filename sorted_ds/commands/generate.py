@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     options = Options(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
     prompts = [sys.stdin.read() if prompt == STDIN else prompt for prompt in args.prompt]
     family = load(args.dir, device=device_of(args.device))
-    subnet = args.subnet or family.space.full.name
+    subnet = family.find(args.subnet or family.space.full).name
     model = _model(family, subnet, prompts, options, args)
     is_streamed = len(prompts) == 1 and not args.json
     streamer = TextStreamer(family.tokenizer, skip_prompt=True, skip_special_tokens=True) if is_streamed else None
@@ -52,7 +52,7 @@ def _model(
             raise UserError("--draft-tokens needs a draft. Name one with --draft, or leave out --draft-tokens.")
         return family.read(subnet)
     if args.draft == AUTO:
-        given = (family.space, subnet, family.tokenizer, prompts, options)
+        given = (family.space, family.find(subnet), family.tokenizer, prompts, options)
         choice = choose_draft(family.full, *given, draft_tokens=args.draft_tokens, chat=args.chat)
         speeds = ", ".join(f"{name} {speed:.2f}" for name, speed in choice.speeds.items())
         print(f"draft: {choice.draft or 'none'} (speeds as ratios to plain decoding: {speeds})", file=sys.stderr)

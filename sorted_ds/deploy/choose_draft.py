@@ -56,7 +56,8 @@ def choose_draft(
 
     Raises: UserError as `generate` does.
     """
-    family, chosen = family_of(model.config.model_type), space[str(target)]
+    family = family_of(model.config.model_type)
+    chosen = target if isinstance(target, SubNet) else space[target]
     drafts = {draft.name: draft_of(model, chosen, draft, space) for draft in candidates(space, family, chosen)}
     plain = view(model, chosen, space=space)
     short = replace(options, max_new_tokens=min(options.max_new_tokens, TRIED_TOKENS))

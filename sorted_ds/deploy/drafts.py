@@ -152,9 +152,12 @@ class SharedDraft:
 def draft_of(model: PreTrainedModel, target: SubNet | str, draft: SubNet | str, space: SubNetSpace) -> Draft:
     """Returns one sub-network of a full network as the draft of another one. It shares the cache where it can.
 
-    Raises: UserError for a sub-network that is not in the space, or a draft that is not smaller than the target.
+    A name is looked up in the space. A `SubNet` may have any sizes that fit in the full network.
+
+    Raises: UserError for a name that is not in the space, for sizes that do not fit, or for a draft that is not
+    smaller than the target.
     """
-    large, small = space[str(target)], space[str(draft)]
+    large, small = (each if isinstance(each, SubNet) else space[each] for each in (target, draft))
     family = family_of(model.config.model_type)
     target_view, draft_view = (view(model, subnet, space=space) for subnet in (large, small))
     check_pair(target_view, draft_view, (large.name, small.name))

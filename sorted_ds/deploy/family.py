@@ -23,8 +23,8 @@ from sorted_ds.deploy.drafts import draft_of
 from sorted_ds.deploy.generate import Options, generate
 from sorted_ds.deploy.model_dir import SORTED_JSON, Measured, ModelDir
 from sorted_ds.deploy.select import Budgets, parse_amount, select
-from sorted_ds.deploy.speed import Setting
 from sorted_ds.deploy.speculative import Speculation
+from sorted_ds.deploy.speed import Setting
 from sorted_ds.deploy.view import Cut, keep_owned, view
 from sorted_ds.families import family_of
 from sorted_ds.nested import Family, sorted_by_cost
@@ -175,7 +175,7 @@ class TrainedFamily:
         `draft_tokens`: how many tokens a draft has; None for a number that follows acceptance. Raises: UserError for a
         draft that is not smaller.
         """
-        return Speculation(draft_of(self.full, subnet, draft, self.space), draft_tokens)
+        return Speculation(draft_of(self.full, self.find(subnet), self.find(draft), self.space), draft_tokens)
 
     def generate(
         self,
@@ -198,7 +198,7 @@ class TrainedFamily:
         Raises: UserError for an unknown sub-network, a draft that is not smaller, an option out of its range, or a
         prompt that is empty or too long.
         """
-        chosen, wanted = subnet or self.space.full, Options(**options)
+        chosen, wanted = self.find(subnet or self.space.full), Options(**options)
         texts = [prompts] if isinstance(prompts, str) else prompts
         model: PreTrainedModel | Speculation
         if draft is None:

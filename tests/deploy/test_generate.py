@@ -121,8 +121,8 @@ def test_a_streamer_gets_the_text_while_it_is_written(run, expected, capsys):
         ({"prompts": ["a", "b" * 64]}, r"prompt 2 has 64 tokens, .* context of 64\. Shorten the prompt"),
         ({"prompts": ["a", ""]}, "prompt 2 of 2 is empty"),
         ({"prompts": []}, "there is no prompt"),
-        ({"subnet": "d3-g3-f80"}, r"d3-g3-f80 is not in the space\. Nearest that are"),
-        ({"draft": "d3-g3-f80"}, r"d3-g3-f80 is not in the space\. Nearest that are"),
+        ({"subnet": "d3-g3-f79"}, r"d3-g3-f79 cannot be cut from this family\. Nearest that can"),
+        ({"draft": "d3-g3-f79"}, r"d3-g3-f79 cannot be cut from this family\. Nearest that can"),
         ({"subnet": "d1-g1-f32", "draft": SMALL}, f"{SMALL} has .* parameters, and d1-g1-f32 has .* Name a draft that"),
     ],
 )
