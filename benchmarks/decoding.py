@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from benchmarks.kept import append_rows, read_rows
 from sorted_ds.deploy.evaluate import data_folder
 from sorted_ds.deploy.family import TrainedFamily, load
 from sorted_ds.deploy.generate import padded
+from sorted_ds.deploy.speculative import Counts, Speculation
 from sorted_ds.tasks import task_of
 
 PROMPT_TOKENS = (8, 32)
@@ -89,20 +91,20 @@ def speed(args: argparse.Namespace) -> None:
     target.generation_config.eos_token_id = None  # so that every row has as many tokens
     given = settings(args)
     print(f"{subnet}, {args.new_tokens} new tokens, {args.dtype} on {args.device}, {args.rounds} rounds\n")
-    print("| rows | method | draft | length | acceptance | tokens a pass | tokens/s / plain |")
+    print("| rows | method | draft | length | acceptance | tokens a row and pass | tokens/s / plain |")
     print("|---:|---|---|---:|---:|---:|---:|")
     for size in args.batches:
         rows = prompts(family, size * args.rounds)
         calls: dict[tuple, Callable] = {
             ("plain", "", 0): lambda ids, mask: target.generate(ids, attention_mask=mask, **given)
         }
-        speculations = {}
+        totals: dict[tuple, Counts] = {}
         for draft in args.drafts:
             for length in args.lengths:
                 key = (OURS, draft, length)
-                speculations[key] = made = family.speculation(subnet, draft, length or None)
+                made = family.speculation(subnet, draft, length or None)
                 made.draft.target.generation_config.eos_token_id = None
-                calls[key] = lambda ids, mask, made=made: made.generate(ids, attention_mask=mask, **given)
+                calls[key] = partial(counted, made, totals.setdefault(key, Counts()), given)
                 for method in (ASSISTANT, EARLY_EXIT) if size == 1 and length else ():
                     if (
                         method == EARLY_EXIT
@@ -114,11 +116,19 @@ def speed(args: argparse.Namespace) -> None:
                     )
         times = in_turns(calls, list(batches(rows, size, target.device)), target.device)
         for key, ratios in ratios_of(times).items():
-            counts = speculations[key].counts if key in speculations else None
+            counts = totals.get(key)
             accepted = f"{counts.acceptance:.0%}" if counts else ""
             a_pass = f"{1 + counts.accepted / counts.rounds / size:.2f}" if counts else ""
             length = key[2] or ("follows" if key[0] == OURS else "")
             print(f"| {size} | {key[0]} | {key[1]} | {length} | {accepted} | {a_pass} | {ratios} |", flush=True)
+
+
+def counted(made: Speculation, totals: Counts, given: dict, ids: Tensor, mask: Tensor) -> None:
+    """Generates, and adds what was done to the totals."""
+    made.generate(ids, attention_mask=mask, **given)
+    totals.rounds += made.counts.rounds
+    totals.proposed += made.counts.proposed
+    totals.accepted += made.counts.accepted
 
 
 def in_turns(calls: dict[tuple, Callable], inputs: list[Batch], device: torch.device) -> dict[tuple, list[float]]:
