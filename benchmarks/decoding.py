@@ -13,8 +13,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
