@@ -26,8 +26,7 @@ class Cached:
         """`layers`: the layers of the cache, one for each of the model's."""
         self.model, self.layers = model, list[Any](layers)
         self.cache = Cache(layers=self.layers)
-        is_renamed = "cache" in inspect.signature(model.forward).parameters
-        self.cache_name = "cache" if is_renamed else "past_key_values"  # before transformers 5.20
+        self.cache_key = cache_key(model)
         self.seen = torch.zeros(num_rows, dtype=torch.long)
         """The number of tokens that each row has seen, without padding. [B], on the CPU."""
 
@@ -49,7 +48,7 @@ class Cached:
             mask, positions = columns >= num_columns - on_device, (new + on_device).clamp(min=0)
         self.seen = seen
         return self.model(
-            **{"input_ids" if inputs.dim() == 2 else "inputs_embeds": inputs, self.cache_name: self.cache},
+            **{"input_ids" if inputs.dim() == 2 else "inputs_embeds": inputs, self.cache_key: self.cache},
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
@@ -80,6 +79,11 @@ class Cached:
         for layer in self.layers:
             if layer.is_initialized:
                 layer.batch_select_indices(rows.to(layer.keys.device))
+
+
+def cache_key(model: PreTrainedModel) -> str:
+    """Returns the name of the forward pass's argument for the cache, which transformers 5.20 renamed."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _take(entries: Tensor, columns: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ Of a large space a part is measured that is spread over it, and the rest is pred
 """
 
 import copy
-import inspect
 import platform
 import statistics
 import time
@@ -25,6 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.shuffle import Shuffle
+from sorted_ds.deploy.cached import cache_key
 from sorted_ds.deploy.evaluate import choose_spread
 from sorted_ds.deploy.family import TrainedFamily
 from sorted_ds.deploy.model_dir import Measured
@@ -195,17 +195,12 @@ def run_once(model: PreTrainedModel, ids: Tensor) -> Run:
 
 def _forward_ms(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> float:
     """Runs the model on ids that follow those in the cache, with the logits of the last one, as generation does."""
-    cached = {_cache_key(model): cache}
+    cached = {cache_key(model): cache}
     _wait(ids.device)
     start = time.perf_counter()
     model(ids, use_cache=True, logits_to_keep=1, **cached)
     _wait(ids.device)
     return 1000 * (time.perf_counter() - start)
-
-
-def _cache_key(model: PreTrainedModel) -> str:
-    """Returns the name of the argument for the cache, which later versions of transformers 5 have renamed."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _same(cache: DynamicCache) -> DynamicCache:
