@@ -3,7 +3,7 @@
 Two networks of the demo's size are trained on the Python standard library, with the same seed, rows and steps: one on a
 ladder of a dozen sub-networks, one on the grid of all 54 that can be cut from it. Every one of the 54 is evaluated in
 both. So each that the ladder never trained is compared with itself after training, and with the ladder's own
-sub-networks of about its size. A command that was stopped goes on. About ten minutes on one free core, and more where other processes run.
+sub-networks of about its size. A command that was stopped goes on. It trains for minutes.
 """
 
 import statistics
