@@ -99,11 +99,11 @@ def evaluate_family(
     """
     where, contents, space = family.where, family.contents, family.space
     task = task_of(contents.task)
-    whole = family.read(subnets[0]) if len(subnets) == 1 else family.full
     data = task.open_prepared(data_folder(where, contents.data))
     batches = _validation_batches(task, data, contents.row_tokens, rows or contents.eval_rows)
     _check_rows(contents, subnets, sum(batch.num_targets for batch in batches))
     costs = costs_of(subnets, family.architecture, family.config, contents.row_tokens)
+    whole = family.read(subnets[0]) if len(subnets) == 1 else family.full
     measured = []
     for subnet in subnets:
         report(subnet.name)

@@ -6,6 +6,7 @@ ranges of the files that it holds.
 """
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -55,8 +56,9 @@ def load(
 class TrainedFamily:
     """A trained family. `family["d4-g2-f256"]` is a plain Hugging Face model, and so is `family.full`.
 
-    Iteration, `in` and `len` are over the sub-networks of the space, in ascending order of parameters. To use another
-    device, name it in `load`: `.to()` on the full network or on a view ends the sharing of weights.
+    Several threads can use it. Iteration, `in` and `len` are over the sub-networks of the space, in ascending order of
+    parameters. To use another device, name it in `load`: `.to()` on the full network or on a view ends the sharing of
+    weights.
     """
 
     def __init__(self, where: ModelDir, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
@@ -69,18 +71,26 @@ class TrainedFamily:
         self.dtype = dtype or stored
         self.architecture = family_in(where, self.config, self.space)
         self._views: dict[SubNet, PreTrainedModel] = {}
+        self._full: PreTrainedModel | None = None
+        self._making = threading.RLock()
 
     @property
     def table(self) -> tuple[Measured, ...]:
         """The measured table. Raises: UserError before the first evaluation."""
         return self.where.table()
 
-    @cached_property
+    @property
     def full(self) -> PreTrainedModel:
-        """The full network. Raises: UserError for weights that are damaged, or of another model."""
-        full, weights = self.read(self.space.full), self._weights(self.dtype)
-        keep_owned(full, {name: weights.whole(name) for name in self._reader.files if OWNER_SEPARATOR in name})
-        return full
+        """The full network. It is loaded once.
+
+        Raises: UserError for weights that are damaged, or of another model.
+        """
+        with self._making:
+            if self._full is None:
+                full, weights = self.read(self.space.full), self._weights(self.dtype)
+                keep_owned(full, {name: weights.whole(name) for name in self._reader.files if OWNER_SEPARATOR in name})
+                self._full = full
+            return self._full
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -119,9 +129,10 @@ class TrainedFamily:
         Raises: UserError if it cannot be cut; the message lists the nearest that can.
         """
         chosen = self.find(subnet)
-        if chosen not in self._views:
-            self._views[chosen] = view(self.full, chosen, space=self.space)
-        return self._views[chosen]
+        with self._making:
+            if chosen not in self._views:
+                self._views[chosen] = view(self.full, chosen, space=self.space)
+            return self._views[chosen]
 
     def read(self, subnet: SubNet | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Returns a sub-network with weights of its own. Only the ranges of the files that it holds are read.

@@ -1,6 +1,7 @@
 """A trained family from disk: loaded when it is used, one set of weights, and sub-networks that are read alone."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -57,7 +58,15 @@ def test_a_sub_network_that_is_read_alone_reads_no_byte_more(run):
     with mock.patch.object(CheckpointReader, "_finite", counting):
         small = family.read("d1-g1-f32")
     assert sum(read) == sum(parameter.nbytes for parameter in small.parameters())
-    assert "full" not in family.__dict__, "the full network is not loaded"
+    assert family._full is None, "the full network is not loaded"
+
+
+def test_threads_get_one_full_network_and_one_view(run):
+    family = load(run)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: (family.full, family[SUBNETS[0]]), range(16)))
+    assert {id(full) for full, _ in found} == {id(family.full)}
+    assert {id(view) for _, view in found} == {id(family[SUBNETS[0]])}
 
 
 def test_nothing_is_loaded_before_it_is_used(run, tmp_path):
