@@ -422,7 +422,7 @@ CASES = {
         rewrites(**OFFLOAD),
     ),
     # Data
-    "no text": Case(sets("data.text=[]"), r"Set (data\.text) or data\.jsonl\.", changes('{0}=["text"]')),
+    "no text": Case(sets("data.text=[]"), r"Set (data\.text) or data\.files\.", changes('{0}=["text"]')),
     "wrong path": Case(
         sets('data.text=["texts"]'), r"Correct the path \(relative to the run file\)\.", changes('data.text=["text"]')
     ),
@@ -442,7 +442,7 @@ CASES = {
     ),
     "empty text": Case(
         texts([" \n"]),
-        r"Name other files in (data\.text) or data\.jsonl\.",
+        r"Name other files in (data\.text) or data\.files\.",
         lambda folder, advice, overrides: more_text(folder),
         prepare,
     ),
@@ -535,6 +535,10 @@ ELSEWHERE = {
     "mpi4py": "tests/cluster/test_rendezvous.py",
     "SLURM_STEP_NODELIST": "tests/cluster/test_rendezvous.py",
     "is not prepared": "tests/data/test_prepare.py",
+    "Correct data.split": "tests/data/test_formats.py",
+    "Correct data.files or data.subset": "tests/data/test_formats.py",
+    "Set data.fields to one of them": "tests/data/test_formats.py",
+    "Run `pip install 'sorted-ds[data]'`": "tests/data/test_formats.py",
     "data could not be prepared": "tests/data/test_prepare.py",
     "SentencePiece could not train": "for an error of SentencePiece that is not known",
     "should be in {}, which does not exist": "tests/deploy/test_evaluate.py",

@@ -151,7 +151,8 @@ def _add_sort(commands: Commands) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write, which must not exist")
     text = "text files, and folders of them, to measure importance and losses on"
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="PATH", help=text)
-    parser.add_argument("--jsonl", type=Path, nargs="+", default=[], metavar="PATH", help='JSONL files with "text"')
+    files = 'JSONL or parquet files with "text", and whatever data.files takes'
+    parser.add_argument("--files", "--jsonl", nargs="+", default=[], metavar="PATH", help=files)
     text = "names of the files that are read in folders (default: .txt .md)"
     parser.add_argument("--suffixes", nargs="+", default=[".txt", ".md"], metavar="SUFFIX", help=text)
     parser.add_argument("--row-tokens", type=_positive, default=0, metavar="N", help="tokens of a row (default: 256)")

@@ -27,9 +27,11 @@ ROW_TOKENS = 256
 FLAGS = {
     "batch.row_tokens": "--row-tokens",
     "data.text": "--text",
-    "data.jsonl": "--jsonl",
+    "data.files": "--files",
     "data.suffixes": "--suffixes",
     " (relative to the run file)": "",
+    " (data.fields names the field)": "",
+    "Set data.fields to one of them.": "Rename one of them.",
 }
 """What messages say of a run file, and what the user of this command has set instead."""
 
@@ -75,7 +77,7 @@ def settings_of(source: Path, args: argparse.Namespace, cache: Path, row_tokens:
         space=Space(),
         data=Data(
             text=args.text,
-            jsonl=args.jsonl,
+            files=args.files,
             suffixes=args.suffixes,
             tokenizer=str(source),
             validation_fraction=VALIDATION_FRACTION,

@@ -7,7 +7,16 @@ else: tools/reference.py writes docs/run-file.md from it. Each number is stated 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from sorted_ds.space import AXES
@@ -181,8 +190,25 @@ class Data(Section):
 
     text: list[Path] = []
     """Text files and folders. Each file is one document. A folder is searched for files with one of the `suffixes`."""
-    jsonl: list[Path] = []
-    """JSONL files, and folders of JSONL files. The field `text` of each line is one document."""
+    files: list[str] = Field(default=[], validation_alias=AliasChoices("files", "jsonl"))
+    """Files of records, each of which is one document: JSONL (`.jsonl`), also packed (`.jsonl.gz`, `.jsonl.zst`), or
+    parquet (`.parquet`); folders of such files; directories that `datasets` has saved with `save_to_disk`; and hub ids
+    of data sets, like `"HuggingFaceTB/smoltalk"`. The name says how a file is read. All but `.jsonl` and `.jsonl.gz`
+    need `pip install 'sorted-ds[data]'`. The key `jsonl` of earlier versions still works."""
+    form: Literal["text", "messages", "prompt_response"] = "text"
+    """What a record of `files` holds. `text`: a text. `messages`: a conversation, a list of messages with `role` and
+    `content`. `prompt_response`: a question and its answer. The tokenizer's chat template writes conversations, and
+    only the answers are learned ([data](data.md))."""
+    fields: list[str] = []
+    """The names of the fields of a record that are read. The default is `["text"]`, `["messages"]` or
+    `["prompt", "response"]`, by `form`."""
+    subset: str = ""
+    """The subset of a data set of the hub that has several."""
+    split: str = "train"
+    """The split that is read of a data set that has several. Validation is split off it."""
+    skip_bad: bool = False
+    """Leaves out records that cannot be used, like lines that are not JSON, and counts them. Otherwise the first one is
+    an error with its file and line."""
     suffixes: list[str] = [".txt", ".md"]
     """The file names that are read in the folders of `text` end with one of these."""
     tokenizer: str = ""

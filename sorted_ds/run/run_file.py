@@ -122,7 +122,7 @@ def _with_absolute_paths(run: Run, path: Path) -> Run:
     data = run.data.model_copy(
         update={
             "text": [absolute(p) for p in run.data.text],
-            "jsonl": [absolute(p) for p in run.data.jsonl],
+            "files": [str(absolute(Path(p))) if absolute(Path(p)).exists() else p for p in run.data.files],
             "cache_dir": absolute(run.data.cache_dir),
             "tokenizer": tokenizer if tokenizer == TRAIN_TOKENIZER else local_or_id(tokenizer),
         }

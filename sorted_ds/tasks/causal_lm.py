@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import NO_TARGET, Batch, MicroBatch
 from sorted_ds.data.rows import PackedRows
+from sorted_ds.data.text.documents import Reading
 from sorted_ds.data.text.prepare import TRAIN_A_TOKENIZER, DataSpec, find_prepared, prepare
-from sorted_ds.data.text.sources import find_files
 from sorted_ds.data.text.tokenizer import (
     Vocabulary,
     adds_bos,
@@ -91,7 +91,7 @@ class CausalLM:
         return open_tokens(folder)
 
     def check_data(self, run: Any) -> None:
-        find_files(run.data.text, run.data.jsonl, run.data.suffixes)
+        data_spec(run).found()
         if run.data.tokenizer != TRAIN_A_TOKENIZER:
             leads_with_bos(load_tokenizer(run.data.tokenizer), run.data.bos)
 
@@ -123,9 +123,11 @@ class CausalLM:
             if data.counts.blank:
                 were = "document is blank and is" if data.counts.blank == 1 else "documents are blank and are"
                 lines.append(f"{data.counts.blank:,} {were} left out")
+            if data.counts.bad:
+                lines.append(f"records that are left out because of data.skip_bad: {_counted(data.counts.bad)}")
             if data.counts.unread_keys:
                 keys = _most_frequent(data.counts.unread_keys, data.counts.further_keys > 0)
-                lines.append(f"keys of JSONL lines that are not read: {keys}")
+                lines.append(f"keys of records that are not read: {keys}")
         beginning = "begins with its beginning-of-text token and " if data.begins_with_bos else ""
         lines.append(f"each document {beginning}ends with the end-of-text token")
         if data.begins_with_bos != adds_bos(load_tokenizer(str(data.tokenizer_dir))):
@@ -307,13 +309,16 @@ def data_spec(run: Any) -> DataSpec:
     data = run.data
     return DataSpec(
         text=tuple(data.text),
-        jsonl=tuple(data.jsonl),
+        files=tuple(data.files),
         suffixes=tuple(data.suffixes),
         tokenizer=data.tokenizer,
         vocab_size=data.vocab_size,
         validation_fraction=data.validation_fraction,
         seed=run.seed,
         bos=data.bos,
+        reading=Reading(data.form, tuple(data.fields), data.skip_bad),
+        subset=data.subset,
+        split=data.split,
     )
 
 

@@ -24,9 +24,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.text.content_key import HASHES_FILE
+from sorted_ds.data.text.documents import MOST_KEYS
 from sorted_ds.data.text.encode import BATCH_CHARACTERS
 from sorted_ds.data.text.prepare import DataSpec, find_prepared, open_tokens, prepare
-from sorted_ds.data.text.sources import MOST_KEYS
 from sorted_ds.data.text.split import hash_position
 from sorted_ds.data.text.tokens import TokenizedText
 from sorted_ds.tasks.causal_lm import CausalLM
@@ -316,9 +316,9 @@ def test_only_the_most_frequent_unread_keys_are_shown(tmp_path):
     assert tokens.counts is not None
     assert len(tokens.counts.unread_keys) == MOST_KEYS
     assert sum(tokens.counts.unread_keys.values()) + tokens.counts.further_keys == 5 * 20_000 - 1
-    line = next(line for line in CausalLM().notes(tokens) if "keys of JSONL" in line)
+    line = next(line for line in CausalLM().notes(tokens) if "keys of records" in line)
     frequent = "id (20,000), k1 (20,000), url (20,000), k2 (19,999), key00000 (1)"
-    assert line == f"keys of JSONL lines that are not read: {frequent}, and over {MOST_KEYS - 5} more"
+    assert line == f"keys of records that are not read: {frequent}, and over {MOST_KEYS - 5} more"
     few = replace(tokens, counts=replace(tokens.counts, unread_keys=dict.fromkeys("abcdefg", 2), further_keys=0))
     assert any(
         line.endswith("not read: a (2), b (2), c (2), d (2), e (2), and 2 more") for line in CausalLM().notes(few)
@@ -446,7 +446,7 @@ def test_what_was_read_and_left_out_is_counted_for_each_side(tmp_path):
     spec = corpus(tmp_path, 10)
     (tmp_path / "text" / "notes.md").write_text("left out")
     (tmp_path / "more.jsonl").write_text('{"text": "a b c", "id": 1}\n' * 2)
-    spec = replace(spec, jsonl=(tmp_path / "more.jsonl",))
+    spec = replace(spec, files=(tmp_path / "more.jsonl",))
     tokens = prepare(spec, tmp_path / "cache", 1)
     counts = tokens.counts
     texts = [*(path.read_text() for path in sorted((tmp_path / "text").glob("*.txt"))), "a b c", "a b c"]

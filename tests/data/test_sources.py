@@ -4,12 +4,14 @@ import errno
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.data.text.sources import KEY_CHARACTERS, MOST_KEYS, Source, Unread, documents, find_files
+from sorted_ds.data.text.documents import KEY_CHARACTERS, MOST_KEYS, Reader, Unread
+from sorted_ds.data.text.sources import Source, find_files
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -18,6 +20,10 @@ def write(folder: Path, **files: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
     return folder
+
+
+def documents(source: Source, unread: Unread | None = None) -> Iterator[str]:
+    return (document.text for document in Reader().documents(source, unread))
 
 
 def jsonl(path: Path, *lines: object) -> Source:
@@ -40,7 +46,7 @@ def test_named_files_are_taken_in_their_order_with_any_suffix(tmp_path):
 
 
 def test_a_run_that_names_no_text_is_refused():
-    with pytest.raises(UserError, match=r"^data names no text\. Set data\.text or data\.jsonl\.$"):
+    with pytest.raises(UserError, match=r"^data names no text\. Set data\.text or data\.files\.$"):
         find_files([], [], [".txt"])
 
 
@@ -48,7 +54,7 @@ def test_a_missing_path_is_refused_with_its_key_and_absolute_path(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"^data\.text: {tmp_path}/gone does not exist\. "):
         find_files([Path("gone")], [], [".txt"])
-    with pytest.raises(UserError, match=r"^data\.jsonl: .*/gone does not exist\. "):
+    with pytest.raises(UserError, match=r"^data\.files: .*/gone does not exist\. "):
         find_files([], [tmp_path / "gone"], [".txt"])
 
 
@@ -58,7 +64,7 @@ def test_a_folder_without_such_files_is_refused(tmp_path):
         UserError, match=r"^data\.text: .* holds no file ending in \.txt, \.md\. Correct data\.suffixes"
     ):
         find_files([tmp_path], [], [".txt", ".md"])
-    with pytest.raises(UserError, match=r"^data\.jsonl: .* holds no file ending in \.jsonl\. Correct data\.jsonl"):
+    with pytest.raises(UserError, match=r"^data\.files: .* holds no file ending in \.jsonl, .* Correct data\.files"):
         find_files([], [tmp_path], [".txt", ".md"])
 
 
@@ -94,9 +100,9 @@ def test_a_file_that_is_not_utf8_is_refused_with_the_byte(tmp_path):
     ("line", "message"),
     [
         ('{"text": "a"', r"is not valid JSON \("),
-        ('["text"]', r'is not a JSON object with a string "text"'),
-        ('{"content": "a"}', r'is not a JSON object with a string "text"'),
-        ('{"text": 3}', r'is not a JSON object with a string "text"'),
+        ('["text"]', r"is not a JSON object"),
+        ('{"content": "a"}', r'has no string "text" \(data\.fields names the field\)'),
+        ('{"text": 3}', r'has no string "text"'),
         ('{"text": "a\\ud83d"}', r"half a character, \"\\ud83d\""),
     ],
 )

@@ -269,7 +269,7 @@ def test_a_run_sorts_before_its_first_step(folder, tmp_path, capsys):
             "nothing does not exist. Correct the path.",
         ),
         (["sort", "{0}/model", "--out", "{0}/x", "--text", "{0}/text", "--row-tokens", "65"], "--row-tokens = 65, but"),
-        (["sort", "{0}/model", "--out", "{0}/x"], "data names no text. Set --text or --jsonl."),
+        (["sort", "{0}/model", "--out", "{0}/x"], "data names no text. Set --text or --files."),
         (
             ["plan", "{0}/tiny.toml", "space.layer_order=model", "model.init=model"],
             "has no layer order. Set model.sort",

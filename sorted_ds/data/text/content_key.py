@@ -15,7 +15,8 @@ from pathlib import Path
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced
-from sorted_ds.data.text.sources import BYTE_ORDER_MARK, Source
+from sorted_ds.data.text.records import BYTE_ORDER_MARK
+from sorted_ds.data.text.sources import Source
 
 FORMAT = 1
 """Format of the prepared files. Raise it when the same text and settings would give other bytes."""

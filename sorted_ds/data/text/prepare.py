@@ -14,8 +14,9 @@ from pathlib import Path
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced
 from sorted_ds.data.text.content_key import content_key
+from sorted_ds.data.text.documents import PLAIN, Reader, Reading, Unread
 from sorted_ds.data.text.encode import Encoding, OnProgress, has_dropout, token_dtype, write_tokens
-from sorted_ds.data.text.sources import Source, Unread, documents, find_files
+from sorted_ds.data.text.sources import TRAIN_SPLIT, Found, Source, find_files
 from sorted_ds.data.text.split import Split, split_documents
 from sorted_ds.data.text.tokenizer import (
     leads_with_bos,
@@ -37,7 +38,8 @@ class DataSpec:
     """Everything that decides the prepared tokens."""
 
     text: tuple[Path, ...]
-    jsonl: tuple[Path, ...]
+    files: tuple[str | Path, ...]
+    """Files of records, folders of them, and data sets of the hub."""
     suffixes: tuple[str, ...]
     """Suffixes of the files that are taken from folders in `text`."""
     tokenizer: str
@@ -49,6 +51,16 @@ class DataSpec:
     seed: int
     bos: bool | None = None
     """Whether the beginning-of-text token leads each document; None for the tokenizer's own habit."""
+    reading: Reading = PLAIN
+    """How the records of `files` become documents."""
+    subset: str = ""
+    """The subset of a data set of the hub that has several."""
+    split: str = TRAIN_SPLIT
+    """The split of a data set that has several."""
+
+    def found(self) -> Found:
+        """Returns the files. Raises: UserError when some are missing."""
+        return find_files(self.text, self.files, self.suffixes, self.subset, self.split)
 
 
 def prepare(
@@ -58,7 +70,7 @@ def prepare(
 
     Raises: UserError when the text or the tokenizer cannot be used, prepared files are damaged, or the disk is full.
     """
-    found = find_files(spec.text, spec.jsonl, spec.suffixes)
+    found = spec.found()
     try:
         folder = cache_dir / _key(spec, found.sources, cache_dir, workers)
         if not folder.exists():
@@ -73,7 +85,7 @@ def prepare(
 
 def find_prepared(spec: DataSpec, cache_dir: Path, workers: int = 1) -> TokenizedText:
     """Returns the tokens of `spec`. Raises: UserError when they are not prepared, or damaged."""
-    found = find_files(spec.text, spec.jsonl, spec.suffixes)
+    found = spec.found()
     folder = cache_dir / _key(spec, found.sources, cache_dir, workers)
     if not folder.exists():
         raise UserError(f"the run's text ({folder}) is not prepared. Run `sorted-ds prepare RUN.toml` first.")
@@ -82,6 +94,7 @@ def find_prepared(spec: DataSpec, cache_dir: Path, workers: int = 1) -> Tokenize
 
 def _key(spec: DataSpec, sources: Sequence[Source], cache_dir: Path, workers: int) -> str:
     settings: dict[str, object] = {"validation_fraction": spec.validation_fraction, "seed": spec.seed}
+    settings |= spec.reading.identity
     if spec.tokenizer == TRAIN_A_TOKENIZER:
         settings |= {"tokenizer": TRAIN_A_TOKENIZER, "vocab_size": spec.vocab_size}
         has_bos = bool(spec.bos)
@@ -115,9 +128,10 @@ def _prepare_folder(
 def _write_contents(
     spec: DataSpec, sources: Sequence[Source], hidden: Path, workers: int, on_progress: OnProgress
 ) -> None:
-    split = split_documents(_all_documents(sources), spec.validation_fraction, spec.seed)
+    reader = Reader(spec.reading)
+    split = split_documents(_all_texts(reader, sources), spec.validation_fraction, spec.seed)
     if spec.tokenizer == TRAIN_A_TOKENIZER:
-        training = (text for text in _all_documents(sources) if not split.is_validation(text))
+        training = (text for text in _all_texts(reader, sources) if not split.is_validation(text))
         excerpts = training_excerpts(training, split.num_characters)
         train_tokenizer(excerpts, spec.vocab_size, hidden / TOKENIZER_DIR, adds_bos=bool(spec.bos))
         tokenizer = load_tokenizer(str(hidden / TOKENIZER_DIR))
@@ -128,7 +142,7 @@ def _write_contents(
     bos_id = vocabulary.bos_id if leads_with_bos(tokenizer, spec.bos) else None
     tokenizer_file = hidden / TOKENIZER_DIR / "tokenizer.json"
     encoding = Encoding(tokenizer_file, bos_id, vocabulary.eos_id, token_dtype(vocabulary.size))
-    census = Census(split)
+    census = Census(reader, split)
     write_tokens(census.sided(sources), encoding, hidden, workers, split.num_characters, on_progress)
     write_meta(hidden, vocabulary, encoding, census.counts(len(sources)))
 
@@ -136,15 +150,16 @@ def _write_contents(
 class Census:
     """Decides for each document on which side it is, and counts what was read."""
 
-    def __init__(self, split: Split):
-        self.split = split
+    def __init__(self, reader: Reader, split: Split):
+        self.reader, self.split = reader, split
         self.documents, self.bytes = [0, 0], [0, 0]
         self.unread = Unread()
 
     def sided(self, sources: Sequence[Source]) -> Iterator[tuple[str, bool]]:
         """Yields all documents in order, each with whether it is for validation."""
         for source in sources:
-            for text in documents(source, self.unread):
+            for document in self.reader.documents(source, self.unread):
+                text = document.text
                 is_validation = self.split.is_validation(text)
                 self.documents[is_validation] += 1
                 self.bytes[is_validation] += len(text.encode())
@@ -160,8 +175,9 @@ class Census:
             unread_keys=dict(self.unread.keys),
             further_keys=self.unread.further_keys,
             blank=self.unread.blank,
+            bad=dict(self.unread.bad),
         )
 
 
-def _all_documents(sources: Sequence[Source]) -> Iterator[str]:
-    return (text for source in sources for text in documents(source))
+def _all_texts(reader: Reader, sources: Sequence[Source]) -> Iterator[str]:
+    return (document.text for source in sources for document in reader.documents(source))

@@ -1,28 +1,20 @@
-"""The sources of the text: files in a fixed order, and the documents in each file.
+"""The sources of the text: files in a fixed order.
 
-In: `data.text` and `data.jsonl` of the run file. Out: `Source` values, the documents of each, unchanged, and what was
-left out. On disk: UTF-8 text files, each of which is one document, and JSONL files, each line of which is one document.
-A byte order mark at the start of a file is no text.
+In: `data.text` and `data.files` of the run file. Out: `Source` values, and what was left out. On disk: UTF-8 text
+files, each of which is one document, and files of records (records.py).
 """
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.data.text.data_sets import HUB_ID, hub_files, is_saved, saved_files
+from sorted_ds.data.text.records import KINDS, kind_of
 
-JSONL_SUFFIX = ".jsonl"
-JSONL_FIELD = "text"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""Some editors write this before UTF-8 text."""
-MOST_KEYS = 1_000
-"""Number of different unread keys that are counted one by one."""
-KEY_CHARACTERS = 64
-"""Unread keys that begin with the same so many characters are counted as one."""
+TRAIN_SPLIT = "train"
 
 
 @dataclass(frozen=True)
@@ -30,7 +22,8 @@ class Source:
     """A file that holds documents."""
 
     path: Path
-    kind: Literal["text", "jsonl"]
+    kind: str
+    """How it is read: `text`, `arrow`, or one of the values of `KINDS`."""
 
 
 @dataclass(frozen=True)
@@ -42,44 +35,39 @@ class Found:
     """How many files were left out, by the reason."""
 
 
-@dataclass
-class Unread:
-    """Counts what of the documents is not read."""
-
-    blank: int = 0
-    """Number of documents that are empty or only whitespace."""
-    keys: Counter[str] = field(default_factory=Counter)
-    """How many JSONL lines have a key beside the text, for the first `MOST_KEYS` keys."""
-    further_keys: int = 0
-    """How often JSONL lines have any other key."""
-
-    def add_keys(self, keys: Iterable[str]) -> None:
-        """Counts the keys of a line."""
-        for key in (key[:KEY_CHARACTERS] for key in keys if key != JSONL_FIELD):
-            if key in self.keys or len(self.keys) < MOST_KEYS:
-                self.keys[key] += 1
-            else:
-                self.further_keys += 1
-
-
-def find_files(text: Sequence[Path], jsonl: Sequence[Path], suffixes: Sequence[str]) -> Found:
+def find_files(
+    text: Sequence[Path],
+    files: Sequence[str | Path],
+    suffixes: Sequence[str],
+    subset: str = "",
+    split: str = TRAIN_SPLIT,
+) -> Found:
     """Returns the files in the order in which they are named, `text` first.
 
-    A folder stands for all files below it whose names end with one of the suffixes, by sorted path. A file that is
-    named itself may have any suffix. Links are followed. A file is taken once, where it is named first, even if several
-    paths or links lead to it.
+    A folder stands for all files below it whose names end with one of the suffixes, or with one of `KINDS`, by sorted
+    path. A directory of `save_to_disk` and a hub id stand for the files of their `split`. A file that is named itself
+    may have any suffix. Links are followed. A file is taken once, where it is named first, even if several paths or
+    links lead to it.
 
     Raises: UserError when a path does not exist, a folder cannot be read or holds no such file, or nothing is named.
     """
     found = Found([])
     for named in text:
         found.sources.extend(Source(path, "text") for path in _files_of(named, "data.text", suffixes, found.left_out))
-    for named in jsonl:
-        paths = _files_of(named, "data.jsonl", [JSONL_SUFFIX], found.left_out)
-        found.sources.extend(Source(path, "jsonl") for path in paths)
+    for entry in files:
+        found.sources.extend(_of_records(entry, subset, split, found.left_out))
     if not found.sources:
-        raise UserError("data names no text. Set data.text or data.jsonl.")
-    return _each_once(found) if len(text) + len(jsonl) > 1 else found
+        raise UserError("data names no text. Set data.text or data.files.")
+    return _each_once(found) if len(text) + len(files) > 1 else found
+
+
+def _of_records(entry: str | Path, subset: str, split: str, left_out: Counter[str]) -> list[Source]:
+    named = Path(entry)
+    if not named.exists() and HUB_ID.fullmatch(str(entry)) and kind_of(named) == "jsonl" and not named.suffix:
+        return [Source(path, "arrow") for path in hub_files(str(entry), subset, split)]
+    if named.is_dir() and is_saved(named):
+        return [Source(path, "arrow") for path in saved_files(named, split)]
+    return [Source(path, kind_of(path)) for path in _files_of(named, "data.files", list(KINDS), left_out)]
 
 
 def _each_once(found: Found) -> Found:
@@ -143,62 +131,3 @@ def _once(paths: Sequence[Path]) -> list[Path]:
     seen = {os.path.realpath(path) for path in paths if not path.is_symlink()}
     doubled = {path for path in links if not _is_new(path, seen)}
     return [path for path in paths if path not in doubled]
-
-
-def documents(source: Source, unread: Unread | None = None) -> Iterator[str]:
-    """Yields the documents of a file in order, except blank ones. `unread` counts these, and keys beside the text.
-
-    Raises: UserError for a file that is not UTF-8, or a JSONL line without text.
-    """
-    unread = Unread() if unread is None else unread
-    found = _jsonl_documents(source.path, unread) if source.kind == "jsonl" else _text_document(source.path)
-    for text in found:
-        document = text.removeprefix("\ufeff")  # A byte order mark is no text, in a JSONL field either.
-        if document and not document.isspace():
-            yield document
-        else:
-            unread.blank += 1
-
-
-def _text_document(path: Path) -> Iterator[str]:
-    yield _decode(path.read_bytes().removeprefix(BYTE_ORDER_MARK), str(path))
-
-
-def _jsonl_documents(path: Path, unread: Unread) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(BYTE_ORDER_MARK)
-            if line.strip():
-                fields = _parse_line(_decode(line, f"{path}:{number}"), f"{path}:{number}")
-                unread.add_keys(fields)
-                yield fields[JSONL_FIELD]
-
-
-def _parse_line(line: str, where: str) -> dict[str, Any]:
-    """Returns the fields of a JSONL line, which has a text."""
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}). Correct or remove the line.") from error
-    text = fields.get(JSONL_FIELD) if isinstance(fields, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f'{where} is not a JSON object with a string "{JSONL_FIELD}". Correct or remove the line.')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {_surrogate_message(text[error.start])}. Correct or remove the line.") from error
-    return fields
-
-
-def _surrogate_message(surrogate: str) -> str:
-    return f'the text holds half a character, "\\u{ord(surrogate):04x}" without its other half'
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}). Convert it, or leave it out."
-        ) from error

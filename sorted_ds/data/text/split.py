@@ -45,7 +45,7 @@ def split_documents(documents: Iterable[str], validation_fraction: float, seed: 
         lowest, highest = min(lowest, position), max(highest, position)
         num_characters += len(document)
     if not num_characters:
-        raise UserError("data: all of the text is empty or whitespace. Name other files in data.text or data.jsonl.")
+        raise UserError("data: all of the text is empty or whitespace. Name other files in data.text or data.files.")
     if lowest == highest:
         raise UserError(
             "data: there is only one document, and validation takes whole documents. Use several files, or JSONL with "

@@ -38,11 +38,13 @@ class Counts:
     bytes: tuple[int, int]
     """Their sizes as UTF-8."""
     unread_keys: Mapping[str, int]
-    """How many JSONL lines have a key beside the text. These keys are not read. `Unread` bounds their number."""
+    """How many records have a key that is not read. `Unread` bounds the number of these keys."""
     further_keys: int = 0
-    """How often JSONL lines have further keys. 0 also if an earlier version prepared the tokens."""
+    """How often records have further keys. 0 also if an earlier version prepared the tokens."""
     blank: int = 0
     """Number of documents that are blank and left out. 0 also if an earlier version prepared the tokens."""
+    bad: Mapping[str, int] = field(default_factory=dict)
+    """How many records `data.skip_bad` left out, by the reason."""
 
 
 @dataclass(frozen=True, eq=False)
