@@ -8,6 +8,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from sorted_ds.cluster.extensions import is_held_here
 from tests import tiers
+from tests.chats import train_base
 from tests.launched import ROOT, SAID, train_by_command
 from tests.runs import run_file
 
@@ -42,6 +43,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         for lock in (ROOT / ".cache" / "torch_extensions").glob("**/lock"):
             if not is_held_here(lock):
                 lock.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="session")
+def chat_base(tmp_path_factory) -> Path:
+    """Returns the folder of a tokenizer without a chat template."""
+    return train_base(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")

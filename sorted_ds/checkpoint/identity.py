@@ -27,6 +27,7 @@ ADDED = {
     "sampling.ladder": "[]",
     "sampling.cost_power": "0.0",
     "sampling.phases": "[]",
+    "batch.isolate": "false",
 }
 """Keys that a checkpoint of an earlier version may not have, with the value that it was trained with."""
 

@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
     _add_prepare(commands)
+    _add_preview(commands)
     _add_sort(commands)
     _add_train(commands)
     _add_launch(commands)
@@ -135,6 +136,19 @@ def _add_prepare(commands: Commands) -> None:
     )
     _add_run_file(parser)
     _add_run_options(parser)  # the job scripts pass the arguments of `train` to `prepare`
+    _add_json(parser)
+
+
+def _add_preview(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "preview",
+        "print the first rows that a run trains on",
+        "What is learned is coloured, and the beginnings of documents are marked. Data is prepared if necessary.",
+        f"sorted-ds preview {EXAMPLE_RUN_FILE} --rows 2",
+    )
+    _add_run_file(parser)
+    parser.add_argument("--rows", type=_positive, default=4, metavar="N", help="number of rows (default: 4)")
     _add_json(parser)
 
 

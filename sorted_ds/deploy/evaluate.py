@@ -100,7 +100,7 @@ def evaluate_family(
     where, contents, space = family.where, family.contents, family.space
     task = task_of(contents.task)
     data = task.open_prepared(data_folder(where, contents.data))
-    batches = _validation_batches(task, data, contents.row_tokens, rows or contents.eval_rows)
+    batches = _validation_batches(task, data, contents, rows or contents.eval_rows)
     _check_rows(contents, subnets, sum(batch.num_targets for batch in batches))
     costs = costs_of(subnets, family.architecture, family.config, contents.row_tokens)
     whole = family.read(subnets[0]) if len(subnets) == 1 else family.full
@@ -167,8 +167,9 @@ def data_folder(where: ModelDir, data: Mapping[str, object]) -> Path:
     )
 
 
-def _validation_batches(task: Task, data: Prepared, row_tokens: int, num_rows: int) -> list[MicroBatch]:
-    rows = task.rows(data, row_tokens, is_validation=True)
+def _validation_batches(task: Task, data: Prepared, contents: Sorted, num_rows: int) -> list[MicroBatch]:
+    row_tokens = contents.row_tokens
+    rows = task.rows(data, row_tokens, is_validation=True, isolate=contents.isolate)
     micro_batch_rows = max(1, MICRO_BATCH_TOKENS // row_tokens)
     collate = partial(task.collate, row_tokens=row_tokens)
     num_rows = min(num_rows, len(rows))

@@ -102,6 +102,8 @@ class Sorted:
     row_tokens: int
     eval_rows: int
     """The largest number of validation rows that an evaluation uses."""
+    isolate: bool = False
+    """Whether the documents of a row are isolated from each other."""
     task: str = "causal_lm"
     """The name of the task that the network was trained for."""
     layer_order: tuple[int, ...] | None = None

@@ -134,8 +134,12 @@ class Decoder:
         return 2 * subnet["g"] * head_dim(config)
 
     def hidden_states(self, body: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Returns the last hidden states, after the final norm. Shapes: input_ids [B, T] -> [B, T, H]."""
-        return body(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+        """Returns the last hidden states, after the final norm. Shapes: input_ids [B, T] -> [B, T, H].
+
+        `position_ids` that start again in a row isolate what is before from what follows.
+        """
+        positions = batch.get("position_ids")
+        return body(input_ids=batch["input_ids"], position_ids=positions, use_cache=False).last_hidden_state
 
 
 def head_dim(config: PreTrainedConfig) -> int:

@@ -260,7 +260,7 @@ def prepare_data(run: Run, console: Console) -> Prepared:
 def training_loader(run: Run, task: Task, data: Prepared, ranks: Ranks) -> Loader:
     """Returns the loader of this rank's rows."""
     return Loader(
-        task.rows(data, run.batch.row_tokens, is_validation=False),
+        task.rows(data, run.batch.row_tokens, is_validation=False, isolate=run.batch.isolate),
         partial(task.collate, row_tokens=run.batch.row_tokens),
         run.seed,
         run.batch.step_rows,
@@ -272,7 +272,7 @@ def training_loader(run: Run, task: Task, data: Prepared, ranks: Ranks) -> Loade
 
 def validation_of(run: Run, task: Task, data: Prepared, ranks: Ranks) -> list[MicroBatch]:
     """Returns this rank's validation rows."""
-    rows = task.rows(data, run.batch.row_tokens, is_validation=True)
+    rows = task.rows(data, run.batch.row_tokens, is_validation=True, isolate=run.batch.isolate)
     num_rows, micro_batch_rows = min(run.eval.rows, len(rows)), run.batch.micro_batch_rows
     collate = partial(task.collate, row_tokens=run.batch.row_tokens)
     return list(validation_batches(rows, collate, num_rows, micro_batch_rows, ranks.rank, ranks.size))

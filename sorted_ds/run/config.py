@@ -236,6 +236,9 @@ class Batch(Section):
     """The largest number of rows of one forward pass on one rank."""
     row_tokens: Positive
     """The number of tokens of a row."""
+    isolate: bool = False
+    """Whether the documents of a row are isolated from each other: a token attends to its own document alone, and
+    positions start again at 0 with each document. Otherwise a document also sees what stands before it in its row."""
 
 
 class Train(Section):

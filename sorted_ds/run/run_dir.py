@@ -54,7 +54,16 @@ from sorted_ds.tasks import Prepared, Task
 
 RUN_JSON = "run.json"
 PACKAGE = Path(sorted_ds.__file__).parent
-IDENTITY_KEYS = ("seed", "task", "space.", "sampling.", "batch.step_rows", "batch.row_tokens", "optim.name")
+IDENTITY_KEYS = (
+    "seed",
+    "task",
+    "space.",
+    "sampling.",
+    "batch.step_rows",
+    "batch.row_tokens",
+    "batch.isolate",
+    "optim.name",
+)
 """Sections and keys of the run file that are part of a run's identity. A run that changes one cannot resume."""
 NOT_THE_MODEL = ("transformers_version", "dtype", "use_cache", "architectures", "_name_or_path")
 """Keys of a Hugging Face config that do not describe the network."""
@@ -196,6 +205,7 @@ class RunDir:
             data={TOKENS_DIR: str(folder), FROM_RUN_DIR: os.path.relpath(folder, self.run.run_dir)},
             row_tokens=self.run.batch.row_tokens,
             eval_rows=self.run.eval.rows,
+            isolate=self.run.batch.isolate,
             task=self.run.task,
             layer_order=space.layer_order,
             base=self._base(),

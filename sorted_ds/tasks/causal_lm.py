@@ -7,19 +7,19 @@ prepared tokens, and the tokenizer beside an exported model.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import NO_TARGET, Batch, MicroBatch
-from sorted_ds.data.rows import PackedRows
+from sorted_ds.data.rows import PackedRows, Row, cut_of
 from sorted_ds.data.text.documents import Reading
+from sorted_ds.data.text.pieces import Piece, pieces_of
 from sorted_ds.data.text.prepare import TRAIN_A_TOKENIZER, DataSpec, find_prepared, prepare
 from sorted_ds.data.text.tokenizer import (
     Vocabulary,
@@ -53,6 +53,11 @@ inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
 NOT_AUTOMATIC = "# AutoTokenizer would read the tokenizer as that of the model's family, and give other ids."
 ACCURACY = "accuracy"
+ISOLATING = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "granite")
+"""The families in which position ids that start again isolate documents: a document's logits are the same bits whatever
+its neighbours are (tests/tasks/test_isolation.py)."""
+ISOLATING_ATTENTION = ("", "sdpa", "eager")
+"""The attention implementations of which this was shown; "" is one of the two."""
 LARGEST_VALIDATION_SHARE = 0.5
 """With a larger share of the tokens for validation the user is warned."""
 SHOWN_KEYS = 5
@@ -80,9 +85,13 @@ class CausalLM:
 
     def prepare(self, run: Any, report: Report) -> TokenizedText:
         tokens = prepare(data_spec(run), run.data.cache_dir, run.data.workers, report)
-        for is_validation in (False, True):
-            self.rows(tokens, run.batch.row_tokens, is_validation)
-        return tokens
+        rows = {
+            side: self.rows(tokens, run.batch.row_tokens, side == "validation", run.batch.isolate)
+            for side in ("training", "validation")
+        }
+        if tokens.train_marks is None:
+            return tokens
+        return replace(tokens, cut={side: cut_of(each) for side, each in rows.items()})
 
     def find_prepared(self, run: Any) -> TokenizedText:
         return find_prepared(data_spec(run), run.data.cache_dir)
@@ -91,8 +100,10 @@ class CausalLM:
         return open_tokens(folder)
 
     def check_data(self, run: Any) -> None:
-        data_spec(run).found()
-        if run.data.tokenizer != TRAIN_A_TOKENIZER:
+        spec = data_spec(run)
+        spec.reader()
+        spec.found()
+        if run.data.tokenizer != TRAIN_A_TOKENIZER and not spec.reading.is_chat:
             leads_with_bos(load_tokenizer(run.data.tokenizer), run.data.bos)
 
     def describe(self, data: TokenizedText) -> dict[str, Any]:
@@ -106,6 +117,7 @@ class CausalLM:
             "train_tokens": len(data.train),
             "validation_tokens": len(data.validation),
             "unigram_nats": data.unigram_nats,
+            "rows": {side: asdict(cut) for side, cut in data.cut.items()},
         }
 
     def summary(self, data: TokenizedText) -> str:
@@ -123,18 +135,14 @@ class CausalLM:
             if data.counts.blank:
                 were = "document is blank and is" if data.counts.blank == 1 else "documents are blank and are"
                 lines.append(f"{data.counts.blank:,} {were} left out")
+            if data.counts.unanswered:
+                lines.append(f"conversations without an answer are left out: {data.counts.unanswered:,}")
             if data.counts.bad:
                 lines.append(f"records that are left out because of data.skip_bad: {_counted(data.counts.bad)}")
             if data.counts.unread_keys:
                 keys = _most_frequent(data.counts.unread_keys, data.counts.further_keys > 0)
                 lines.append(f"keys of records that are not read: {keys}")
-        beginning = "begins with its beginning-of-text token and " if data.begins_with_bos else ""
-        lines.append(f"each document {beginning}ends with the end-of-text token")
-        if data.begins_with_bos != adds_bos(load_tokenizer(str(data.tokenizer_dir))):
-            lines.append(
-                f"warning: data.bos is {str(data.begins_with_bos).lower()}, but the tokenizer itself does the opposite "
-                "when it is called. Keep to data.bos when you use the trained model."
-            )
+        lines += _borders(data) if data.train_marks is None else _conversations(data)
         if data.left_out:
             lines.append(f"files that are not read: {_counted(data.left_out)}")
         share = len(data.validation) / (len(data.train) + len(data.validation))
@@ -148,20 +156,29 @@ class CausalLM:
     def baseline(self, data: TokenizedText) -> Baseline:
         return Baseline("unigram model", data.unigram_nats)
 
-    def rows(self, data: TokenizedText, row_tokens: int, is_validation: bool) -> PackedRows:
-        if is_validation:
-            return PackedRows(data.validation, row_tokens, "validation")
-        return PackedRows(data.train, row_tokens)
+    def rows(self, data: TokenizedText, row_tokens: int, is_validation: bool, isolate: bool = False) -> PackedRows:
+        sides = (("training", data.train, data.train_marks), ("validation", data.validation, data.validation_marks))
+        side, tokens, marks = sides[is_validation]
+        return PackedRows(tokens, row_tokens, side, marks, data.eos_id, isolate)
 
-    def collate(self, rows: Sequence[np.ndarray], size: int, row_tokens: int) -> MicroBatch:
-        """Shapes: input_ids, labels [size, row_tokens]."""
+    def collate(self, rows: Sequence[Row], size: int, row_tokens: int) -> MicroBatch:
+        """Shapes: input_ids, labels and, if documents are isolated, position_ids [size, row_tokens]."""
         input_ids = torch.zeros(size, row_tokens, dtype=torch.int64)
         labels = torch.full((size, row_tokens), NO_TARGET)
-        for number, ids in enumerate(rows):
-            row = torch.from_numpy(ids)
-            input_ids[number], labels[number] = row[:-1], row[1:]
+        positions = torch.arange(row_tokens).repeat(size, 1)
+        for number, row in enumerate(rows):
+            ids = torch.from_numpy(row.ids)
+            input_ids[number] = ids[:-1]
+            labels[number] = ids[1:].where(torch.from_numpy(row.is_target[1:]), NO_TARGET)
+            if row.positions is not None:
+                positions[number] = torch.from_numpy(row.positions)
         inputs = {"input_ids": input_ids, "labels": labels}
-        return MicroBatch(inputs, num_targets=len(rows) * row_tokens, num_rows=len(rows))
+        if any(row.positions is not None for row in rows):
+            inputs["position_ids"] = positions
+        return MicroBatch(inputs, num_targets=int((labels != NO_TARGET).sum()), num_rows=len(rows))
+
+    def pieces(self, data: TokenizedText, row: Row) -> list[Piece]:
+        return pieces_of(row, load_tokenizer(str(data.tokenizer_dir)))
 
     # Model
 
@@ -176,6 +193,7 @@ class CausalLM:
         }
 
     def check_config(self, run: Any, config: PreTrainedConfig) -> None:
+        _check_isolation(run, config.model_type)
         size = vocabulary_of_run(run).size
         if size > config.vocab_size and run.model.config:
             raise UserError(
@@ -195,6 +213,7 @@ class CausalLM:
             )
 
     def check_teacher(self, run: Any, source: Path) -> None:
+        _check_isolation(run, PreTrainedConfig.get_config_dict(source)[0]["model_type"])
         if run.data.tokenizer == TRAIN_A_TOKENIZER:
             raise UserError(
                 f"loss.teacher = {run.loss.teacher!r} has a tokenizer of its own, but data.tokenizer = "
@@ -208,6 +227,8 @@ class CausalLM:
             )
 
     def warnings(self, run: Any, config: PreTrainedConfig, generation: GenerationConfig | None) -> list[str]:
+        if data_spec(run).reading.is_chat:  # its template writes the tokens that end it
+            return []
         ends = getattr(generation, "eos_token_id", None)
         ends = config.eos_token_id if ends is None else ends
         own = vocabulary_of_run(run).eos_id
@@ -280,6 +301,41 @@ class CausalLM:
     def logits(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """Shapes: [B, T] -> [B, T, V]."""
         return model(**batch, use_cache=False).logits
+
+
+def _check_isolation(run: Any, model_type: str) -> None:
+    """Raises: UserError for a model whose documents would see each other although the run isolates them."""
+    known = model_type in ISOLATING and run.model.attention in ISOLATING_ATTENTION
+    if run.batch.isolate and not known:
+        with_attention = f" with {run.model.attention} attention" * bool(run.model.attention)
+        raise UserError(
+            f"batch.isolate = true was not shown to isolate documents in {model_type}{with_attention}. Remove "
+            f"batch.isolate, or take one of {', '.join(ISOLATING)} with sdpa or eager attention."
+        )
+
+
+def _borders(data: TokenizedText) -> list[str]:
+    """Returns lines about the tokens around a text."""
+    beginning = "begins with its beginning-of-text token and " if data.begins_with_bos else ""
+    lines = [f"each document {beginning}ends with the end-of-text token"]
+    if data.begins_with_bos != adds_bos(load_tokenizer(str(data.tokenizer_dir))):
+        lines.append(
+            f"warning: data.bos is {str(data.begins_with_bos).lower()}, but the tokenizer itself does the opposite "
+            "when it is called. Keep to data.bos when you use the trained model."
+        )
+    return lines
+
+
+def _conversations(data: TokenizedText) -> list[str]:
+    """Returns lines about what became of conversations in rows."""
+    lines = ["the tokenizer's chat template writes each conversation, and only its answers are learned"]
+    for side, cut in data.cut.items():
+        line = (
+            f"{cut.documents:,} {side} conversations in {cut.rows:,} rows: {cut.longer:,} are longer than a row, and "
+        )
+        line += f"{cut.cut:,} are cut by the end of a row"
+        lines.append(line + f"; {cut.without_target:,} rows without an answer are left out" * bool(cut.without_target))
+    return lines
 
 
 def _counted(numbers: Mapping[str, int]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from sorted_ds.data.loader import Batch, MicroBatch, Rows
+from sorted_ds.data.text.pieces import Piece
 from sorted_ds.nested.family import Family
 from sorted_ds.space.passes import Mode
 from sorted_ds.tasks.losses import Parts, Teacher, Terms
@@ -99,11 +100,17 @@ class Task(Protocol):
     def baseline(self, data: Any) -> Baseline | None:
         """Returns the loss of a trivial model of this data, or None."""
 
-    def rows(self, data: Any, row_tokens: int, is_validation: bool) -> Rows:
-        """Returns the training or the validation rows. Raises: UserError when there are none."""
+    def rows(self, data: Any, row_tokens: int, is_validation: bool, isolate: bool = False) -> Rows:
+        """Returns the training or the validation rows. Raises: UserError when there are none.
+
+        `isolate`: whether the documents of a row must not see each other.
+        """
 
     def collate(self, rows: Sequence[Any], size: int, row_tokens: int) -> MicroBatch:
         """Returns a micro-batch of `size` rows: these rows, and padding rows without targets."""
+
+    def pieces(self, data: Any, row: Any) -> list[Piece]:
+        """Returns what a person sees of a row."""
 
     # Model
 

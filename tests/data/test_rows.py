@@ -8,7 +8,7 @@ import torch
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import Loader, MicroBatch, deal, validation_batches
-from sorted_ds.data.rows import PackedRows
+from sorted_ds.data.rows import Cut, PackedRows, cut_of
 from tests.batches import TASK
 
 ROW_TOKENS = 5
@@ -56,8 +56,9 @@ def test_rows_are_the_text_cut_every_row_tokens_and_each_position_has_a_target(n
     plain = list(range(num_tokens))
     expected = [plain[k : k + 6] for k in range(0, num_tokens, 5) if k + 6 <= num_tokens]
     rows = PackedRows(np.array(plain, dtype="<u4"), 5)
-    assert [rows[k].tolist() for k in range(len(rows))] == expected
-    assert rows[0].dtype == np.int64
+    assert [rows[k].ids.tolist() for k in range(len(rows))] == expected
+    assert rows[0].ids.dtype == np.int64
+    assert all(rows[k].is_target.all() for k in range(len(rows)))
 
 
 def test_a_text_shorter_than_one_row_is_refused():
@@ -65,6 +66,34 @@ def test_a_text_shorter_than_one_row_is_refused():
         UserError, match=r"batch\.row_tokens = 5 is too long: the training text has 5 tokens, and one row needs 6"
     ):
         PackedRows(np.arange(5), 5)
+
+
+def whole_document(marks: list[int], tokens: int, isolate: bool = False) -> PackedRows:
+    return PackedRows(np.arange(tokens), 3, marks=np.array(marks, np.uint8), isolate=isolate)
+
+
+def test_marks_decide_what_is_learned_and_rows_without_a_target_are_left_out():
+    #        0  1  2 | 3  4  5 | 6  7  8 | 9, and the first token of the next row is the target of the last one
+    marks = [3, 0, 0, 0, 0, 0, 0, 2, 1, 1]
+    rows = whole_document(marks, 10)
+    assert [rows[k].ids.tolist() for k in range(len(rows))] == [[6, 7, 8, 9]], "token 0 is never predicted"
+    assert rows[0].is_target.tolist() == [False, False, True, True]
+    assert rows[0].begins.tolist() == [False, True, False, False]
+    assert rows[0].positions is None
+    expected = Cut(documents=2, longer=1, cut=2, rows=1, without_target=2)
+    assert cut_of(rows) == expected
+    with pytest.raises(UserError, match=r"none of the 3 training rows has an answer\. Use more text, or longer rows\."):
+        whole_document([3, *[0] * 9], 10)
+
+
+def test_isolated_documents_have_positions_of_their_own_and_their_first_token_is_not_learned():
+    rows = whole_document([3, 1, 1, 1, 3, 1, 3, 1, 1, 3], 10, isolate=True)
+    found = [(row.positions.tolist(), row.is_target[1:].tolist()) for row in (rows[k] for k in range(3))]
+    assert found == [([0, 1, 2], [True] * 3), ([0, 0, 1], [False, True, False]), ([0, 1, 2], [True, True, False])]
+    assert len(whole_document([2, 0, 0, 3, 0, 0, 3, 0, 0, 1], 10, isolate=True)) == 1
+    text = PackedRows(np.array([7, 7, 9, 7, 9, 7, 7]), 3, eos_id=9, isolate=True)
+    assert [text[k].positions.tolist() for k in range(2)] == [[0, 1, 2], [0, 1, 0]]
+    assert [text[k].is_target[1:].tolist() for k in range(2)] == [[True, True, False], [True, False, True]]
 
 
 def test_a_row_out_of_range_raises():

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import NO_TARGET
+from sorted_ds.data.rows import Row
 from sorted_ds.tasks import LOSS, TASKS, task_of
 from tests.batches import LLAMA, TASK, batch, summed
 from tests.families import tiny_model, tokens
@@ -22,12 +23,23 @@ def test_a_task_is_found_by_the_name_in_the_run_file():
 
 
 def test_a_micro_batch_holds_shifted_labels_and_is_filled_up_with_rows_without_targets():
-    rows = [np.array([5, 6, 7, 8, 9]), np.array([1, 2, 3, 4, 5])]
+    every, none = np.ones(5, bool), np.zeros(5, bool)
+    rows = [Row(np.array(ids), every, none) for ids in ([5, 6, 7, 8, 9], [1, 2, 3, 4, 5])]
     made = TASK.collate(rows, size=3, row_tokens=4)
     assert made.inputs["input_ids"].tolist() == [[5, 6, 7, 8], [1, 2, 3, 4], [0, 0, 0, 0]]
     assert made.inputs["labels"].tolist() == [[6, 7, 8, 9], [2, 3, 4, 5], [NO_TARGET] * 4]
     assert (made.num_rows, made.num_targets) == (2, 8)
     assert made.num_targets == (made.inputs["labels"] != NO_TARGET).sum()
+    assert list(made.inputs) == ["input_ids", "labels"]
+
+
+def test_what_is_not_learned_has_no_label_and_isolated_documents_have_positions():
+    is_target = np.array([True, False, True, True, False])
+    row = Row(np.array([5, 6, 7, 8, 9]), is_target, ~is_target, np.array([0, 0, 1, 2]))
+    made = TASK.collate([row], size=2, row_tokens=4)
+    assert made.inputs["labels"].tolist() == [[NO_TARGET, 7, 8, NO_TARGET], [NO_TARGET] * 4]
+    assert made.inputs["position_ids"].tolist() == [[0, 0, 1, 2], [0, 1, 2, 3]]
+    assert made.num_targets == 2
 
 
 def test_the_sums_are_those_of_the_models_own_logits():

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from sorted_ds.data.chat.conversation import TOOLS, Conversation, of_messages, of_prompt
+from sorted_ds.data.chat.template import ChatTemplate
 from sorted_ds.data.text.document import Document
 from sorted_ds.data.text.records import BYTE_ORDER_MARK, BadRecordError, Fields, decode, fields_of, records
 from sorted_ds.data.text.sources import Source
@@ -44,6 +46,11 @@ class Reading:
         return self.names or FIELDS[self.form]
 
     @property
+    def is_chat(self) -> bool:
+        """Returns whether the records are conversations."""
+        return self.form != "text"
+
+    @property
     def identity(self) -> dict[str, object]:
         """Returns what of the reading decides the documents. It is empty for what version 0.1 did."""
         facts: dict[str, object] = {"form": self.form, "fields": self.fields, "skip_bad": self.skip_bad}
@@ -64,6 +71,8 @@ class Unread:
     """How many records have a key that is not read, for the first `MOST_KEYS` keys."""
     further_keys: int = 0
     """How often records have any other key."""
+    unanswered: int = 0
+    """Number of conversations without an answer."""
     bad: Counter[str] = field(default_factory=Counter)
     """How many records `data.skip_bad` left out, by the reason."""
 
@@ -79,11 +88,15 @@ class Unread:
 class Reader:
     """Reads the documents of files, all in the same way."""
 
-    def __init__(self, reading: Reading = PLAIN):
-        self.reading = reading
+    def __init__(self, reading: Reading = PLAIN, template: ChatTemplate | None = None):
+        """`template` writes conversations, if the records hold some."""
+        self.reading, self.template = reading, template
+        self.wanted = (*reading.fields, TOOLS) if reading.form == "messages" else reading.fields
 
     def documents(self, source: Source, unread: Unread | None = None) -> Iterator[Document]:
-        """Yields the documents of a file in order, except blank ones. `unread` counts what is left out.
+        """Yields the documents of a file in order, except blank ones and conversations without an answer.
+
+        `unread` counts what is left out.
 
         Raises: UserError for a file that is damaged; BadRecordError for a record that cannot be used, unless those are
         skipped.
@@ -97,24 +110,43 @@ class Reader:
                     raise
                 unread.bad[error.what] += 1
                 continue
-            if document.text and not document.text.isspace():
+            if document is not None:
                 yield document
-            else:
-                unread.blank += 1
 
-    def _found(self, source: Source, unread: Unread) -> Iterator[Callable[[], Document]]:
-        """Yields a function for each document, which makes it."""
+    def _found(self, source: Source, unread: Unread) -> Iterator[Callable[[], Document | None]]:
+        """Yields a function for each document, which makes it, or counts it and returns None."""
         if source.kind == "text":
-            yield partial(_whole_file, source.path)
+            yield partial(_whole_file, source.path, unread)
             return
-        for where, record in records(source.path, source.kind, self.reading.fields, unread.add_keys):
+        for where, record in records(source.path, source.kind, self.wanted, unread.add_keys):
             yield partial(self._document, where, record, unread)
 
-    def _document(self, where: str, record: bytes | Fields, unread: Unread) -> Document:
+    def _document(self, where: str, record: bytes | Fields, unread: Unread) -> Document | None:
         fields = fields_of(where, record)
-        document = _text(text_in(where, fields, self.reading.fields[0]))
-        unread.add_keys(key for key in fields if key not in self.reading.fields)
+        if self.reading.is_chat:
+            document = self._chat(where, fields, unread)
+        else:
+            document = _text(text_in(where, fields, self.reading.fields[0]), unread)
+        unread.add_keys(key for key in fields if key not in self.wanted)
         return document
+
+    def _chat(self, where: str, fields: Fields, unread: Unread) -> Document | None:
+        assert self.template is not None
+        conversation = self._conversation(where, fields)
+        if conversation.is_empty:
+            unread.blank += 1
+        elif not conversation.is_answered:
+            unread.unanswered += 1
+        else:
+            document = self.template.render(conversation, where)
+            whole(where, document.text)
+            return document
+        return None
+
+    def _conversation(self, where: str, fields: Fields) -> Conversation:
+        if self.reading.form == "messages":
+            return of_messages(where, fields, self.reading.fields[0])
+        return of_prompt(*(text_in(where, fields, name) for name in self.reading.fields))
 
 
 def text_in(where: str, fields: Fields, name: str) -> str:
@@ -135,9 +167,13 @@ def whole(where: str, text: str) -> str:
     return text
 
 
-def _whole_file(path: Path) -> Document:
-    return _text(decode(path.read_bytes().removeprefix(BYTE_ORDER_MARK), str(path)))
+def _whole_file(path: Path, unread: Unread) -> Document | None:
+    return _text(decode(path.read_bytes().removeprefix(BYTE_ORDER_MARK), str(path)), unread)
 
 
-def _text(text: str) -> Document:
-    return Document(text.removeprefix("\ufeff"))
+def _text(text: str, unread: Unread) -> Document | None:
+    text = text.removeprefix("\ufeff")
+    if text and not text.isspace():
+        return Document(text)
+    unread.blank += 1
+    return None

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced
+from sorted_ds.data.chat.template import ChatTemplate
 from sorted_ds.data.text.content_key import content_key
-from sorted_ds.data.text.documents import PLAIN, Reader, Reading, Unread
+from sorted_ds.data.text.document import Document
+from sorted_ds.data.text.documents import FIELDS, PLAIN, Reader, Reading, Unread
 from sorted_ds.data.text.encode import Encoding, OnProgress, has_dropout, token_dtype, write_tokens
 from sorted_ds.data.text.sources import TRAIN_SPLIT, Found, Source, find_files
 from sorted_ds.data.text.split import Split, split_documents
@@ -57,6 +59,31 @@ class DataSpec:
     """The subset of a data set of the hub that has several."""
     split: str = TRAIN_SPLIT
     """The split of a data set that has several."""
+
+    def reader(self) -> Reader:
+        """Returns what reads the files. Raises: UserError when conversations have no chat template."""
+        is_chat, name = self.reading.is_chat, self.tokenizer
+        if is_chat and name == TRAIN_A_TOKENIZER:
+            raise UserError(
+                f'data.form = "{self.reading.form}" needs a tokenizer with a chat template, and one that is trained '
+                "has none. Name the tokenizer of a chat model in data.tokenizer."
+            )
+        if is_chat and self.text:
+            raise UserError(
+                f'data.form = "{self.reading.form}" is for data.files, but data.text is set too. Remove data.text.'
+            )
+        if is_chat and self.bos is not None:
+            raise UserError(
+                f'data.form = "{self.reading.form}" lets the chat template write the beginning-of-text token. Remove '
+                "data.bos."
+            )
+        wanted = FIELDS[self.reading.form]
+        if len(self.reading.fields) != len(wanted):
+            raise UserError(
+                f'data.fields = {list(self.reading.names)}, but data.form = "{self.reading.form}" reads '
+                f"{len(wanted)} of a record, by default {', '.join(wanted)}. Name {len(wanted)} in data.fields."
+            )
+        return Reader(self.reading, ChatTemplate(load_tokenizer(name), name) if is_chat else None)
 
     def found(self) -> Found:
         """Returns the files. Raises: UserError when some are missing."""
@@ -101,7 +128,7 @@ def _key(spec: DataSpec, sources: Sequence[Source], cache_dir: Path, workers: in
     else:
         tokenizer = load_tokenizer(spec.tokenizer)
         settings |= {"tokenizer": tokenizer_identity(spec.tokenizer, tokenizer), "vocab_size": None}
-        has_bos = leads_with_bos(tokenizer, spec.bos)
+        has_bos = not spec.reading.is_chat and leads_with_bos(tokenizer, spec.bos)
         if has_dropout(tokenizer.backend_tokenizer):  # Earlier versions encoded with it, so their tokens are others.
             settings["dropout"] = False
     if has_bos:  # Keys without it are those of version 0.1.
@@ -128,7 +155,7 @@ def _prepare_folder(
 def _write_contents(
     spec: DataSpec, sources: Sequence[Source], hidden: Path, workers: int, on_progress: OnProgress
 ) -> None:
-    reader = Reader(spec.reading)
+    reader = spec.reader()
     split = split_documents(_all_texts(reader, sources), spec.validation_fraction, spec.seed)
     if spec.tokenizer == TRAIN_A_TOKENIZER:
         training = (text for text in _all_texts(reader, sources) if not split.is_validation(text))
@@ -139,9 +166,10 @@ def _write_contents(
         tokenizer = load_tokenizer(spec.tokenizer)
         save_tokenizer(tokenizer, hidden / TOKENIZER_DIR)
     vocabulary = vocabulary_of(tokenizer)
-    bos_id = vocabulary.bos_id if leads_with_bos(tokenizer, spec.bos) else None
+    is_chat = spec.reading.is_chat
+    bos_id = vocabulary.bos_id if not is_chat and leads_with_bos(tokenizer, spec.bos) else None
     tokenizer_file = hidden / TOKENIZER_DIR / "tokenizer.json"
-    encoding = Encoding(tokenizer_file, bos_id, vocabulary.eos_id, token_dtype(vocabulary.size))
+    encoding = Encoding(tokenizer_file, bos_id, vocabulary.eos_id, token_dtype(vocabulary.size), is_chat)
     census = Census(reader, split)
     write_tokens(census.sided(sources), encoding, hidden, workers, split.num_characters, on_progress)
     write_meta(hidden, vocabulary, encoding, census.counts(len(sources)))
@@ -155,7 +183,7 @@ class Census:
         self.documents, self.bytes = [0, 0], [0, 0]
         self.unread = Unread()
 
-    def sided(self, sources: Sequence[Source]) -> Iterator[tuple[str, bool]]:
+    def sided(self, sources: Sequence[Source]) -> Iterator[tuple[Document, bool]]:
         """Yields all documents in order, each with whether it is for validation."""
         for source in sources:
             for document in self.reader.documents(source, self.unread):
@@ -163,7 +191,7 @@ class Census:
                 is_validation = self.split.is_validation(text)
                 self.documents[is_validation] += 1
                 self.bytes[is_validation] += len(text.encode())
-                yield text, is_validation
+                yield document, is_validation
 
     def counts(self, num_files: int) -> Counts:
         """Returns what was counted."""
@@ -175,6 +203,7 @@ class Census:
             unread_keys=dict(self.unread.keys),
             further_keys=self.unread.further_keys,
             blank=self.unread.blank,
+            unanswered=self.unread.unanswered,
             bad=dict(self.unread.bad),
         )
 

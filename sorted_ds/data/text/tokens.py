@@ -4,6 +4,7 @@
     FOLDER/train.bin        token ids, flat, little-endian; the end-of-text token follows each document,
                             and the beginning-of-text token leads it if `begins_with_bos`
     FOLDER/validation.bin
+    FOLDER/train_marks.bin, validation_marks.bin    only for conversations: a byte for each token (rows.py)
     FOLDER/meta.json        type, vocabulary and number of the token ids
 
 In: a folder. Out: `TokenizedText`, its tokens mapped from disk after a check of their number.
@@ -18,12 +19,21 @@ from typing import Any
 import numpy as np
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.data.rows import TARGET, Cut
 from sorted_ds.data.text.content_key import FORMAT
-from sorted_ds.data.text.encode import TRAIN_FILE, VALIDATION_FILE, Encoding
+from sorted_ds.data.text.encode import (
+    TRAIN_FILE,
+    TRAIN_MARKS,
+    VALIDATION_FILE,
+    VALIDATION_MARKS,
+    Encoding,
+)
 from sorted_ds.data.text.tokenizer import Vocabulary
 
 META_FILE = "meta.json"
 TOKENIZER_DIR = "tokenizer"
+MARK = "<u1"
+"""The type of a mark."""
 CHUNK_TOKENS = 2**20
 """Number of tokens that are counted at a time, in 8 MiB."""
 
@@ -43,6 +53,8 @@ class Counts:
     """How often records have further keys. 0 also if an earlier version prepared the tokens."""
     blank: int = 0
     """Number of documents that are blank and left out. 0 also if an earlier version prepared the tokens."""
+    unanswered: int = 0
+    """Number of conversations without an answer, which are left out."""
     bad: Mapping[str, int] = field(default_factory=dict)
     """How many records `data.skip_bad` left out, by the reason."""
 
@@ -62,10 +74,15 @@ class TokenizedText:
     validation: np.ndarray
     unigram_nats: float
     """Loss per validation token of a unigram model that counts the training tokens, each count plus one."""
+    train_marks: np.ndarray | None = None
+    """For conversations: which tokens begin one, and which are learned (rows.py). Shape: uint8 [tokens]."""
+    validation_marks: np.ndarray | None = None
     counts: Counts | None = None
     """None if an earlier version prepared the tokens."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """How many files below the named folders are not read, by the reason."""
+    cut: Mapping[str, Cut] = field(default_factory=dict)
+    """What became of conversations in the rows of a run, for training and validation."""
 
     @property
     def folder(self) -> Path:
@@ -91,6 +108,7 @@ class _Meta:
     validation_tokens: int
     unigram_nats: float
     begins_with_bos: bool = False
+    is_chat: bool = False
     counts: dict | None = None
     """A `Counts`, which earlier versions did not write."""
 
@@ -107,6 +125,8 @@ def open_tokens(folder: Path) -> TokenizedText:
         train=_map_tokens(folder / TRAIN_FILE, meta.dtype, meta.train_tokens),
         validation=_map_tokens(folder / VALIDATION_FILE, meta.dtype, meta.validation_tokens),
         unigram_nats=meta.unigram_nats,
+        train_marks=_map_tokens(folder / TRAIN_MARKS, MARK, meta.train_tokens) if meta.is_chat else None,
+        validation_marks=_map_tokens(folder / VALIDATION_MARKS, MARK, meta.validation_tokens) if meta.is_chat else None,
         counts=None if meta.counts is None else _counts_of(**meta.counts),
     )
 
@@ -118,6 +138,9 @@ def _counts_of(documents: list[int], bytes: list[int], **others: Any) -> Counts:
 def write_meta(folder: Path, vocabulary: Vocabulary, encoding: Encoding, counts: Counts) -> None:
     """Counts the tokens of both files and writes meta.json."""
     train, validation = (np.memmap(folder / name, encoding.dtype, "r") for name in (TRAIN_FILE, VALIDATION_FILE))
+    names = (TRAIN_MARKS, VALIDATION_MARKS)
+    marks = [np.memmap(folder / name, MARK, "r") if encoding.is_chat else None for name in names]
+    learned = [_count(tokens, own, vocabulary.size) for tokens, own in zip((train, validation), marks, strict=True)]
     meta = _Meta(
         format=FORMAT,
         dtype=encoding.dtype,
@@ -127,16 +150,20 @@ def write_meta(folder: Path, vocabulary: Vocabulary, encoding: Encoding, counts:
         begins_with_bos=encoding.bos_id is not None,
         train_tokens=len(train),
         validation_tokens=len(validation),
-        unigram_nats=_unigram_nats(_count(train, vocabulary.size), _count(validation, vocabulary.size)),
+        is_chat=encoding.is_chat,
+        unigram_nats=_unigram_nats(*learned),
         counts=asdict(counts),
     )
     (folder / META_FILE).write_text(json.dumps(asdict(meta), indent=1) + "\n", encoding="utf-8")
 
 
-def _count(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+def _count(tokens: np.ndarray, marks: np.ndarray | None, vocab_size: int) -> np.ndarray:
+    """Returns how often each token is learned. Shape [vocab_size]."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), CHUNK_TOKENS):
-        counts += np.bincount(tokens[start : start + CHUNK_TOKENS], minlength=vocab_size)
+        part = slice(start, start + CHUNK_TOKENS)
+        learned = tokens[part] if marks is None else tokens[part][marks[part] & TARGET > 0]
+        counts += np.bincount(learned, minlength=vocab_size)
     return counts
 
 
