@@ -7,16 +7,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from sorted_ds.engine.modes import check_modes
 from sorted_ds.families import family_of
 from sorted_ds.run.build import space_of
+from sorted_ds.run.config import SCRATCH
 from sorted_ds.run.model_config import model_config
 from sorted_ds.run.run_file import load_engine_config, load_run
 from sorted_ds.space import AXES
 from sorted_ds.space.axes import DEPTH
+from sorted_ds.tasks.causal_lm import data_spec
+from tests.chats import PLAIN, chat_tokenizer
 
 ROOT = Path(__file__).parent.parent
+SMOLLM2 = {
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49_152,
+}
+"""The sizes of the model that chat.toml names. The test does not ask the hub."""
 PACKAGE = ROOT / "sorted_ds"
 
 LINE = (
@@ -229,10 +242,16 @@ def test_every_public_module_says_where_it_stands():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "runs").glob("*.toml")), ids=lambda path: path.name)
-def test_every_shipped_run_file_is_valid(path):
+def test_every_shipped_run_file_is_valid(path, chat_base, tmp_path):
     run = load_run(path)
+    overrides = []
     if not run.engine.deepspeed.exists():  # text.toml is to be copied, with one of these beside it
-        run = load_run(path, [f"engine.deepspeed=../../ds_configs/{run.engine.deepspeed.name}"])
+        overrides.append(f"engine.deepspeed=../../ds_configs/{run.engine.deepspeed.name}")
+    if run.model.init != SCRATCH:  # chat.toml names a model of the hub
+        LlamaConfig(**SMOLLM2).save_pretrained(tmp_path)
+        overrides.append(f"model.init={chat_tokenizer(chat_base, tmp_path, PLAIN)}")
+    run = load_run(path, overrides)
+    data_spec(run).reader()
     config = model_config(run)
     assert len(space_of(run, family_of(config.model_type), config)) > 1
     check_modes(load_engine_config(run.engine.deepspeed), run.engine.deepspeed.name)

@@ -29,7 +29,7 @@ generated from the docstrings of the configuration by `python tools/reference.py
 - `sorted-ds plan my.toml` checks the whole file and trains nothing.
 
 The repository has complete run files in `launch/runs/`: `demo.toml` for the demo, `text.toml` as a start for your own
-text, and `1b.toml`, `8b.toml` and `70b.toml` for clusters.
+text, `chat.toml` for your own conversations, and `1b.toml`, `8b.toml` and `70b.toml` for clusters.
 """
 TOP_LEVEL = """\
 ## Top level
