@@ -330,11 +330,9 @@ def _conversations(data: TokenizedText) -> list[str]:
     """Returns lines about what became of conversations in rows."""
     lines = ["the tokenizer's chat template writes each conversation, and only its answers are learned"]
     for side, cut in data.cut.items():
-        line = (
-            f"{cut.documents:,} {side} conversations in {cut.rows:,} rows: {cut.longer:,} are longer than a row, and "
-        )
-        line += f"{cut.cut:,} are cut by the end of a row"
-        lines.append(line + f"; {cut.without_target:,} rows without an answer are left out" * bool(cut.without_target))
+        line = f"{cut.documents:,} {side} conversations in {cut.rows:,} rows: {cut.longer:,} are longer than a row, "
+        line += f"and {cut.cut:,} are cut by the end of a row"
+        lines.append(line + f"; rows without an answer are left out: {cut.without_target:,}" * bool(cut.without_target))
     return lines
 
 

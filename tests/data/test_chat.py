@@ -16,8 +16,10 @@ from sorted_ds.data.rows import BEGINS, TARGET
 from sorted_ds.data.text.documents import Reading
 from sorted_ds.data.text.prepare import DataSpec, prepare
 from sorted_ds.data.text.tokenizer import load_tokenizer
+from sorted_ds.run.run_file import load_run
 from sorted_ds.tasks.causal_lm import CausalLM
 from tests.chats import CONVERSATIONS, FORGETFUL, MARKED, PLAIN, TOOL, WITH_TOOLS, chat_tokenizer, lines, turns
+from tests.runs import run_file
 
 
 def spec_of(path: Path, tokenizer: str, form: str = "messages", **reading) -> DataSpec:
@@ -186,3 +188,24 @@ def test_a_tokenizer_without_a_template_is_one_line(chat_base, tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"messages": each} for each in CONVERSATIONS])
     with pytest.raises(UserError, match=rf"^data\.tokenizer: '{name}' has no chat template, .* beside its files\.$"):
         prepare(spec_of(path, name), tmp_path / "cache", 1)
+
+
+def test_what_becomes_of_conversations_in_rows_is_told(chat_base, tmp_path):
+    tokenizer = chat_tokenizer(chat_base, tmp_path / "chat", PLAIN)
+    run = run_file(tmp_path)
+    lines(
+        tmp_path / "chat.jsonl",
+        [{"messages": turns("why? " * 40, "so")}, *({"messages": turns(f"{k}", "so")} for k in range(30))],
+    )
+    overrides = ['data.files=["chat.jsonl"]', "data.form=messages", "data.text=[]", f"data.tokenizer={tokenizer}"]
+    task, settings = CausalLM(), load_run(run, overrides)
+    data = task.prepare(settings, lambda done, total: None)
+    facts = task.describe(data)["rows"]
+    assert facts["training"]["documents"] + facts["validation"]["documents"] == 31
+    assert facts["training"]["longer"] + facts["validation"]["longer"] == 1
+    for side, cut in facts.items():
+        told = f"{cut['documents']} {side} conversations in {cut['rows']} rows: {cut['longer']} are longer than a row, "
+        assert any(line.startswith(f"{told}and {cut['cut']} are cut by the end of a row") for line in task.notes(data))
+    without = sum(cut["without_target"] for cut in facts.values())
+    assert without > 0
+    assert any(f"; rows without an answer are left out: {without}" in line for line in task.notes(data))

@@ -13,6 +13,7 @@ from sorted_ds.commands.cli import main
 from sorted_ds.data.loader import Loader
 from sorted_ds.data.rows import Row
 from sorted_ds.data.text.tokenizer import load_tokenizer
+from sorted_ds.run.monitor import TRAINING_LOSS
 from sorted_ds.run.run_file import load_run
 from sorted_ds.tasks import task_of
 from tests.chats import PLAIN, chat_tokenizer, lines, turns
@@ -21,7 +22,13 @@ from tests.run.test_init import run_of
 
 RATE = 0.05
 SETTINGS = ["train.steps=1", "checkpoint.every_steps=1", "optim.name=sgd", f"optim.learning_rate={RATE}"]
-SETTINGS += ["optim.clip_norm=0", "optim.decay=constant", "optim.warmup_steps=0", "sampling.strategy=full"]
+SETTINGS += [
+    "optim.clip_norm=0",
+    "optim.weight_decay=0",
+    "optim.decay=constant",
+    "optim.warmup_steps=0",
+    "sampling.strategy=full",
+]
 """One step of plain SGD of the full network, on 8 rows: 4 on each rank."""
 
 
@@ -81,8 +88,8 @@ def test_a_step_on_two_ranks_is_that_of_plain_hugging_face_on_each_conversation(
     assert sum(per_row[::2]) != sum(per_row[1::2]), "the ranks have different numbers of targets"
     nll, num_targets = plain_sums(model, rows)
     (nll / num_targets).backward()
-    logged = next(row for row in metrics(trained) if "loss/train" in row)
-    assert logged["loss/train"] == pytest.approx(float(nll.detach()) / num_targets, rel=1e-6)
+    logged = next(row for row in metrics(trained) if TRAINING_LOSS in row)
+    assert logged[TRAINING_LOSS] == pytest.approx(float(nll.detach()) / num_targets, rel=1e-6)
     own = AutoModelForCausalLM.from_pretrained(run_dir(trained) / "model").state_dict()
     moved = 0.0
     with torch.no_grad():
