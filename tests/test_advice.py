@@ -566,6 +566,7 @@ ELSEWHERE = {
     "but the max_position_embeddings of {} = {}": "tests/run/test_loss_terms.py",
     "already exists. Name another --out": "tests/run/test_sorting.py",
     "Run `sorted-ds prepare` with this run file first": "tests/run/test_sorting.py",
+    "which sorts it again": "tests/run/test_sorting.py",
     "was not made from the weights of model.init": "tests/run/test_sorting.py",
     "has a checkpoint of step": "tests/run/test_train_errors.py",
     "To go on from there without this step": "tests/run/test_train_errors.py",

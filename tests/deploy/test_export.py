@@ -283,7 +283,7 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_an_unknown_sub_network_is_refused_with_near_ones(tmp_path):
-    with pytest.raises(UserError, match=r"d2-g3-f81 is not in the space\. Nearest that are: d2-g3-f80"):
+    with pytest.raises(UserError, match=r"d2-g3-f81 cannot be cut from this family\. Nearest that can: d2-g3-f80"):
         exported(trained_run(tmp_path / "run"), tmp_path / "small", "d2-g3-f81")
 
 
