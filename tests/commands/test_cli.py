@@ -19,7 +19,7 @@ from tests.launched import hears_all
 from tests.runs import run_file
 from tests.trained import made_up_table, measured_run, trained_run
 
-COMMANDS = ["plan", "prepare", "sort", "train", "launch", "eval", "select", "generate", "export"]
+COMMANDS = ["plan", "prepare", "preview", "sort", "train", "launch", "eval", "select", "generate", "export"]
 ROOT = Path(__file__).parents[2]
 
 
