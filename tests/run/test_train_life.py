@@ -89,13 +89,13 @@ LEAVING = """
 import sys
 from sorted_ds.run import evaluation, train
 from sorted_ds.cluster.stop import listen
-measure, times, last = evaluation.measure, [], int(sys.argv.pop(1))
+evaluate, times, last = evaluation.evaluate_subnets, [], int(sys.argv.pop(1))
 def leave_after(*args, **kwargs):
     times.append(len(args[1]))
     if len(times) == last:
         (train.load_run(train.Path(sys.argv[1])).run_dir / "stop").touch()
-    return measure(*args, **kwargs)
-evaluation.measure = leave_after
+    return evaluate(*args, **kwargs)
+evaluation.evaluate_subnets = leave_after
 listen()
 code = train.main(sys.argv[1:])
 sys.stdout.write(f"evaluated {times}\\n")
