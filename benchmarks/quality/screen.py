@@ -19,10 +19,6 @@ FULL, SMALL, MIDDLE = "d6-g4-f384", "d2-g2-f192", "d4-g2-f192"
 SHOWN = (SMALL, MIDDLE, FULL)
 
 
-def seeds(name: str, *overrides: str, numbers: Iterable[int] = (1, 2, 3), **more: Any) -> list[Trial]:
-    return [Trial(name, overrides, seed=number, **more) for number in numbers]
-
-
 def tuned(name: str, *overrides: str, rows: Sequence[int], rates: Sequence[float], **more: Any) -> list[Trial]:
     """Returns a trial for each number of rows a step and each learning rate."""
     return [

@@ -59,7 +59,29 @@ class Draft(Protocol):
         """Keeps these rows, by their numbers."""
 
 
-class OwnDraft:
+class TwoCaches:
+    """What both kinds of draft do with what the draft and the model that verifies have seen."""
+
+    _draft: Cached
+    _verifier: Cached
+
+    @property
+    def seen(self) -> Tensor:
+        return self._draft.seen
+
+    @property
+    def verified(self) -> Tensor:
+        return self._verifier.seen
+
+    def propose(self, ids: Tensor, seen: Tensor) -> Tensor:
+        return self._draft.run(ids, seen, 1)
+
+    def select(self, rows: Tensor) -> None:
+        self._draft.select(rows)
+        self._verifier.select(rows)
+
+
+class OwnDraft(TwoCaches):
     """Any plain model as the draft of another one, with a cache of its own."""
 
     def __init__(self, target: PreTrainedModel, draft: PreTrainedModel):
@@ -71,36 +93,21 @@ class OwnDraft:
 
     def begin(self, num_rows: int) -> None:
         self._draft = Cached(self.draft, num_rows, new_layers(self.draft))
-        self._target = Cached(self.target, num_rows, new_layers(self.target))
-
-    @property
-    def seen(self) -> Tensor:
-        return self._draft.seen
-
-    def propose(self, ids: Tensor, seen: Tensor) -> Tensor:
-        return self._draft.run(ids, seen, 1)
-
-    @property
-    def verified(self) -> Tensor:
-        return self._target.seen
+        self._verifier = Cached(self.target, num_rows, new_layers(self.target))
 
     def verify(self, ids: Tensor, seen: Tensor, num_logits: int) -> Tensor:
-        return self._target.run(ids, seen, num_logits)
+        return self._verifier.run(ids, seen, num_logits)
 
     def forget(self, num_tokens: Tensor) -> None:
         """The draft also forgets the last but one, so that it misses equally many in each row: two.
 
         Where all proposed tokens were kept, it has not seen the last one of them.
         """
-        self._target.forget(num_tokens - 1)
+        self._verifier.forget(num_tokens - 1)
         self._draft.forget(num_tokens - 2)
 
-    def select(self, rows: Tensor) -> None:
-        self._target.select(rows)
-        self._draft.select(rows)
 
-
-class SharedDraft:
+class SharedDraft(TwoCaches):
     """The first layers of a target as its draft. The target's other layers continue what the draft has computed."""
 
     def __init__(self, target: PreTrainedModel, draft: PreTrainedModel, tail: PreTrainedModel, final_norm: str):
@@ -119,34 +126,19 @@ class SharedDraft:
         layers = new_layers(self.target)
         depth = self.draft.config.num_hidden_layers
         self._draft = Cached(self.draft, num_rows, layers[:depth])
-        self._tail = Cached(self.tail, num_rows, layers[depth:])
+        self._verifier = Cached(self.tail, num_rows, layers[depth:])
         self._hidden.clear()
-
-    @property
-    def seen(self) -> Tensor:
-        return self._draft.seen
-
-    def propose(self, ids: Tensor, seen: Tensor) -> Tensor:
-        return self._draft.run(ids, seen, 1)
-
-    @property
-    def verified(self) -> Tensor:
-        return self._tail.seen
 
     def verify(self, ids: Tensor, seen: Tensor, num_logits: int) -> Tensor:
         num_computed = sum(hidden.shape[1] for hidden in self._hidden)
         self._draft.run(ids[:, num_computed:], seen, 1)
         hidden = torch.cat(self._hidden, dim=1)
         self._hidden.clear()
-        return self._tail.run(hidden, seen, num_logits)
+        return self._verifier.run(hidden, seen, num_logits)
 
     def forget(self, num_tokens: Tensor) -> None:
         self._draft.forget(num_tokens - 1)
-        self._tail.forget(num_tokens - 1)
-
-    def select(self, rows: Tensor) -> None:
-        self._draft.select(rows)
-        self._tail.select(rows)
+        self._verifier.forget(num_tokens - 1)
 
 
 def draft_of(model: PreTrainedModel, target: SubNet | str, draft: SubNet | str, space: SubNetSpace) -> Draft:

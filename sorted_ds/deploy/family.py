@@ -156,8 +156,8 @@ class TrainedFamily:
         max_memory_gib: float | None = None,
         max_loss_gap: float | None = None,
         min_accuracy: float | None = None,
-        batch: int = 1,
-        context: int = 512,
+        batch: int = Setting.batch,
+        context: int = Setting.context,
     ) -> PreTrainedModel:
         """Returns the sub-network with the lowest measured loss within budgets, as a view.
 

@@ -32,10 +32,8 @@ from sorted_ds.deploy.predict import errors, fit, num_needed
 from sorted_ds.deploy.speed import MeasuredOn, Setting, Speed
 from sorted_ds.space import SubNet
 
-CONTEXT = 512
-"""The context that is measured unless another one is asked for, or the model allows only less."""
 MEASURED_AT_MOST = 32
-"""Of more sub-networks than this, the others are predicted."""
+"""If there are more sub-networks than this, the others are predicted."""
 ROUNDS = 7
 DECODED = 8
 """How often a round decodes the token after the prompt. Each time starts with the same cache."""
@@ -56,7 +54,7 @@ class Run:
 
 
 def settings_of(family: TrainedFamily, batches: Sequence[int], contexts: Sequence[int]) -> list[Setting]:
-    """Returns every combination; without contexts, with `CONTEXT` or what the model allows.
+    """Returns every combination; without contexts, with that of `Setting` or what the model allows.
 
     Raises: UserError for a model without a cache, and for a context that the model does not allow.
     """
@@ -68,7 +66,7 @@ def settings_of(family: TrainedFamily, batches: Sequence[int], contexts: Sequenc
         if context < 2 or (most is not None and context > most):
             limit = f" and at most max_position_embeddings = {most}" if most is not None else ""
             raise UserError(f"--context {context} cannot be measured. Name at least 2{limit}.")
-    chosen = contexts or [CONTEXT if most is None else min(CONTEXT, most)]
+    chosen = contexts or [Setting.context if most is None else min(Setting.context, most)]
     return sorted({Setting(batch, context) for batch in batches for context in chosen})
 
 

@@ -216,9 +216,8 @@ def keep_sampled(proposed: Tensor, chances: Tensor | None, wanted: Tensor) -> tu
     accepted = (torch.rand_like(q) * q < p).long().cumprod(1).sum(1)
     rest = torch.cat(((wanted[:, :-1] - chances).clamp(min=0), wanted[:, -1:]), 1)
     rest, wanted_there = (_at(x, accepted) for x in (rest, wanted))
-    return accepted, _draw(
-        torch.where(rest.sum(-1, keepdim=True) > 0, rest, wanted_there)
-    )  # p and q equal but for rounding
+    is_some_left = rest.sum(-1, keepdim=True) > 0  # none where p and q are equal but for rounding
+    return accepted, _draw(torch.where(is_some_left, rest, wanted_there))
 
 
 def _at(values: Tensor, positions: Tensor) -> Tensor:
