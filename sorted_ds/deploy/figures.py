@@ -59,8 +59,9 @@ def draw_pareto(table: Sequence[Measured], baseline: Mapping[str, float] | None,
     title = f"{len(trained)}{of_all} measured sub-networks of one network"
     axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=INK, pad=26)
     _draw_baseline(axes, table, baseline or {})
+    never = [] if len(trained) == len(table) else [_hollow(f"{len(table) - len(trained)} never trained")]
     figure.legend(
-        handles=style.handles(),
+        handles=[*style.handles(), *never],
         loc="outside right upper",
         frameon=False,
         fontsize=11,
@@ -130,6 +131,10 @@ def _dot(label: str, color, marker: str = "o", area: float = 90.0) -> Line2D:
     return Line2D([], [], color=color, marker=marker, label=label, **style)
 
 
+def _hollow(label: str) -> Line2D:
+    return Line2D([], [], color=PALE, marker="o", label=label, linestyle="", markerfacecolor="white", markersize=9.5)
+
+
 def _title(text: str) -> Line2D:
     label = "$\\bf{" + text.replace(" ", "\\ ") + "}$" if text else ""
     return Line2D([], [], linestyle="", label=label)
@@ -187,8 +192,6 @@ def _label(axes: Axes, table: Sequence[Measured]) -> None:
 def _draw_baseline(axes: Axes, table: Sequence[Measured], baseline: Mapping[str, float]) -> None:
     """Draws the baseline's loss as a line if it is near the points; otherwise the text under the title states it."""
     caption = f"{table[0].num_targets:,} validation targets, the same for all"
-    if num_never := sum(not row.is_trained for row in table):
-        caption += f"; {num_never} hollow ones were never trained"
     low, high = axes.get_ylim()
     for name, loss in baseline.items():
         if high < loss <= high + BASELINE_MARGIN * (high - low):
