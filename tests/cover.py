@@ -238,9 +238,9 @@ def _rms(found: dict, right: dict | None = None) -> float:
 
 
 # In fp32 SGD rounds to about 1e-7, and AdamW at the eps of `Case.optim` to about 5e-7, on every CPU. DeepSpeed's own
-# AdamW on the CPU computes the update in another order, to about 1e-5 of the rate. Each part of the fix that is switched
-# off costs over 1e-3. bf16 holds 8 bits: at so small a rate AdamW's weights show little there, and its moments and its
-# update show more.
+# AdamW on the CPU computes the update in another order, to about 1e-5 of the rate. Each part of the fix that is
+# switched off costs over 1e-3. bf16 holds 8 bits: at so small a rate AdamW's weights show little there, and its moments
+# and its update show more.
 FP32_BOUNDS = {
     "sgd": Error(1e-6, 0.0, 1e-5, 0.0, math.inf),
     "adamw": Error(5e-6, 2e-6, 1e-5, 2e-5, math.inf),

@@ -222,9 +222,11 @@ def _add_eval(commands: Commands) -> None:
         "eval",
         "measure sub-networks on the validation rows",
         "The command prints the table, and writes it to subnets.json, model/sorted.json and, as a figure, pareto.png.\n"
-        "--measure adds times and memory. Losses that the table already has are then kept, unless --rows is given.",
+        "--measure adds times and memory, and --tasks adds scores in the tasks of lm_eval. With either, losses that\n"
+        "the table already has are kept, unless --rows is given.",
         f"sorted-ds eval {EXAMPLE_RUN_DIR} --subnets d6-g4-f384,d2-g1-f96\n"
-        f"  sorted-ds eval {EXAMPLE_RUN_DIR} --measure --batch 1,8 --context 128,512",
+        f"  sorted-ds eval {EXAMPLE_RUN_DIR} --measure --batch 1,8 --context 128,512\n"
+        f"  sorted-ds eval {EXAMPLE_RUN_DIR} --tasks arc_easy,piqa --limit 500",
     )
     _add_dir(parser)
     parser.add_argument("--subnets", metavar="NAME,NAME", help="measure only these sub-networks (default: all)")
@@ -236,6 +238,16 @@ def _add_eval(commands: Commands) -> None:
     parser.add_argument("--batch", type=_positives, metavar="N,N", help=text)
     text = "with --measure: numbers of tokens that a decoded token attends to (default: 512)"
     parser.add_argument("--context", type=_positives, metavar="N,N", help=text)
+    text = "also score in these tasks of lm_eval: names, groups, or YAML files; needs sorted-ds[eval]"
+    parser.add_argument("--tasks", metavar="TASK,TASK", help=text)
+    text = "with --tasks: a folder of YAML files that define more tasks"
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help=text)
+    text = "with --tasks: number of questions of each task (default: all)"
+    parser.add_argument("--limit", type=_positive, metavar="N", help=text)
+    text = "with --tasks: number of examples before each question (default: the task's own)"
+    parser.add_argument("--num-fewshot", type=_natural, metavar="N", help=text)
+    text = "with --tasks: put the questions into the tokenizer's chat template"
+    parser.add_argument("--apply-chat-template", action="store_true", help=text)
     _add_json(parser)
 
 
@@ -356,4 +368,11 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} should be at least 1")
+    return number
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} should be at least 0")
     return number

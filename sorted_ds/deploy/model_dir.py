@@ -19,6 +19,7 @@ from typing import Any
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced
+from sorted_ds.deploy.score import Score, merged_scores
 from sorted_ds.deploy.speed import MeasuredOn, Setting, Speed, merged
 from sorted_ds.space import SubNet, SubNetSpace
 
@@ -54,6 +55,8 @@ class Measured:
     """Whether the sub-network is in the space. In JSON the key is only there if it is not."""
     speeds: tuple[Speed, ...] = ()
     """For each batch size and context that was measured. In JSON the key is only there if there are any."""
+    scores: tuple[Score, ...] = ()
+    """For each metric of each task of lm_eval that was run. In JSON the key is only there if there are any."""
 
     @property
     def loss(self) -> float:
@@ -69,7 +72,8 @@ class Measured:
         costs = {name: getattr(self, name) for name in COSTS}
         trained = {} if self.is_trained else {IS_TRAINED: False}
         speeds = {SPEEDS: [speed.to_json() for speed in self.speeds]} if self.speeds else {}
-        return {"subnet": self.subnet, **self.metrics, **costs, **trained, **speeds}
+        scores = {SCORES: [score.to_json() for score in self.scores]} if self.scores else {}
+        return {"subnet": self.subnet, **self.metrics, **costs, **trained, **speeds, **scores}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Measured":
@@ -78,16 +82,17 @@ class Measured:
         Raises: KeyError when a field is missing, TypeError or ValueError for a value that it cannot have.
         """
         own = {name: row[name] for name in ("subnet", *COSTS)}
-        metrics = {key: row[key] for key in (LOSS, *row) if key not in (*own, IS_TRAINED, SPEEDS)}
+        metrics = {key: row[key] for key in (LOSS, *row) if key not in (*own, *OPTIONAL)}
         if not _are_numbers(metrics.values()):
             raise ValueError(f"the metrics of {row['subnet']} are {metrics}")
         speeds = tuple(Speed.from_json(speed) for speed in row.get(SPEEDS, ()))
-        return cls(metrics=metrics, is_trained=row.get(IS_TRAINED, True), speeds=speeds, **own)
+        scores = tuple(Score.from_json(score) for score in row.get(SCORES, ()))
+        return cls(metrics=metrics, is_trained=row.get(IS_TRAINED, True), speeds=speeds, scores=scores, **own)
 
 
 COSTS = tuple(field.name for field in fields(Measured) if field.type is int)
 """The fields of a row that count something."""
-IS_TRAINED, SPEEDS = "is_trained", "speeds"
+OPTIONAL = IS_TRAINED, SPEEDS, SCORES = "is_trained", "speeds", "scores"
 """The keys of a row in JSON that may be missing."""
 
 
@@ -205,11 +210,11 @@ class ModelDir:
         """Adds rows to the table in sorted.json and subnets.json. Returns the whole table, ascending in parameters.
 
         Earlier rows that were measured on another number of targets are removed, because they cannot be compared. The
-        speeds of an earlier row stay.
+        speeds and the scores of an earlier row stay.
         """
         contents = self.read()
-        speeds = {row.subnet: row.speeds for row in contents.subnets}
-        new = [replace(row, speeds=merged(speeds.get(row.subnet, ()), row.speeds)) for row in rows]
+        earlier = {row.subnet: row for row in contents.subnets}
+        new = [_with_what_stays(row, earlier.get(row.subnet, row)) for row in rows]
         kept = [row for row in contents.subnets if row.num_targets == rows[0].num_targets]
         return self._write_table(replace(contents, baseline=baseline), [*kept, *new])
 
@@ -226,6 +231,19 @@ class ModelDir:
         ]
         return self._write_table(replace(contents, measured_on=measured_on), rows)
 
+    def add_scores(self, scores: Mapping[str, Sequence[Score]]) -> tuple[Measured, ...]:
+        """Adds scores to the rows of the table, by the sub-networks' names. Returns the whole table.
+
+        Earlier scores of the same tasks that cannot be compared with them are removed.
+        """
+        contents = self.read()
+        terms = {score.task: score.terms for each in scores.values() for score in each}
+        rows = [
+            replace(row, scores=merged_scores(row.scores, scores.get(row.subnet, ()), terms))
+            for row in contents.subnets
+        ]
+        return self._write_table(contents, rows)
+
     def _write_table(self, contents: Sorted, rows: Iterable[Measured]) -> tuple[Measured, ...]:
         """Writes sorted.json and subnets.json. Of two rows of a sub-network the later one stays."""
         by_name = {row.subnet: row for row in rows}
@@ -235,6 +253,11 @@ class ModelDir:
         rows_in_json = [row.to_json() for row in table]
         _write_json(self.root / SUBNETS_JSON, {"baseline": contents.baseline, **where, "subnets": rows_in_json})
         return table
+
+
+def _with_what_stays(row: Measured, earlier: Measured) -> Measured:
+    """Returns the row with the speeds and the scores of an earlier row of the same sub-network."""
+    return replace(row, speeds=merged(earlier.speeds, row.speeds), scores=earlier.scores)
 
 
 def _check(found: Sorted) -> None:

@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from sorted_ds.deploy.model_dir import Measured
+from sorted_ds.deploy.score import Score
 from sorted_ds.deploy.speed import Setting, Speed
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def cost_cells(costs: Costs) -> tuple[str, ...]:
 
 def measured_table(
     rows: Sequence[Measured], metrics: Sequence["Metric"], baseline: Mapping[str, float] | None
-) -> Table:
+) -> Group:
     """Returns a table with a line for each row, in the order of `rows`. The last line is the loss of the baseline.
 
     If speeds were measured, those of one setting are shown: batch 1 and context 512, or the first one.
@@ -79,8 +81,7 @@ def measured_table(
     table.add_section()
     for name, loss in (baseline or {}).items():
         table.add_row(name, metrics[0].text(loss))
-    table.caption = "\n".join(_notes(rows, setting)) or None
-    return table
+    return _with_notes(table, _notes(rows, setting))
 
 
 SPEED_COLUMNS = ("ms/tok", "MiB")
@@ -121,7 +122,7 @@ def _notes(rows: Sequence[Measured], setting: Setting | None) -> list[str]:
     ]
 
 
-def speed_table(rows: Sequence[Measured], setting: Setting) -> Table:
+def speed_table(rows: Sequence[Measured], setting: Setting) -> Group:
     """Returns a table of the speeds for one setting, with a line for each row that has one."""
     titles = ("prefill ms", "spread", "decode ms", "spread", "tokens/s", "MiB", "cache MiB")
     table = numbers_table("sub-network", *titles)
@@ -137,8 +138,33 @@ def speed_table(rows: Sequence[Measured], setting: Setting) -> Table:
                 _mib(speed.memory_bytes),
                 _mib(speed.cache_bytes),
             )
-    table.caption = f"{setting}. Times are medians, and spreads interquartile ranges."
-    return table
+    return _with_notes(table, [f"{setting}. Times are medians, and spreads interquartile ranges."])
+
+
+def score_table(rows: Sequence[Measured], task: str) -> Group:
+    """Returns a table of the scores in a task, with a line for each row that has some."""
+    scored = [(row, {score.metric: score for score in row.scores if score.task == task}) for row in rows]
+    scored = [(row, scores) for row, scores in scored if scores]
+    metrics = sorted({metric for _, scores in scored for metric in scores})
+    table = numbers_table("sub-network", *(title for metric in metrics for title in (metric, "±")))
+    for row, scores in scored:
+        table.add_row(shown_name(row), *(cell for metric in metrics for cell in _score_cells(scores.get(metric))))
+    one = next(iter(scored[0][1].values()))
+    shots = "" if one.num_fewshot is None else f", {one.num_fewshot} examples before each"
+    chat = ", in the chat template" if one.chat else ""
+    about = f"{task}: {one.num_samples} questions{shots}{chat}, lm_eval {one.lm_eval}. ±: standard error."
+    return _with_notes(table, [about])
+
+
+def _with_notes(table: Table, notes: Sequence[str]) -> Group:
+    """Returns the table with notes under it, which may be wider than the table."""
+    return Group(table, *(Text(note) for note in notes))
+
+
+def _score_cells(score: Score | None) -> tuple[str, str]:
+    if score is None:
+        return "", ""
+    return f"{score.value:.4f}", "" if score.stderr is None else f"{score.stderr:.4f}"
 
 
 def _time(speed: Speed, milliseconds: float) -> str:
@@ -155,7 +181,7 @@ def _mib(number: int) -> str:
 
 def numbers_table(first: str, *others: str) -> Table:
     """Returns an empty table with a column of names and columns of numbers."""
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", caption_justify="left")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column(first, no_wrap=True)
     for title in others:
         table.add_column(title, justify="right", no_wrap=True)

@@ -7,24 +7,14 @@ In: a directory, or a hub id. Out: the Arrow files that hold the records. On dis
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
 from sorted_ds.base.errors import UserError, naming, reason_of
+from sorted_ds.base.extras import needed
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """An id like `HuggingFaceTB/smoltalk`. A path that exists comes first."""
 MARKS = ("state.json", "dataset_dict.json")
 """The files by which a directory of `save_to_disk` is known: of one data set, and of several splits."""
-
-
-def needed(name: str, what: str) -> ModuleType:
-    """Returns a module of the extra `data`. Raises: UserError when it is not installed."""
-    try:
-        return __import__(name, fromlist=[""])
-    except ImportError as error:
-        raise UserError(
-            f"{what} needs {name.partition('.')[0]}, which is not installed. Run `pip install 'sorted-ds[data]'`."
-        ) from error
 
 
 def is_saved(folder: Path) -> bool:
@@ -34,7 +24,7 @@ def is_saved(folder: Path) -> bool:
 
 def saved_files(folder: Path, split: str) -> list[Path]:
     """Returns the Arrow files of a directory of `save_to_disk`. Raises: UserError when it has no such split."""
-    datasets = needed("datasets", f"{folder}, a saved data set,")
+    datasets = needed("datasets", "data", f"{folder}, a saved data set,")
     with naming(folder, "Save the data set again, or leave it out."):
         found = datasets.load_from_disk(str(folder), keep_in_memory=False)
     if isinstance(found, dict) and split not in found:
@@ -47,7 +37,7 @@ def hub_files(name: str, subset: str, split: str) -> list[Path]:
 
     Raises: UserError when it cannot be found, or has no such subset or split.
     """
-    datasets = needed("datasets", f"data.files: {name!r}, a data set of the hub,")
+    datasets = needed("datasets", "data", f"data.files: {name!r}, a data set of the hub,")
     try:
         builder = datasets.load_dataset_builder(name, subset or None)
         builder.download_and_prepare()

@@ -96,7 +96,9 @@ def _opened(path: Path, kind: str) -> IO[bytes] | gzip.GzipFile:
     if kind == "jsonl.gz":
         return gzip.open(path)
     if kind == "jsonl.zst":
-        packed = needed("pyarrow", f"{path}, which is packed by zstd,").input_stream(str(path), compression="zstd")
+        packed = needed("pyarrow", "data", f"{path}, which is packed by zstd,").input_stream(
+            str(path), compression="zstd"
+        )
         return io.BufferedReader(packed, 2**20)
     return path.open("rb")
 
@@ -120,10 +122,10 @@ def _rows(path: Path, kind: str, wanted: list[str], count: CountKeys) -> Iterato
 def _table(path: Path, kind: str, wanted: list[str]) -> tuple[list[str], Iterator[Any]]:
     """Returns the names of all columns, and batches of rows with the wanted columns that there are."""
     if kind == "parquet":
-        file = needed("pyarrow.parquet", f"{path}, a parquet file,").ParquetFile(path)
+        file = needed("pyarrow.parquet", "data", f"{path}, a parquet file,").ParquetFile(path)
         names = list(file.schema_arrow.names)
         return names, file.iter_batches(ROWS_AT_A_TIME, columns=[name for name in wanted if name in names])
-    pyarrow = needed("pyarrow", f"{path}, an Arrow file,")
+    pyarrow = needed("pyarrow", "data", f"{path}, an Arrow file,")
     reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
     names = list(reader.schema.names)
     return names, (batch.select([name for name in wanted if name in names]) for batch in reader)
