@@ -38,6 +38,11 @@ EXITS = ("loss.exit_weight=0.3",)
 SOME_EXITS = (*EXITS, "loss.exit_rate=0.25")
 HALF_FULL = (*FULL_PLUS_4, "sampling.full_shares=2")
 """The full network trains on half of the rows, and two others on a quarter each."""
+FULL_FIRST = ("sampling.strategy=full", 'sampling.phases=[{from_step = {0.2}, strategy = "full_plus"}]')
+"""A warm start: the full network alone on the first fifth of the steps."""
+FULL_LAST = "sampling.phases=[{from_step = {0.8}, full_shares = 2}]"
+"""The full network's rows grow to a half in the last fifth."""
+TAUGHT = ("sampling.subnets_per_share=2", "loss.teacher=full", "loss.teacher_weight=0.3")
 TRIALS = [
     # What differs from seed to seed.
     *tuned("full_plus 2", *FULL_PLUS_2, rows=(8,), rates=(3e-3,)),
@@ -49,10 +54,15 @@ TRIALS = [
     # Levers, and rows a step and learning rate of both sides.
     *tuned("full_plus 4, exits", *FULL_PLUS_4, *EXITS, rows=(8,), rates=(3e-3,)),
     *tuned("full_plus 4, a quarter of the exits", *FULL_PLUS_4, *SOME_EXITS, rows=(8,), rates=(3e-3,)),
-    *tuned("alone", rows=(8,), rates=(5e-3, 2e-3), alone=FULL),
     *tuned("half full", *HALF_FULL, rows=(8,), rates=(3e-3,)),
-    *tuned("full_plus 2, warm-up 400", *FULL_PLUS_2, "optim.warmup_steps=400", rows=(8,), rates=(3e-3,), seed=2),
+    *tuned("full_plus 4 after a fifth full", *FULL_FIRST, *FULL_PLUS_4[1:], rows=(8,), rates=(3e-3,)),
     *tuned("full_plus 4", *FULL_PLUS_4, rows=(8,), rates=(2e-3,)),
+    *tuned("alone", rows=(8,), rates=(5e-3,), alone=FULL),
+    *tuned("full_plus 4, last fifth half full", *FULL_PLUS_4, FULL_LAST, rows=(8,), rates=(3e-3,)),
+    *tuned("full_plus 4", *FULL_PLUS_4, rows=(8,), rates=(3e-3,), seed=3),
+    *tuned("alone", rows=(8,), rates=(2e-3,), alone=FULL),
+    *tuned("full_plus 4, taught", *FULL_PLUS_4, *TAUGHT, rows=(8,), rates=(3e-3,)),
+    *tuned("full_plus 2, warm-up 400", *FULL_PLUS_2, "optim.warmup_steps=400", rows=(8,), rates=(3e-3,), seed=2),
     *tuned("alone", rows=(16,), rates=(5e-3,), alone=FULL),
 ]
 

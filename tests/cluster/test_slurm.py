@@ -13,7 +13,7 @@ from tests.cluster.machines import Cluster
 from tests.launched import ROOT, SETTINGS, copied, masters, metrics, run_dir, train
 from tests.runs import run_file
 
-pytestmark = [pytest.mark.long, pytest.mark.ci]
+pytestmark = pytest.mark.long
 
 STEPS = 40
 LONGER = [*SETTINGS, f"train.steps={STEPS}", "checkpoint.every_steps=10", "eval.every_steps=0"]
@@ -113,6 +113,7 @@ def assert_same(longer: Path, run: Path) -> None:
     assert steps == list(range(1, STEPS + 1))
 
 
+@pytest.mark.ci
 def test_a_signalled_job_saves_and_is_requeued_and_ends_bit_equal(cluster, longer, run):
     job = Job(cluster, run)
     job.reach_step(5)
@@ -124,6 +125,7 @@ def test_a_signalled_job_saves_and_is_requeued_and_ends_bit_equal(cluster, longe
     assert_same(longer, run)
 
 
+@pytest.mark.ci
 def test_a_signalled_job_of_the_deepspeed_launcher_resumes_too(cluster, longer, run):
     job = Job(cluster, run, "slurm_deepspeed.sbatch")
     job.reach_step(5)
@@ -244,6 +246,7 @@ def test_a_touched_stop_file_ends_the_job_and_the_next_job_resumes(cluster, long
     assert_same(longer, run)
 
 
+@pytest.mark.ci
 def test_a_killed_rank_is_named_and_ends_the_job_within_seconds(cluster, run):
     job = Job(cluster, run)
     job.reach_step(5)
