@@ -17,7 +17,7 @@ from sorted_ds.run.model_config import model_config
 from sorted_ds.run.run_file import load_engine_config, load_run
 from sorted_ds.space import AXES
 from sorted_ds.space.axes import DEPTH
-from sorted_ds.tasks.causal_lm import data_spec
+from sorted_ds.tasks.causal_lm import data_specs
 from tests.chats import PLAIN, chat_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -251,7 +251,8 @@ def test_every_shipped_run_file_is_valid(path, chat_base, tmp_path):
         LlamaConfig(**SMOLLM2).save_pretrained(tmp_path)
         overrides.append(f"model.init={chat_tokenizer(chat_base, tmp_path, PLAIN)}")
     run = load_run(path, overrides)
-    data_spec(run).reader()
+    for spec in data_specs(run).values():
+        spec.reader()
     config = model_config(run)
     assert len(space_of(run, family_of(config.model_type), config)) > 1
     check_modes(load_engine_config(run.engine.deepspeed), run.engine.deepspeed.name)

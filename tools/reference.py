@@ -10,7 +10,8 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from sorted_ds.engine.modes import ANY, SECTION_KEYS, TOP_KEYS, AtLeast
-from sorted_ds.run.config import Run, Section
+from sorted_ds.run.config import Run
+from sorted_ds.run.section import Section
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "run-file.md"
@@ -83,6 +84,8 @@ def _kind(annotation: Any) -> str:
     names = {str: "string", int: "integer", float: "number", bool: "true or false", Path: "path"}
     if annotation in names:
         return names[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "table"
     parts = get_args(annotation)
     if all(isinstance(part, str) for part in parts):
         return "string"

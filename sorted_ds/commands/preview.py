@@ -8,15 +8,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
 from rich.console import Console
 from rich.text import Text
 
-from sorted_ds.data.loader import Loader
+from sorted_ds.data.mixture import JoinedRows
 from sorted_ds.data.text.pieces import Piece
 from sorted_ds.deploy.table import console
-from sorted_ds.run.build import prepare_data
+from sorted_ds.run.build import order_of, prepare_data
 from sorted_ds.run.config import Run
 from sorted_ds.run.run_file import load_run
 from sorted_ds.tasks import task_of
@@ -34,6 +33,8 @@ class Shown:
     """Its number among the training rows."""
     num_targets: int
     pieces: list[Piece]
+    source: str = ""
+    """The source of a mixture that it is from."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,13 +53,13 @@ def first_rows(settings: Run, number: int) -> list[Shown]:
     task = task_of(settings.task)
     data = prepare_data(settings, Console(stderr=True, soft_wrap=True))
     rows = task.rows(data, settings.batch.row_tokens, is_validation=False, isolate=settings.batch.isolate)
-    collate = partial(task.collate, row_tokens=settings.batch.row_tokens)
-    order = Loader(rows, collate, settings.seed, 1, 1, rank=0, world_size=1)
+    order = order_of(settings, rows)
     shown = []
     for position in range(min(number, len(rows))):
         pieces = task.pieces(data, rows[order.row_at(position)])
         num_targets = sum(len(piece.ids) for piece in pieces if piece.is_target)
-        shown.append(Shown(order.row_at(position), num_targets, pieces))
+        source = rows.name_of(order.row_at(position)) if isinstance(rows, JoinedRows) else ""
+        shown.append(Shown(order.row_at(position), num_targets, pieces, source))
     return shown
 
 
@@ -71,7 +72,10 @@ def show(rows: Sequence[Shown], out: Console, isolate: bool) -> None:
         num_tokens = sum(len(piece.ids) for piece in each.pieces)
         num_begun = sum(piece.begins for piece in each.pieces)
         begun = f"{num_begun} document{'s' * (num_begun != 1)} begin{'s' * (num_begun == 1)}"
-        out.print(f"\nrow {each.row}: {each.num_targets} of {num_tokens} tokens are learned, {begun}", style="bold")
+        source = f" of {each.source}" if each.source else ""
+        out.print(
+            f"\nrow {each.row}{source}: {each.num_targets} of {num_tokens} tokens are learned, {begun}", style="bold"
+        )
         out.print(as_text(each.pieces, out.is_terminal), soft_wrap=True)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.base.shuffle import Shuffle
+from sorted_ds.data.mixture import Order, Shuffled
 
 NO_TARGET = -100
 """The label of a position without a target. The losses of torch and of this package ignore it."""
@@ -82,10 +82,7 @@ def _divide_up(number: int, parts: int) -> int:
 
 
 class Loader:
-    """The training rows of one rank. An epoch has each row once, and each epoch has another order.
-
-    Which rows a step uses does not depend on the number of its shares.
-    """
+    """The training rows of one rank. Which rows a step uses does not depend on the number of its shares."""
 
     def __init__(
         self,
@@ -96,9 +93,11 @@ class Loader:
         micro_batch_rows: int,
         rank: int,
         world_size: int,
+        order: Order | None = None,
     ):
+        """`order`: which row is where; None for that of a single source."""
         self.rows, self.collate = rows, collate
-        self.seed = seed
+        self.order = order or Shuffled(len(rows), seed)
         self.step_rows, self.micro_batch_rows = step_rows, micro_batch_rows
         self.rank = rank
         self.world_size = world_size
@@ -118,13 +117,8 @@ class Loader:
         return [list(self._share(range(start, start + size), dealt)) for start in starts]
 
     def _share(self, positions: range, dealt: Dealt) -> Iterator[MicroBatch]:
-        mine = [self.row_at(position) for position in positions[self.rank :: self.world_size]]
+        mine = [self.order.row_at(position) for position in positions[self.rank :: self.world_size]]
         return _micro_batches(self.rows, self.collate, mine, dealt)
-
-    def row_at(self, position: int) -> int:
-        """Returns the number of the row at a position, which counts the rows of all steps and shares from 0."""
-        epoch, position_in_epoch = divmod(position, len(self.rows))
-        return Shuffle(len(self.rows), (self.seed, "rows", epoch))(position_in_epoch)
 
 
 def validation_batches(

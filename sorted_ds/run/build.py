@@ -21,7 +21,8 @@ from sorted_ds.checkpoint.folders import published_checkpoints
 from sorted_ds.checkpoint.index import DamagedError, Index
 from sorted_ds.cluster.ranks import Ranks
 from sorted_ds.cluster.stop import time_limit_seconds
-from sorted_ds.data.loader import Loader, MicroBatch, deal, validation_batches
+from sorted_ds.data.loader import Loader, MicroBatch, Rows, deal, validation_batches
+from sorted_ds.data.mixture import JoinedRows, Mixture, Order, Pattern, Shuffled
 from sorted_ds.deploy.evaluate import choose_spread
 from sorted_ds.engine import Engine, partitioner
 from sorted_ds.engine.modes import check_modes, is_bf16, is_offloaded, stage_of
@@ -32,6 +33,7 @@ from sorted_ds.nested.family import check_space
 from sorted_ds.nested.hf_weights import fingerprint, unread_weight_files
 from sorted_ds.nested.load import build, check_weights, generation_config_of
 from sorted_ds.run.config import FULL_TEACHES, Run, SamplingBase
+from sorted_ds.run.data_config import Data, DataFiles
 from sorted_ds.run.model_config import (
     config_of_json,
     json_of_config,
@@ -189,8 +191,10 @@ def check_steps(run: Run) -> None:
         raise UserError(
             f"train.skip_steps = {run.train.skip_steps} names step {beyond[0]}, but the last step is {last}. Remove it."
         )
-    if late := [phase.from_step for phase in run.sampling.phases if phase.from_step > last]:
-        raise UserError(f"sampling.phases has from_step = {late[0]}, but the last step is {last}. Remove that phase.")
+    for key, phases in (("sampling.phases", run.sampling.phases), ("data.phases", run.data.phases)):
+        if late := [phase.from_step for phase in phases if phase.from_step > last]:
+            raise UserError(f"{key} has from_step = {late[0]}, but the last step is {last}. Remove that phase.")
+    check_mixture(run.data)
     if late_kept := [step for step in run.checkpoint.keep_steps if step > run.train.steps]:
         raise UserError(
             f"checkpoint.keep_steps names step {late_kept[0]}, but the run ends after {run.train.steps}. Remove it."
@@ -201,6 +205,27 @@ def check_steps(run: Run) -> None:
         )
     if len(skipped) > last:
         raise UserError(f"train.skip_steps leaves none of train.steps = {run.train.steps} steps. Remove one.")
+
+
+def check_mixture(data: Data) -> None:
+    """Raises UserError for sources and phases of a mixture that do not fit together."""
+    names = [source.name for source in data.sources]
+    alone = [key for key, field in DataFiles.model_fields.items() if getattr(data, key) != field.default]
+    if names and alone:
+        raise UserError(
+            f"data.sources are set together with data.{alone[0]}. Move {', '.join(alone)} into a table of data.sources."
+        )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"data.sources has two sources with the name {twice[0]!r}. Rename one.")
+    if len({phase.from_step for phase in data.phases}) < len(data.phases):
+        raise UserError("data.phases has two phases with one from_step. Join them.")
+    for phase in data.phases:
+        if unknown := [name for name in phase.weights if name not in names]:
+            raise UserError(f"data.phases has a weight for {unknown[0]!r}, but data.sources has {', '.join(names)}.")
+    for step, weights in data.weights_by_step.items() if names else ():
+        if not any(weights):
+            raise UserError(f"data.phases leaves no source from step {step} on. Give one a weight above 0.")
+        Pattern(weights)
 
 
 def check_writable(folder: Path, key: str) -> None:
@@ -252,22 +277,45 @@ def prepare_data(run: Run, console: Console) -> Prepared:
     with Progress(*PROGRESS_COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("preparing data", total=None)
         data = task.prepare(run, lambda done, total: progress.update(bar, completed=done, total=total))
-    for line in (f"data: {task.summary(data)}, in {data.folder}", *task.notes(data)):
+    rows = task.rows(data, run.batch.row_tokens, is_validation=False, isolate=run.batch.isolate)
+    lines = (f"data: {task.summary(data)}, in {data.folder}", *task.notes(data), *shares_of(run, order_of(run, rows)))
+    for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return data
 
 
 def training_loader(run: Run, task: Task, data: Prepared, ranks: Ranks) -> Loader:
     """Returns the loader of this rank's rows."""
+    rows = task.rows(data, run.batch.row_tokens, is_validation=False, isolate=run.batch.isolate)
     return Loader(
-        task.rows(data, run.batch.row_tokens, is_validation=False, isolate=run.batch.isolate),
+        rows,
         partial(task.collate, row_tokens=run.batch.row_tokens),
         run.seed,
         run.batch.step_rows,
         run.batch.micro_batch_rows,
         ranks.rank,
         ranks.size,
+        order_of(run, rows),
     )
+
+
+def order_of(run: Run, rows: Rows) -> Order:
+    """Returns which training row is where: shuffled, and for a mixture by its weights."""
+    if not isinstance(rows, JoinedRows):
+        return Shuffled(len(rows), run.seed)
+    num_rows = {name: len(own) for name, own in rows.sources.items()}
+    return Mixture(num_rows, run.data.weights_by_step, run.seed, run.batch.step_rows)
+
+
+def shares_of(run: Run, order: Order) -> list[str]:
+    """Returns a line for each source of a mixture: how many rows of the run are from it, and how often it is read."""
+    if not isinstance(order, Mixture):
+        return []
+    total = run.train.steps * run.batch.step_rows
+    return [
+        f"{name}: {number:,} of the run's {total:,} rows ({number / total:.1%}), which is {number / size:.2f} epochs"
+        for (name, number), size in zip(order.rows_of(run.train.steps).items(), order.num_rows.values(), strict=True)
+    ]
 
 
 def validation_of(run: Run, task: Task, data: Prepared, ranks: Ranks) -> list[MicroBatch]:

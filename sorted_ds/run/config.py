@@ -8,21 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
     Field,
-    ValidationInfo,
     create_model,
-    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from sorted_ds.run.data_config import Data
+from sorted_ds.run.section import Positive, Section
 from sorted_ds.space import AXES
-
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 SCRATCH = "scratch"
 """The value of `model.init` for random weights."""
@@ -30,21 +24,6 @@ FULL_TEACHES = "full"
 """The value of `loss.teacher` for the full network itself."""
 TRAIN_TOKENIZER = "train"
 """The value of `data.tokenizer` for a tokenizer that is trained on the run's text."""
-
-
-class Section(BaseModel):
-    """A section of a run file. An unknown key and an infinite number are errors, and the values cannot be changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _require_no_number_to_be_true(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would read `true` as the number 1."""
-        field = cls.model_fields[info.field_name or ""]
-        if isinstance(value, bool) and field.annotation in (int, float):
-            raise PydanticCustomError("number", "Input should be a number")
-        return value
 
 
 class Model(Section):
@@ -183,48 +162,6 @@ class Loss(Section):
     layer_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The probability that a pass leaves out the last layer of its sub-network. It falls exponentially towards the
     first layer, which always runs."""
-
-
-class Data(Section):
-    """The text that the network learns from."""
-
-    text: list[Path] = []
-    """Text files and folders. Each file is one document. A folder is searched for files with one of the `suffixes`."""
-    files: list[str] = Field(default=[], validation_alias=AliasChoices("files", "jsonl"))
-    """Files of records, each of which is one document: JSONL (`.jsonl`), also packed (`.jsonl.gz`, `.jsonl.zst`), or
-    parquet (`.parquet`); folders of such files; directories that `datasets` has saved with `save_to_disk`; and hub ids
-    of data sets, like `"HuggingFaceTB/smoltalk"`. The name says how a file is read. All but `.jsonl` and `.jsonl.gz`
-    need `pip install 'sorted-ds[data]'`. The key `jsonl` of earlier versions still works."""
-    form: Literal["text", "messages", "prompt_response"] = "text"
-    """What a record of `files` holds. `text`: a text. `messages`: a conversation, a list of messages with `role` and
-    `content`. `prompt_response`: a question and its answer. The tokenizer's chat template writes conversations, and
-    only the answers are learned ([data](data.md))."""
-    fields: list[str] = []
-    """The names of the fields of a record that are read. The default is `["text"]`, `["messages"]` or
-    `["prompt", "response"]`, by `form`."""
-    subset: str = ""
-    """The subset of a data set of the hub that has several."""
-    split: str = "train"
-    """The split that is read of a data set that has several. Validation is split off it."""
-    skip_bad: bool = False
-    """Leaves out records that cannot be used, like lines that are not JSON, and counts them. Otherwise the first one is
-    an error with its file and line."""
-    suffixes: list[str] = [".txt", ".md"]
-    """The file names that are read in the folders of `text` end with one of these."""
-    tokenizer: str = ""
-    """The directory or hub id of a Hugging Face tokenizer, or `"train"` for a SentencePiece model that is trained on
-    this text. The default is the tokenizer of `model.init`, and `"train"` for a network from scratch."""
-    bos: bool | None = None
-    """Whether the tokenizer's beginning-of-text token leads each document. The default is what the tokenizer does by
-    itself; one that is trained does not add it. The end-of-text token always follows a document."""
-    vocab_size: Positive = 32_000
-    """The number of tokens of a tokenizer that is trained. Other tokenizers ignore it."""
-    validation_fraction: Fraction = 0.01
-    """The share of the documents that is kept for validation and not trained on."""
-    cache_dir: Path = Path("cache")
-    """The folder of the prepared tokens. Each text is found again by a key of its content and settings."""
-    workers: Positive = 2
-    """The number of processes that prepare the text. One process uses threads, so more are not faster for a few MB."""
 
 
 class Batch(Section):

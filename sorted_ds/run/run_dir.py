@@ -245,6 +245,8 @@ def identity_of(run: Run, config: PreTrainedConfig, data_key: str) -> Identity:
     model = flat({key: value for key, value in config.to_dict().items() if key not in NOT_THE_MODEL})
     facts = {key: value for key, value in keys.items() if key.startswith(IDENTITY_KEYS)}
     facts |= {f"{MODEL}{key}": value for key, value in model.items()}
+    if run.data.sources:
+        facts["data.weights"] = json.dumps(run.data.weights_by_step)
     facts[LAYER_ORDER] = json.dumps(layer_order_of(run))
     return Identity({**facts, "data": data_key}, run.checkpoint.extend_space)
 

@@ -14,7 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.run.config import FULL_TEACHES, SCRATCH, TRAIN_TOKENIZER, Run, Section
+from sorted_ds.run.config import FULL_TEACHES, SCRATCH, TRAIN_TOKENIZER, Run
+from sorted_ds.run.data_config import DataFiles
+from sorted_ds.run.section import Section
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
@@ -119,10 +121,15 @@ def _with_absolute_paths(run: Run, path: Path) -> Run:
     run_dir, at, step = run.checkpoint.branch.rpartition("@")
     branch = f"{absolute(Path(run_dir))}@{step}" if at and run_dir else run.checkpoint.branch
     tokenizer = run.data.tokenizer or (TRAIN_TOKENIZER if init == SCRATCH else init)
+
+    def found(files: DataFiles) -> dict[str, Any]:
+        named = [str(absolute(Path(p))) if absolute(Path(p)).exists() else p for p in files.files]
+        return {"text": [absolute(p) for p in files.text], "files": named}
+
     data = run.data.model_copy(
         update={
-            "text": [absolute(p) for p in run.data.text],
-            "files": [str(absolute(Path(p))) if absolute(Path(p)).exists() else p for p in run.data.files],
+            **found(run.data),
+            "sources": [source.model_copy(update=found(source)) for source in run.data.sources],
             "cache_dir": absolute(run.data.cache_dir),
             "tokenizer": tokenizer if tokenizer == TRAIN_TOKENIZER else local_or_id(tokenizer),
         }

@@ -6,24 +6,28 @@ prepared tokens, and the tokenizer beside an exported model.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.loader import NO_TARGET, Batch, MicroBatch
+from sorted_ds.data.mixture import JoinedRows
 from sorted_ds.data.rows import PackedRows, Row, cut_of
 from sorted_ds.data.text.documents import Reading
+from sorted_ds.data.text.mixed import ALONE, MixedText, Text, describe, find_mixed, open_text, texts_of, write_mixed
+from sorted_ds.data.text.notes import notes_of
 from sorted_ds.data.text.pieces import Piece, pieces_of
 from sorted_ds.data.text.prepare import TRAIN_A_TOKENIZER, DataSpec, find_prepared, prepare
 from sorted_ds.data.text.tokenizer import (
     Vocabulary,
-    adds_bos,
     leads_with_bos,
     load_tokenizer,
     read_tokenizer,
@@ -31,7 +35,7 @@ from sorted_ds.data.text.tokenizer import (
     trained_vocabulary,
     vocabulary_of,
 )
-from sorted_ds.data.text.tokens import TokenizedText, open_tokens
+from sorted_ds.data.text.tokens import TokenizedText
 from sorted_ds.nested.family import Family
 from sorted_ds.tasks.losses import Parts, Teacher, Terms, attach_loss_head
 from sorted_ds.tasks.task import LOSS, Baseline, Metric, Report, Sums, Totals, mean_of
@@ -53,15 +57,12 @@ inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
 NOT_AUTOMATIC = "# AutoTokenizer would read the tokenizer as that of the model's family, and give other ids."
 ACCURACY = "accuracy"
+SIDES = ("training", "validation")
 ISOLATING = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "granite")
 """The families in which position ids that start again isolate documents: a document's logits are the same bits whatever
 its neighbours are (tests/tasks/test_isolation.py)."""
 ISOLATING_ATTENTION = ("", "sdpa", "eager")
 """The attention implementations of which this was shown; "" is one of the two."""
-LARGEST_VALIDATION_SHARE = 0.5
-"""With a larger share of the tokens for validation the user is warned."""
-SHOWN_KEYS = 5
-"""Number of unread keys that are shown to the user."""
 LARGEST_EXPONENT = 700.0
 """exp of a larger number is not a double precision number."""
 
@@ -83,83 +84,62 @@ class CausalLM:
 
     # Data
 
-    def prepare(self, run: Any, report: Report) -> TokenizedText:
-        tokens = prepare(data_spec(run), run.data.cache_dir, run.data.workers, report)
-        rows = {
-            side: self.rows(tokens, run.batch.row_tokens, side == "validation", run.batch.isolate)
-            for side in ("training", "validation")
-        }
-        if tokens.train_marks is None:
-            return tokens
-        return replace(tokens, cut={side: cut_of(each) for side, each in rows.items()})
+    def prepare(self, run: Any, report: Report) -> Text:
+        texts = {}
+        for name, spec in data_specs(run).items():
+            with _naming_source(name):
+                texts[name] = self._with_cut(prepare(spec, run.data.cache_dir, run.data.workers, report), run)
+        return write_mixed(run.data.cache_dir, texts) if run.data.sources else texts[ALONE]
 
-    def find_prepared(self, run: Any) -> TokenizedText:
-        return find_prepared(data_spec(run), run.data.cache_dir)
+    def _with_cut(self, text: TokenizedText, run: Any) -> TokenizedText:
+        """Returns prepared tokens that say what becomes of conversations in the rows of the run."""
+        if text.train_marks is None:
+            return text
+        rows = {side: _packed(text, run.batch.row_tokens, side, run.batch.isolate) for side in SIDES}
+        return replace(text, cut={side: cut_of(each) for side, each in rows.items()})
 
-    def open_prepared(self, folder: Path) -> TokenizedText:
-        return open_tokens(folder)
+    def find_prepared(self, run: Any) -> Text:
+        texts = {name: find_prepared(spec, run.data.cache_dir) for name, spec in data_specs(run).items()}
+        return find_mixed(run.data.cache_dir, texts) if run.data.sources else texts[ALONE]
+
+    def open_prepared(self, folder: Path) -> Text:
+        return open_text(folder)
 
     def check_data(self, run: Any) -> None:
-        spec = data_spec(run)
-        spec.reader()
-        spec.found()
-        if run.data.tokenizer != TRAIN_A_TOKENIZER and not spec.reading.is_chat:
-            leads_with_bos(load_tokenizer(run.data.tokenizer), run.data.bos)
+        for name, spec in data_specs(run).items():
+            with _naming_source(name):
+                spec.reader()
+                spec.found()
+            if run.data.tokenizer != TRAIN_A_TOKENIZER and not spec.reading.is_chat:
+                leads_with_bos(load_tokenizer(run.data.tokenizer), run.data.bos)
 
-    def describe(self, data: TokenizedText) -> dict[str, Any]:
-        counts = {} if data.counts is None else asdict(data.counts)
-        return {
-            **counts,
-            "left_out": dict(data.left_out),
-            "tokens_dir": str(data.folder),
-            "tokenizer_dir": str(data.tokenizer_dir),
-            "vocab_size": data.vocab_size,
-            "train_tokens": len(data.train),
-            "validation_tokens": len(data.validation),
-            "unigram_nats": data.unigram_nats,
-            "rows": {side: asdict(cut) for side, cut in data.cut.items()},
-        }
+    def describe(self, data: Text) -> dict[str, Any]:
+        return describe(data)
 
-    def summary(self, data: TokenizedText) -> str:
-        train, validation = len(data.train), len(data.validation)
-        return f"{train:,} training and {validation:,} validation tokens, vocabulary {data.vocab_size:,}"
+    def summary(self, data: Text) -> str:
+        texts = texts_of(data).values()
+        train, validation = (sum(len(each) for each in side) for side in zip(*map(_sides, texts), strict=True))
+        vocab_size = next(iter(texts)).vocab_size
+        return f"{train:,} training and {validation:,} validation tokens, vocabulary {vocab_size:,}"
 
-    def notes(self, data: TokenizedText) -> list[str]:
-        lines = []
-        if data.counts is not None:
-            (train, validation), (train_bytes, validation_bytes) = data.counts.documents, data.counts.bytes
-            lines.append(
-                f"{data.counts.files:,} files: {train:,} documents ({train_bytes:,} bytes) for training, "
-                f"{validation:,} ({validation_bytes:,} bytes) for validation"
+    def notes(self, data: Text) -> list[str]:
+        if isinstance(data, MixedText):
+            return [f"{name}: {line}" for name, text in data.sources.items() for line in notes_of(text)]
+        return notes_of(data)
+
+    def baseline(self, data: Text) -> Baseline:
+        texts = texts_of(data).values()
+        sizes = [len(text.validation) for text in texts]
+        nats = sum(text.unigram_nats * size for text, size in zip(texts, sizes, strict=True)) / sum(sizes)
+        return Baseline("unigram model" if len(sizes) == 1 else "unigram model of each source", nats)
+
+    def rows(self, data: Text, row_tokens: int, is_validation: bool, isolate: bool = False) -> PackedRows | JoinedRows:
+        side = SIDES[is_validation]
+        if isinstance(data, MixedText):
+            return JoinedRows(
+                {name: _packed(text, row_tokens, side, isolate, name) for name, text in data.sources.items()}
             )
-            if data.counts.blank:
-                were = "document is blank and is" if data.counts.blank == 1 else "documents are blank and are"
-                lines.append(f"{data.counts.blank:,} {were} left out")
-            if data.counts.unanswered:
-                lines.append(f"conversations without an answer are left out: {data.counts.unanswered:,}")
-            if data.counts.bad:
-                lines.append(f"records that are left out because of data.skip_bad: {_counted(data.counts.bad)}")
-            if data.counts.unread_keys:
-                keys = _most_frequent(data.counts.unread_keys, data.counts.further_keys > 0)
-                lines.append(f"keys of records that are not read: {keys}")
-        lines += _borders(data) if data.train_marks is None else _conversations(data)
-        if data.left_out:
-            lines.append(f"files that are not read: {_counted(data.left_out)}")
-        share = len(data.validation) / (len(data.train) + len(data.validation))
-        if share > LARGEST_VALIDATION_SHARE:
-            lines.append(
-                f"warning: {share:.2%} of the tokens are for validation, because validation takes whole documents. Cut "
-                "long documents into several, or set another seed."
-            )
-        return lines
-
-    def baseline(self, data: TokenizedText) -> Baseline:
-        return Baseline("unigram model", data.unigram_nats)
-
-    def rows(self, data: TokenizedText, row_tokens: int, is_validation: bool, isolate: bool = False) -> PackedRows:
-        sides = (("training", data.train, data.train_marks), ("validation", data.validation, data.validation_marks))
-        side, tokens, marks = sides[is_validation]
-        return PackedRows(tokens, row_tokens, side, marks, data.eos_id, isolate)
+        return _packed(data, row_tokens, side, isolate)
 
     def collate(self, rows: Sequence[Row], size: int, row_tokens: int) -> MicroBatch:
         """Shapes: input_ids, labels and, if documents are isolated, position_ids [size, row_tokens]."""
@@ -177,8 +157,8 @@ class CausalLM:
             inputs["position_ids"] = positions
         return MicroBatch(inputs, num_targets=int((labels != NO_TARGET).sum()), num_rows=len(rows))
 
-    def pieces(self, data: TokenizedText, row: Row) -> list[Piece]:
-        return pieces_of(row, load_tokenizer(str(data.tokenizer_dir)))
+    def pieces(self, data: Text, row: Row) -> list[Piece]:
+        return pieces_of(row, load_tokenizer(str(_tokenizer_dir(data))))
 
     # Model
 
@@ -227,7 +207,7 @@ class CausalLM:
             )
 
     def warnings(self, run: Any, config: PreTrainedConfig, generation: GenerationConfig | None) -> list[str]:
-        if data_spec(run).reading.is_chat:  # its template writes the tokens that end it
+        if any(spec.reading.is_chat for spec in data_specs(run).values()):  # its template writes the tokens that end it
             return []
         ends = getattr(generation, "eos_token_id", None)
         ends = config.eos_token_id if ends is None else ends
@@ -277,8 +257,8 @@ class CausalLM:
         code = USAGE.format(name=name, auto_class=auto_class, tokenizer_class=tokenizer_class)
         return code if is_right else f"{NOT_AUTOMATIC}\n{code}"
 
-    def write_processor(self, data: TokenizedText, folder: Path) -> None:
-        save_tokenizer(load_tokenizer(str(data.tokenizer_dir)), folder)
+    def write_processor(self, data: Text, folder: Path) -> None:
+        save_tokenizer(load_tokenizer(str(_tokenizer_dir(data))), folder)
 
     def copy_processor(self, source: Path, folder: Path) -> None:
         save_tokenizer(_tokenizer_of(source), folder)
@@ -314,40 +294,6 @@ def _check_isolation(run: Any, model_type: str) -> None:
         )
 
 
-def _borders(data: TokenizedText) -> list[str]:
-    """Returns lines about the tokens around a text."""
-    beginning = "begins with its beginning-of-text token and " if data.begins_with_bos else ""
-    lines = [f"each document {beginning}ends with the end-of-text token"]
-    if data.begins_with_bos != adds_bos(load_tokenizer(str(data.tokenizer_dir))):
-        lines.append(
-            f"warning: data.bos is {str(data.begins_with_bos).lower()}, but the tokenizer itself does the opposite "
-            "when it is called. Keep to data.bos when you use the trained model."
-        )
-    return lines
-
-
-def _conversations(data: TokenizedText) -> list[str]:
-    """Returns lines about what became of conversations in rows."""
-    lines = ["the tokenizer's chat template writes each conversation, and only its answers are learned"]
-    for side, cut in data.cut.items():
-        line = f"{cut.documents:,} {side} conversations in {cut.rows:,} rows: {cut.longer:,} are longer than a row, "
-        line += f"and {cut.cut:,} are cut by the end of a row"
-        lines.append(line + f"; rows without an answer are left out: {cut.without_target:,}" * bool(cut.without_target))
-    return lines
-
-
-def _counted(numbers: Mapping[str, int]) -> str:
-    return ", ".join(f"{what} ({number:,})" for what, number in sorted(numbers.items()))
-
-
-def _most_frequent(numbers: Mapping[str, int], has_further: bool) -> str:
-    """Returns the `SHOWN_KEYS` most frequent with their numbers, and how many more there are, or "over" so many."""
-    ranked = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
-    shown = ", ".join(f"{what} ({number:,})" for what, number in ranked[:SHOWN_KEYS])
-    more = len(ranked) - SHOWN_KEYS
-    return f"{shown}, and {'over ' * has_further}{more:,} more" if more > 0 else shown
-
-
 def _tokenizer_advice(run: Any) -> str:
     """Returns which of tokenizer and model to correct, if the tokenizer has more tokens than the model."""
     if run.data.tokenizer == run.model.init:
@@ -358,21 +304,62 @@ def _tokenizer_advice(run: Any) -> str:
     return "Remove data.tokenizer to use the checkpoint's own tokenizer."
 
 
-def data_spec(run: Any) -> DataSpec:
-    """Returns the settings that the prepared tokens depend on."""
-    data = run.data
+def _tokenizer_dir(data: Text) -> Path:
+    return next(iter(texts_of(data).values())).tokenizer_dir
+
+
+def _sides(text: TokenizedText) -> tuple[np.ndarray, np.ndarray]:
+    return text.train, text.validation
+
+
+def _packed(text: TokenizedText, row_tokens: int, side: str, isolate: bool, name: str = ALONE) -> PackedRows:
+    tokens, marks = {
+        "training": (text.train, text.train_marks),
+        "validation": (text.validation, text.validation_marks),
+    }[side]
+    shown = f"{name} {side}" if name else side
+    return PackedRows(tokens, row_tokens, shown, marks, text.eos_id, isolate)
+
+
+def data_specs(run: Any) -> dict[str, DataSpec]:
+    """Returns the settings that the prepared tokens depend on, by the name of the source, or `ALONE`.
+
+    Raises: UserError for a mixture whose tokenizer would be trained.
+    """
+    if run.data.sources and run.data.tokenizer == TRAIN_A_TOKENIZER:
+        raise UserError(
+            'data.sources need a tokenizer that exists, but data.tokenizer is "train". Prepare one source alone with '
+            "`sorted-ds prepare`, and name the folder `tokenizer` that this leaves in data.cache_dir."
+        )
+    if run.data.sources:
+        return {source.name: _spec(run, source, is_alone=False) for source in run.data.sources}
+    return {ALONE: _spec(run, run.data, is_alone=True)}
+
+
+@contextmanager
+def _naming_source(name: str) -> Iterator[None]:
+    """Puts the name of a source of a mixture before the message of a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        prefix = f"data.sources, {name}: " if name else ""
+        raise UserError(prefix + str(error)) from error.__cause__
+
+
+def _spec(run: Any, files: Any, is_alone: bool) -> DataSpec:
+    reading = Reading(files.form, tuple(files.fields), files.skip_bad)
     return DataSpec(
-        text=tuple(data.text),
-        files=tuple(data.files),
-        suffixes=tuple(data.suffixes),
-        tokenizer=data.tokenizer,
-        vocab_size=data.vocab_size,
-        validation_fraction=data.validation_fraction,
+        text=tuple(files.text),
+        files=tuple(files.files),
+        suffixes=tuple(files.suffixes),
+        tokenizer=run.data.tokenizer,
+        vocab_size=run.data.vocab_size,
+        validation_fraction=run.data.validation_fraction,
         seed=run.seed,
-        bos=data.bos,
-        reading=Reading(data.form, tuple(data.fields), data.skip_bad),
-        subset=data.subset,
-        split=data.split,
+        bos=run.data.bos if is_alone or not reading.is_chat else None,
+        reading=reading,
+        subset=files.subset,
+        split=files.split,
     )
 
 

@@ -169,7 +169,7 @@ def test_an_epoch_has_each_row_once_and_each_epoch_has_another_order():
 def test_the_shares_of_a_step_take_consecutive_positions():
     one = loader()
     assert [rows_in(sample) for sample in one.batches(5, NUM_SHARES)] == [
-        [one.row_at(5 * 12 + sample * 4 + k) for k in range(4)] for sample in range(3)
+        [one.order.row_at(5 * 12 + sample * 4 + k) for k in range(4)] for sample in range(3)
     ]
 
 

@@ -6,8 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.run.config import Run, Section
+from sorted_ds.run.config import Run
 from sorted_ds.run.run_file import load_engine_config, load_run
+from sorted_ds.run.section import Section
 from tests.runs import run_file
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sorted_ds.base.errors import UserError, naming
-from sorted_ds.data.text.data_sets import needed
+from sorted_ds.base.extras import needed
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Some editors write this before UTF-8 text."""
