@@ -1,8 +1,8 @@
 """Prints what a sub-network gathers, reduces and broadcasts, against a static network of its size: `make bench`.
 
-Nothing persistent at stage 3, but with `--persistent`. Of each sub-network: one micro-batch (forward and backward) and
-the optimizer step after it, as multiples of the bytes of its active parameters, with the number of calls. Static: the
-extracted plain model under plain DeepSpeed with the same settings, in its third step.
+At stage 3 nothing persists, unless `--persistent` says so. Bytes are those of one micro-batch (forward and backward)
+and of the optimizer step after it, for each sub-network, as multiples of the bytes of its active parameters, with the
+number of calls. Static: the extracted plain model under plain DeepSpeed with the same settings, in its third step.
 `--stages 0 1 2 3 --ranks 2 --bf16`.
 """
 

@@ -3,7 +3,7 @@
 Live tensor bytes: every storage that exists, counted exactly (tests/memory.py). RSS: the highest of the process
 while it builds (VmHWM, reset before), above what it held before; memory is given back to the system at once when it is
 freed (MALLOC_MMAP_THRESHOLD_). RSS holds the pages of mapped files too, so the checkpoint's pages count while they are
-mapped. Of all ranks, the one with most. Linux. `--ranks 2 4`, `--skip-building`, `--skip-training`.
+mapped. The rank that needs most is shown. It runs on Linux. `--ranks 2 4`, `--skip-building`, `--skip-training`.
 """
 
 import argparse

@@ -180,7 +180,7 @@ def run_case(ranks, case: LossCase, num_steps: int) -> dict:
         ]
         num_targets = ranks.sum([count_targets(plan, batches)])[0]
         losses = accumulate(engine, plan, batches, num_targets, teaching)
-        reported += [(str(each.run), float(each.nll), _parts(each)) for each in losses]
+        reported += [(str(each.pass_), float(each.nll), _parts(each)) for each in losses]
         norms.append(engine.step(optim.learning_rate))
     weights = exactness.gather_masters(engine, ranks)
     weights = exactness.hf_tensors(model, model.space.full, weights.__getitem__)
@@ -235,7 +235,7 @@ def reference_weights(case: LossCase, num_ranks: int, num_steps: int) -> dict:
 
 
 def trained(plan: list[Planned], share: int) -> list[Pass]:
-    return [planned.run for planned in plan if planned.share == share and planned.run.has_gradient]
+    return [planned.pass_ for planned in plan if planned.share == share and planned.pass_.has_gradient]
 
 
 @torch.no_grad()
@@ -246,15 +246,15 @@ def teacher_logits(model: PreTrainedModel, teacher: PreTrainedModel, case: LossC
 
 
 def weighted_loss(
-    model: PreTrainedModel, case: LossCase, run: Pass, ids: Tensor, labels: Tensor, lesson: Tensor | None
+    model: PreTrainedModel, case: LossCase, pass_: Pass, ids: Tensor, labels: Tensor, lesson: Tensor | None
 ) -> tuple[Tensor, tuple[list[float], list[float]]]:
     """Returns the weighted loss of a pass, and its parts: the loss and the divergence at each exit."""
     order = ORDER if case.mode.ordered else ()
-    learns = lesson is not None and not (case.teacher == "full" and run.subnet == case.space.full)
-    weights = [LOSSES[case.loss].exit_weight] * len(run.exits) + [1.0]
+    learns = lesson is not None and not (case.teacher == "full" and pass_.subnet == case.space.full)
+    weights = [LOSSES[case.loss].exit_weight] * len(pass_.exits) + [1.0]
     total, nlls, divergences = torch.zeros(()), [], []
-    for depth, weight in zip([*run.exits, run.subnet.depth], weights, strict=True):
-        with reference.masked_to(model, run.subnet.replace(d=depth), order, run.dropped):
+    for depth, weight in zip([*pass_.exits, pass_.subnet.depth], weights, strict=True):
+        with reference.masked_to(model, pass_.subnet.replace(d=depth), order, pass_.dropped):
             logits = model(input_ids=ids, use_cache=False).logits
         nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=NO_TARGET)
         divergence = torch.zeros(())

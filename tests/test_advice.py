@@ -426,7 +426,7 @@ CASES = {
     "wrong path": Case(
         sets('data.text=["texts"]'), r"Correct the path \(relative to the run file\)\.", changes('data.text=["text"]')
     ),
-    "suffixes": Case(sets('data.suffixes=[".rst"]'), r"Correct (data\.suffixes)\.", changes('{0}=[".txt"]')),
+    "suffixes": Case(sets('data.suffixes=[".rst"]'), r"set (data\.suffixes) = (\[.*\])\.", changes("{0}={1}")),
     "BOS": Case(checkpoint("data.bos=true"), r"Remove (data\.bos)\.", removes),
     "vocabulary too large": Case(
         sets("data.vocab_size=30000"), r"Set (\d+) or less\.", changes("data.vocab_size={0}"), prepare
@@ -477,8 +477,8 @@ CASES = {
     ),
     "budget too small": Case(
         lambda folder: [*measured(folder), "--max-params=10"],
-        r"with ([\d,]+) parameters\. Allow that\.",
-        lambda folder, advice, overrides: [f"--max-params={advice[1].replace(',', '')}"],
+        r"Select with (--max-params) (\d+)\.",
+        changes("{0}={1}"),
         select,
     ),
     "an --out that exists": Case(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.digest import code_digest
-from sorted_ds.run.build import check_run
+from sorted_ds.run.checks import check_run
 from sorted_ds.run.config import Run
 from sorted_ds.run.plan import Plan, make_plan
 from sorted_ds.run.run_dir import versions

@@ -50,7 +50,7 @@ from sorted_ds.checkpoint.shard_files import (
 from sorted_ds.cluster.ranks import Ranks
 
 MAX_FAILURES_IN_A_ROW = 2
-"""After so many failed saves the run ends. One may fail because the disk is full for an hour."""
+"""After this number of failed saves the run ends. One may fail because the disk is full for an hour."""
 
 
 @dataclass(frozen=True)

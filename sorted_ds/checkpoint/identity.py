@@ -62,7 +62,7 @@ class Identity:
         )
 
     def check_branch(self, facts: Mapping[str, str], checkpoint: Path) -> None:
-        """Compares a run that branches off with the checkpoint. Data, seed, sampling and batch may be others.
+        """Compares a run that branches off with the checkpoint. Data, seed, sampling and batch may differ.
 
         Raises: UserError when the model, its space, the task or the optimizer is another.
         """

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 from sorted_ds.base.errors import UserError
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"example:\n  sorted-ds plan {EXAMPLE_RUN_FILE}\n\n`sorted-ds COMMAND --help` explains a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"sorted-ds {version('sorted-ds')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
     _add_prepare(commands)
@@ -174,7 +176,7 @@ def _add_sort(commands: Commands) -> None:
     parser.add_argument("--tokens", type=_positive, default=4096, metavar="N", help=text)
     text = "tokens on which the loss without a layer is measured (default: 1024)"
     parser.add_argument("--order-tokens", type=_positive, default=1024, metavar="N", help=text)
-    text = "leave out layers down to so many (default: half of them)"
+    text = "the fewest layers that the order keeps (default: half of them)"
     parser.add_argument("--fewest-layers", type=_positive, default=0, metavar="N", help=text)
     _add_json(parser)
 
@@ -305,7 +307,7 @@ def _add_generate(commands: Commands) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help=text)
     text = "draw from the likeliest tokens with this probability together"
     parser.add_argument("--top-p", type=float, metavar="P", help=text)
-    parser.add_argument("--top-k", type=_positive, metavar="K", help="draw from so many of the likeliest tokens")
+    parser.add_argument("--top-k", type=_positive, metavar="K", help="draw from this number of the likeliest tokens")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random draws (default: 0)")
     parser.add_argument("--chat", action="store_true", help="take the prompts as messages of a user")
     _add_device(parser)
@@ -365,14 +367,14 @@ def _positives(text: str) -> tuple[int, ...]:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} should be at least 1")
-    return number
+    return _at_least(1, text)
 
 
 def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} should be at least 0")
-    return number
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.lstrip("-").isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least {least}")
+    return int(text)

@@ -22,5 +22,8 @@ def run(args: argparse.Namespace) -> int:
     except LogitsDifferError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    never = [name for name in names if name not in ModelDir.find(args.dir).read().space]
+    if never:
+        print(f"note: never trained, only cut: {', '.join(never)}", file=sys.stderr)
     print(*written, sep="\n")
     return 0

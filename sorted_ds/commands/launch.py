@@ -17,7 +17,7 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced
 from sorted_ds.cluster.launcher import environment_of_jobs
 from sorted_ds.cluster.stop import time_limit_seconds
-from sorted_ds.run.build import check_run, warnings_of
+from sorted_ds.run.checks import check_run, warnings_of
 from sorted_ds.run.config import Run
 from sorted_ds.run.run_file import load_run
 

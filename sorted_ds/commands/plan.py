@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from sorted_ds.cluster.launcher import num_devices
 from sorted_ds.deploy.table import console
-from sorted_ds.run.build import check_run
+from sorted_ds.run.checks import check_run
 from sorted_ds.run.plan import make_plan
 from sorted_ds.run.plan_text import checkpoint_line, compute_lines, plan_table, stage_line, stage_table, step_lines
 from sorted_ds.run.run_file import load_run

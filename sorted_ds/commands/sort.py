@@ -23,7 +23,7 @@ from sorted_ds.tasks import task_of
 
 VALIDATION_FRACTION = 0.2
 ROW_TOKENS = 256
-"""The default length of a row, for a model that takes so many tokens."""
+"""The default length of a row, unless the model takes fewer tokens."""
 FLAGS = {
     "batch.row_tokens": "--row-tokens",
     "data.text": "--text",

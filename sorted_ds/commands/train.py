@@ -8,7 +8,7 @@ import argparse
 from rich.console import Console
 
 from sorted_ds.cluster.launcher import launch, num_devices
-from sorted_ds.run.build import check_run
+from sorted_ds.run.checks import check_run
 from sorted_ds.run.run_file import load_run
 from sorted_ds.run.sorting import prepare
 

@@ -59,15 +59,15 @@ class Dealt:
 def deal(step_rows: int, num_shares: int, micro_batch_rows: int, world_size: int) -> Dealt:
     """Divides the rows of a share among the ranks, for the fewest forward passes of at most `micro_batch_rows` rows.
 
-    With so many forward passes, it takes the smallest number of rows for each. Raises: UserError when the step's rows
-    cannot be cut into equal shares.
+    With this number of forward passes, it takes the smallest number of rows for each. Raises: UserError when the
+    step's rows cannot be cut into equal shares.
     """
     if step_rows % num_shares:
         below = step_rows - step_rows % num_shares
         nearest = ", ".join(str(rows) for rows in (below, below + num_shares) if rows)
         raise UserError(
-            f"batch.step_rows = {step_rows} cannot be divided by sampling.subnets_per_step = {num_shares}. "
-            f"Nearest that can: {nearest}."
+            f"batch.step_rows = {step_rows} cannot be cut into {num_shares} equal shares "
+            f"(sampling.subnets_per_step / sampling.subnets_per_share). Nearest that can: {nearest}."
         )
     rows_per_share = step_rows // num_shares
     most_per_rank = _divide_up(rows_per_share, world_size)

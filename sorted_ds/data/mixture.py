@@ -25,7 +25,7 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.base.shuffle import Shuffle
 
 LONGEST_PERIOD = 100_000
-"""The rows after which a mixture repeats its sources may be so many."""
+"""The largest number of rows after which a mixture may repeat its sources."""
 
 
 class Order(Protocol):
@@ -126,7 +126,7 @@ class Mixture:
     """The rows of several sources, as `JoinedRows` numbers them."""
 
     num_rows: Mapping[str, int]
-    """Of each source, by name."""
+    """The number of rows of each source, by name."""
     weights: Mapping[int, Sequence[float]]
     """Those of the sources in the order of `num_rows`, by the first step at which they hold. Step 0 is there."""
     seed: int

@@ -2,7 +2,7 @@
 
 In: a full network, its space, a target, prompts and options. Out: a `Choice` with the speed of all that was tried. A
 few sub-networks and plain decoding write the beginning of the text, in turns. That takes as long as some hundred tokens
-do, so it pays for long texts. Nothing on disk.
+do, so it pays for long texts. Nothing is on disk.
 """
 
 import statistics
@@ -85,7 +85,7 @@ def candidates(space: SubNetSpace, family: Family, target: SubNet) -> list[SubNe
 
 
 def _spread(subnets: Sequence[SubNet], number: int) -> list[SubNet]:
-    """Returns the first of so many equal parts of the sub-networks."""
+    """Returns the first of this number of equal parts of the sub-networks."""
     return (
         [subnets[len(subnets) * part // number] for part in range(number)] if len(subnets) > number else list(subnets)
     )

@@ -30,7 +30,7 @@ class Draft(Protocol):
     """The cost of a step of the draft, as a share of a step of the target."""
 
     def begin(self, num_rows: int) -> None:
-        """Forgets everything, and begins with so many rows."""
+        """Forgets everything, and begins with this number of rows."""
 
     @property
     def seen(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 In: a trained model's directory and a sub-network's name. On disk: OUT/ with safetensors, config, generation config,
 tokenizer and model card; with `store_logits` also logits.safetensors (the inputs and their logits), with which another
-process can compare. Of the full network's files only the ranges are read that the sub-network holds. The model is
+process can compare. Only those ranges of the full network's files are read that the sub-network holds. The model is
 written into a hidden folder, loaded back by plain transformers, and compared. Then the folder is renamed. So OUT is
 complete and equal, or does not exist.
 """

@@ -119,7 +119,8 @@ class TrainedFamily:
         if chosen in self.space or chosen.axes != self.space.axes:
             return self.space[chosen.name]
         if chosen not in self.cuttable:
-            nearest = self.cuttable.nearest(chosen)
+            names = self.cuttable.nearest(chosen).split(", ")
+            nearest = ", ".join(name if name in self else f"{name} (never trained)" for name in names)
             raise UserError(f"{chosen} cannot be cut from this family. Nearest that can: {nearest}.")
         return chosen
 

@@ -29,7 +29,7 @@ class Options:
     top_p: float | None = None
     """Draw from the likeliest tokens that have this probability together. Above 0, at most 1."""
     top_k: int | None = None
-    """Draw from so many of the likeliest tokens. At least 1."""
+    """Draw from this number of the likeliest tokens. At least 1."""
 
     def __post_init__(self):
         """Raises: UserError for a number out of its range."""

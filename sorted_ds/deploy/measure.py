@@ -4,7 +4,7 @@ In: a trained family, names of sub-networks, batch sizes and contexts. Out: `Spe
 in sorted.json and subnets.json. Sub-networks run as views, in turns: each round runs all of them once, in another
 order, so that a drift of the machine reaches all alike. The first round warms up and is not counted.
 
-Of a large space a part is measured that is spread over it, and the rest is predicted from that part (predict.py).
+In a large space a part of the sub-networks is measured, spread over the space, and the rest is predicted (predict.py).
 """
 
 import copy

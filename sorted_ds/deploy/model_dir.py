@@ -245,7 +245,7 @@ class ModelDir:
         return self._write_table(contents, rows)
 
     def _write_table(self, contents: Sorted, rows: Iterable[Measured]) -> tuple[Measured, ...]:
-        """Writes sorted.json and subnets.json. Of two rows of a sub-network the later one stays."""
+        """Writes sorted.json and subnets.json. If a sub-network has two rows, the later one stays."""
         by_name = {row.subnet: row for row in rows}
         table = tuple(sorted(by_name.values(), key=lambda row: (row.parameters, SubNet.parse(row.subnet))))
         self.write(replace(contents, subnets=table))

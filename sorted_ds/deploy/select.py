@@ -30,6 +30,10 @@ def parse_amount(text: str) -> float:
     return amount
 
 
+OPTIONS = ("--max-params", "--max-flops", "--max-latency-ms", "--max-memory-gib", "--max-loss-gap", "--min-accuracy")
+MAX_PARAMS, MAX_FLOPS, MAX_LATENCY, MAX_MEMORY, MAX_GAP, MIN_ACCURACY = OPTIONS
+
+
 @dataclass(frozen=True)
 class Budgets:
     """What a selected sub-network must keep. Those that are None bound nothing."""
@@ -70,6 +74,8 @@ class Bound:
 
     limit: float
     of: Callable[[Measured], float]
+    option: str
+    """The option of `sorted-ds select` that sets it."""
     unit: str
     number: Callable[[float], str]
     """Formats a value, rounded so that a budget of what is printed allows the value."""
@@ -78,9 +84,13 @@ class Bound:
         """Returns what the row has, with the unit."""
         return f"{self.number(self.of(row))} {self.unit}"
 
+    def allowing(self, row: Measured) -> str:
+        """Returns the option that allows the row, with its value."""
+        return f"{self.option} {self.number(self.of(row)).replace(',', '')}"
+
 
 def select(contents: Sorted, budgets: Budgets) -> Measured:
-    """Returns the row with the lowest loss within every budget. Of equal losses it takes the one with fewer parameters.
+    """Returns the row with the lowest loss within every budget; among equal losses, the one with fewest parameters.
 
     With a budget of quality it returns the cheapest row within every budget (`_costs`). `contents` has a table, with
     speeds for the budgets' setting if they need some (`Budgets.table_in`).
@@ -146,8 +156,8 @@ def _bounds(contents: Sorted, budgets: Budgets) -> list[Bound]:
 def _costs(budgets: Budgets) -> list[Bound]:
     """Returns the budgets of cost. The first one says what is cheap; without any, parameters say it."""
     setting = budgets.setting
-    latency = Bound(math.inf, lambda row: _speed(row, setting).decode_ms, "ms a token", _rounded_up(3))
-    memory = Bound(math.inf, lambda row: _speed(row, setting).memory_gib, "GiB", _rounded_up(4))
+    latency = Bound(math.inf, lambda row: _speed(row, setting).decode_ms, MAX_LATENCY, "ms a token", _rounded_up(3))
+    memory = Bound(math.inf, lambda row: _speed(row, setting).memory_gib, MAX_MEMORY, "GiB", _rounded_up(4))
     limits = (
         (latency, budgets.max_latency_ms),
         (memory, budgets.max_memory_gib),
@@ -163,12 +173,12 @@ def _qualities(contents: Sorted, budgets: Budgets) -> list[Bound]:
     if budgets.max_loss_gap is not None:
         full = _full(contents).loss
         unit = "nats above the full network's loss"
-        bounds.append(Bound(budgets.max_loss_gap, lambda row: row.loss - full, unit, _rounded_up(4)))
+        bounds.append(Bound(budgets.max_loss_gap, lambda row: row.loss - full, MAX_GAP, unit, _rounded_up(4)))
     if budgets.min_accuracy is not None:
         if ACCURACY not in contents.subnets[0].metrics:
             raise UserError(f"the table has no {ACCURACY}. Leave out --min-accuracy.")
         wrong = 1 - budgets.min_accuracy
-        bounds.append(Bound(wrong, lambda row: 1 - row.metrics[ACCURACY], ACCURACY, _right))
+        bounds.append(Bound(wrong, lambda row: 1 - row.metrics[ACCURACY], MIN_ACCURACY, ACCURACY, _right))
     return bounds
 
 
@@ -181,10 +191,9 @@ def _right(wrong: float) -> str:
     return f"{math.floor((1 - wrong) * 10**4) / 10**4:.4f}"
 
 
-FLOPS = Bound(math.inf, lambda row: row.flops_per_token, "FLOPs per token", "{:,}".format)
-PARAMETERS = Bound(math.inf, lambda row: row.parameters, "parameters", "{:,}".format)
+FLOPS = Bound(math.inf, lambda row: row.flops_per_token, MAX_FLOPS, "FLOPs per token", "{:,}".format)
+PARAMETERS = Bound(math.inf, lambda row: row.parameters, MAX_PARAMS, "parameters", "{:,}".format)
 """Costs without a limit. Parameters say what is cheap if no cost has a budget."""
-OPTIONS = ("--max-params", "--max-flops", "--max-latency-ms", "--max-memory-gib", "--max-loss-gap", "--min-accuracy")
 
 
 def _speed(row: Measured, setting: Setting) -> Speed:
@@ -210,10 +219,11 @@ def _comparable(contents: Sorted, budgets: Budgets) -> list[Measured]:
 def _closest(rows: Sequence[Measured], bounds: Sequence[Bound]) -> str:
     """Returns the error for budgets that no row keeps. The closest row exceeds its limits by the smallest factor."""
     closest = min(rows, key=lambda row: max(bound.of(row) / bound.limit for bound in bounds))
-    exceeded = [bound.text(closest) for bound in bounds if bound.of(closest) > bound.limit]
+    exceeded = [bound for bound in bounds if bound.of(closest) > bound.limit]
     return (
         f"none of {len(rows)} sub-networks is within the budget. The closest is {closest.subnet}, with "
-        f"{' and '.join(exceeded)}. Allow that."
+        f"{' and '.join(bound.text(closest) for bound in exceeded)}. Select with "
+        f"{' '.join(bound.allowing(closest) for bound in exceeded)}."
     )
 
 

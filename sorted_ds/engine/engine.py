@@ -120,7 +120,7 @@ class Engine:
 
     # The step
 
-    def forward(self, batch: Batch, run: Pass, teacher: Teacher | None = None) -> Outcome:
+    def forward(self, batch: Batch, pass_: Pass, teacher: Teacher | None = None) -> Outcome:
         """Runs one micro-batch. The loss of a pass that trains is in nats, summed over its targets.
 
         A pass that trains must be followed by the `backward` of its loss. A pass that teaches has no loss. The task
@@ -128,8 +128,8 @@ class Engine:
 
         Raises: RuntimeError if another pass still waits for its `backward`.
         """
-        self._select(run)
-        if not run.has_gradient:
+        self._select(pass_)
+        if not pass_.has_gradient:
             with torch.no_grad():
                 return Outcome(None, self.deepspeed(mode="teach", **self._on_device(batch)))
         self._awaits_backward = True
@@ -139,14 +139,14 @@ class Engine:
     def _on_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.ranks.device) for name, value in batch.items()}
 
-    def _select(self, run: Pass) -> None:
+    def _select(self, pass_: Pass) -> None:
         """Prepares the model for a pass. No other pass may start until it is complete: layers have one active width."""
         self._check_no_backward_pending()
-        self.model.set_pass(run)
-        if self.model.training != run.has_gradient:  # 2 ms for 8 layers: it walks over all modules
-            self.deepspeed.train(run.has_gradient)
+        self.model.set_pass(pass_)
+        if self.model.training != pass_.has_gradient:  # 2 ms for 8 layers: it walks over all modules
+            self.deepspeed.train(pass_.has_gradient)
         if self._traces is not None:
-            self._traces.select(run)
+            self._traces.select(pass_)
 
     def _check_no_backward_pending(self) -> None:
         """Raises: RuntimeError between a forward pass and its backward pass, which needs the same weights."""

@@ -100,21 +100,22 @@ class Traces:
         self._finish()
         self._is_recording, self._running = False, None
 
-    def select(self, run: Pass) -> None:
+    def select(self, pass_: Pass) -> None:
         """Ends the last pass and sets the trace of the next one. While recording, every rank must call this."""
         self._coordinator.reset_step()
         self._finish()
-        self._running, self._reuse = run, None
+        self._running, self._reuse = pass_, None
         trace = self._trace()
         self._set("trace_mode", ZeRoTraceMode.COMPLETE if trace else ZeRoTraceMode.INVALID)
         self._set("submodule_order", trace.order if trace else [])
         self._set("param_order", trace.parameters if trace else [])
 
-    def order_of(self, run: Pass) -> Order:
+    def order_of(self, pass_: Pass) -> Order:
         """Returns the modules that a pass runs, in order. The full network must have been recorded before."""
-        layers = set(layers_that_run(run, self._model.space))
-        order = self._recorded[_kind_of(run)]
-        head = self._model.get_submodule(self._model.family.head) if run.mode == "teach" else None  # it does not run
+        layers = set(layers_that_run(pass_, self._model.space))
+        order = self._recorded[_kind_of(pass_)]
+        # The head of a teacher does not run.
+        head = self._model.get_submodule(self._model.family.head) if pass_.mode == "teach" else None
         return tuple(
             module
             for module in order
@@ -185,9 +186,9 @@ class Traces:
         setattr(self._coordinator, f"{PRIVATE}{name}", value)
 
 
-def _kind_of(run: Pass) -> str:
+def _kind_of(pass_: Pass) -> str:
     """Returns the kind of the full network's recorded pass from which the order of this pass is derived."""
-    return "with a gradient" if run.has_gradient else "without"
+    return "with a gradient" if pass_.has_gradient else "without"
 
 
 def _layer_numbers(model: NestedModel) -> Iterator[tuple[nn.Module, int]]:

@@ -43,7 +43,7 @@ def compile_layers(model: NestedModel, backend: str = "inductor") -> None:
 
 
 def _standalone_matrix(blocks: Sequence[Tensor]) -> Tensor:
-    """Returns the blocks as one matrix that is no view and no parameter, and has a storage offset of 0.
+    """Returns the blocks as one matrix that is neither a view nor a parameter, and has a storage offset of 0.
 
     The matrix uses the memory of adjacent blocks. torch.compile specialises graphs on these three properties, so with
     views into ZeRO's flat buffers the first layer would get a graph of its own.

@@ -49,20 +49,20 @@ class NestedModel(PreTrainedModel):
         """Makes `subnet` the active one, without a copy. Raises: UserError if it is not in the space."""
         self.set_pass(Pass(self.space[str(subnet)]))
 
-    def set_pass(self, run: Pass) -> None:
+    def set_pass(self, pass_: Pass) -> None:
         """Prepares the next forward pass. With exits it returns the hidden states of all of them (exits.py).
 
         Raises: UserError if the sub-network is not in the space.
         """
-        self.subnet = self.space[str(run.subnet)]
+        self.subnet = self.space[str(pass_.subnet)]
         for letter, width in self.widths.items():
             width.select(self.subnet[letter])
-        layers = layers_that_run(run, self.space)
+        layers = layers_that_run(pass_, self.space)
         if self.selected_layers.select(layers) and self.space.has_own_order:
             set_cache_indices(self.selected_layers)
         for key, value in self._fields_of(layers).items():
             setattr(self.config, key, value)
-        shallower = [self.subnet.replace(d=depth) for depth in run.exits]
+        shallower = [self.subnet.replace(d=depth) for depth in pass_.exits]
         self.exits.select([self._last_layer(subnet, layers) for subnet in shallower])
         for path, owned in self.owned_modules.items():
             owned.select(*(shallower if path == self.family.final_norm else ()), self.subnet)

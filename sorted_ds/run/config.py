@@ -104,7 +104,7 @@ class SamplingBase(Section):
     """Samples a sub-network in proportion to this power of its FLOPs: above 0 favours large ones, below 0 small ones.
     The sub-networks that a strategy always trains do not count."""
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Samples these sub-networks so many times as often, like `{"d4-g2-f256" = 2.0}`. 0 means never."""
+    """Factors by which these sub-networks are sampled more often, like `{"d4-g2-f256" = 2.0}`. 0 means never."""
 
 
 class Phase(SamplingBase):
@@ -256,7 +256,7 @@ class Checkpoint(Section):
     branch: str = ""
     """`RUN_DIR@STEP`: the run starts from that checkpoint of another run with the same model, with its weights, its
     optimizer state and its step number. The data, the batch, the sampling, the learning rate and the number of steps
-    may be others. A run that has a checkpoint of its own resumes from that. A relative RUN_DIR starts at the folder of
+    may differ. A run that has a checkpoint of its own resumes from that. A relative RUN_DIR starts at the folder of
     the run file."""
 
 

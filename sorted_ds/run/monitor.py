@@ -70,7 +70,7 @@ TRAINED_COLUMNS = {field.name: column for column, field in enumerate(fields(Trai
 class PassLoss:
     """The loss of one pass that trained, on one rank."""
 
-    run: Pass
+    pass_: Pass
     nll: Tensor
     """In nats, summed over targets."""
     num_targets: int
@@ -92,11 +92,11 @@ class LossSums:
         ranks on one share of a step's rows add up to one visit.
         """
         for each in losses:
-            self._add(each.run.subnet, nll=each.nll, num_targets=each.num_targets, num_visits=visit_share)
+            self._add(each.pass_.subnet, nll=each.nll, num_targets=each.num_targets, num_visits=visit_share)
             if each.parts is not None:
-                self._add(each.run.subnet, divergence=each.parts.divergence[-1])
-                for depth, nll in zip(each.run.exits, each.parts.nll, strict=False):
-                    self._add(each.run.subnet.replace(d=depth), exit_nll=nll, exit_targets=each.num_targets)
+                self._add(each.pass_.subnet, divergence=each.parts.divergence[-1])
+                for depth, nll in zip(each.pass_.exits, each.parts.nll, strict=False):
+                    self._add(each.pass_.subnet.replace(d=depth), exit_nll=nll, exit_targets=each.num_targets)
 
     def _add(self, subnet: SubNet, **values: Tensor | float) -> None:
         row = self._sums[self._row[subnet]]
@@ -296,7 +296,7 @@ class Monitor:
             return
         left = _minutes((self._num_steps - step) * values[STEP_SECONDS])
         rate, norm = values[LEARNING_RATE], values[GRADIENT_NORM]
-        self._console.print(f"step {step}/{self._num_steps}  {note}  rate {rate:.2e}  norm {norm:.2f}  {left} left")
+        self._console.print(f"step {step}/{self._num_steps}  {note}  lr {rate:.2e}  norm {norm:.2f}  {left} left")
 
 
 class _StreamThatMayClose:

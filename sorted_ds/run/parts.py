@@ -16,7 +16,8 @@ from sorted_ds.data.loader import Loader, MicroBatch
 from sorted_ds.engine import Engine
 from sorted_ds.families import family_of
 from sorted_ds.nested import NestedModel, costs_of
-from sorted_ds.run.build import check_once, engine_of, load_model, sampler_of, training_loader, validation_of
+from sorted_ds.run.build import engine_of, load_model, sampler_of, training_loader, validation_of
+from sorted_ds.run.checks import check_once
 from sorted_ds.run.config import Run
 from sorted_ds.run.monitor import Monitor
 from sorted_ds.run.run_dir import RunDir, require_step

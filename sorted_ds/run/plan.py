@@ -16,7 +16,8 @@ from sorted_ds.engine.modes import STAGES, has_offloaded_weights, is_bf16, is_of
 from sorted_ds.families import family_of
 from sorted_ds.nested import costs_of, union_parameters
 from sorted_ds.nested.costs import head_flops
-from sorted_ds.run.build import sampler_of, warnings_of
+from sorted_ds.run.build import sampler_of
+from sorted_ds.run.checks import warnings_of
 from sorted_ds.run.config import FULL_TEACHES, Run
 from sorted_ds.run.run_file import load_engine_config
 from sorted_ds.run.teacher import space_of_teacher, teacher_config
@@ -26,7 +27,7 @@ from sorted_ds.space import Cost, Sampler, SubNet, SubNetSpace
 FEWEST_VISITS = 100
 """With fewer expected visits, the weights that only this sub-network and larger ones have are hardly trained."""
 SAMPLED_STEPS = 100
-"""The expected traffic, and what the terms of the loss cost, are means over at most so many steps of the run."""
+"""The expected traffic, and what the terms of the loss cost, are means over at most this number of steps of the run."""
 FORWARD_AND_BACKWARD = 3
 """FLOPs of a forward and a backward pass, in forward passes. Activation checkpointing adds one more."""
 WEIGHT_BYTES, MOMENT_BYTES = 4, {"adamw": 8, "sgd": 0}
@@ -226,7 +227,7 @@ def extra_flops(run: Run, sampler: Sampler, costs: Mapping[SubNet, Cost], head: 
         shares = sampler.num_shares(step)
         teacher += other.flops_per_token if other else 0.0
         for planned in sampler.plan(step):
-            each, flops = planned.run, costs[planned.run.subnet].flops_per_token
+            each, flops = planned.pass_, costs[planned.pass_.subnet].flops_per_token
             if not each.has_gradient:
                 teacher += (flops - head) / shares
                 continue
@@ -282,7 +283,7 @@ def sent_bytes(
     distance = engine.get("zero_optimization", {}).get("stage3_max_reuse_distance", REUSE_DISTANCE)
     full = costs[sampler.full].parameters
     numbers = sampled_steps(run)
-    plans = [[planned.run for planned in sampler.plan(step)] for step in numbers]
+    plans = [[planned.pass_ for planned in sampler.plan(step)] for step in numbers]
     steps = [[each.subnet for each in passes if each.has_gradient] for passes in plans]
     unions = union_parameters(steps, family_of(config.model_type), config)
     sizes = []

@@ -166,9 +166,9 @@ class Measured:
     batches: Sequence[Batch]
 
     @torch.no_grad()
-    def loss(self, run: Pass) -> float:
+    def loss(self, pass_: Pass) -> float:
         """Returns the mean loss of a pass in nats."""
-        return self._mean(self._sums(run, batch) for batch in self.batches)
+        return self._mean(self._sums(pass_, batch) for batch in self.batches)
 
     @torch.no_grad()
     def losses_without(self, left_out: tuple[int, ...]) -> Iterator[tuple[int, float]]:
@@ -194,8 +194,8 @@ class Measured:
                     sums.append(self._sums(Pass(full, "evaluate", dropped=dropped), batch))
             yield number, self._mean(sums)
 
-    def _sums(self, run: Pass, batch: Batch) -> tuple[float, float]:
-        self._nested.set_pass(run)
+    def _sums(self, pass_: Pass, batch: Batch) -> tuple[float, float]:
+        self._nested.set_pass(pass_)
         nll, targets = self.summed(mode="evaluate", **batch)[LOSS]
         return float(nll), float(targets)
 

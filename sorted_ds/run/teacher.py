@@ -1,4 +1,4 @@
-"""Whom the sub-networks of a run learn from: nobody, the full network, or another model that does not change.
+"""The teacher of a run: the model from which sub-networks learn. It is the full network, another model, or none.
 
 In: `[loss]` of a run file. Out: for each forward pass the teacher's states on the same rows, which the head of the
 student compares with its own (tasks/losses.py). Another model is held whole by every rank, in the training precision
@@ -54,13 +54,13 @@ class Teaching:
         states = self.task.states(self.other, family, batch)
         return Teacher(states, head.weight.detach(), family.logits_rule(self.other.config))
 
-    def for_pass(self, run: Pass, lesson: Teacher | None) -> Teacher | None:
+    def for_pass(self, pass_: Pass, lesson: Teacher | None) -> Teacher | None:
         """Returns what a pass learns from. The full network does not learn from itself."""
-        return lesson if run.has_gradient and run.subnet != self.full else None
+        return lesson if pass_.has_gradient and pass_.subnet != self.full else None
 
-    def after(self, run: Pass, outcome: Outcome, lesson: Teacher | None) -> Teacher | None:
+    def after(self, pass_: Pass, outcome: Outcome, lesson: Teacher | None) -> Teacher | None:
         """Returns what the next pass on the same rows may learn from."""
-        if run.subnet != self.full or outcome.states is None:
+        if pass_.subnet != self.full or outcome.states is None:
             return lesson
         return Teacher(outcome.states)
 

@@ -87,7 +87,7 @@ def train(run: Run, task: Task, data: Prepared, ranks: Ranks, watchdog: Watchdog
 
 
 def is_due(step: int, every_steps: int) -> bool:
-    """Returns whether something that happens every so many steps happens after `step` steps. 0 means never."""
+    """Returns whether something that happens after each interval of steps happens after `step`. 0 means never."""
     return step > 0 and every_steps > 0 and step % every_steps == 0
 
 
@@ -102,7 +102,7 @@ def passes_of(plan: Sequence[Planned], batches: Sequence[Sequence[MicroBatch]]) 
     So a teacher runs right before its student. `batches`: this rank's micro-batches, for each share of the step's rows.
     """
     for share, micro_batches in enumerate(batches):
-        passes = [planned.run for planned in plan if planned.share == share]
+        passes = [planned.pass_ for planned in plan if planned.share == share]
         for micro_batch in micro_batches:
             yield from ((each, micro_batch) for each in passes)
 
@@ -149,7 +149,7 @@ def check_finite(
     """
     if math.isfinite(norm):
         return
-    bad = [(each.run.subnet, float(each.nll)) for each in losses if not math.isfinite(float(each.nll))]
+    bad = [(each.pass_.subnet, float(each.nll)) for each in losses if not math.isfinite(float(each.nll))]
     found = ranks.gather(f"the loss of {bad[0][0]} is {bad[0][1]}" if bad else "")
     what = next(filter(None, found), "the gradient is not finite")
     with suppress(AgreedError):

@@ -45,12 +45,12 @@ class Pass:
 class Planned:
     """One pass of a step, with the share of the step's rows that it runs on."""
 
-    run: Pass
+    pass_: Pass
     share: int
     """The number of the share, counted from 0."""
 
     def __str__(self) -> str:
-        return f"{self.run}/{self.share}"
+        return f"{self.pass_}/{self.share}"
 
 
 @dataclass(frozen=True)
@@ -69,27 +69,27 @@ class LossPasses:
     def applied(self, plan: Sequence[Planned], space: SubNetSpace, seed: int, step: int) -> list[Planned]:
         """Returns the passes of a step for its sampled ones. A share's teacher runs before the passes that learn."""
         changed = [
-            replace(planned, run=self._changed(planned.run, space, seed, step, number))
+            replace(planned, pass_=self._changed(planned.pass_, space, seed, step, number))
             for number, planned in enumerate(plan)
         ]
         return self._with_teachers(changed, space.full) if self.full_teaches else changed
 
-    def _changed(self, run: Pass, space: SubNetSpace, seed: int, step: int, number: int) -> Pass:
-        if not run.has_gradient:
-            return run
-        exits = sampled_exits(exits_of(run.subnet, space), self.exit_rate, (seed, "exits", step, number))
+    def _changed(self, pass_: Pass, space: SubNetSpace, seed: int, step: int, number: int) -> Pass:
+        if not pass_.has_gradient:
+            return pass_
+        exits = sampled_exits(exits_of(pass_.subnet, space), self.exit_rate, (seed, "exits", step, number))
         # A teacher has all of its layers.
-        rate = 0.0 if self.full_teaches and run.subnet == space.full else self.layer_dropout
-        dropped = dropped_layers(space.layers_of(run.subnet), rate, (seed, "dropout", step, number))
-        return replace(run, exits=exits, dropped=dropped)
+        rate = 0.0 if self.full_teaches and pass_.subnet == space.full else self.layer_dropout
+        dropped = dropped_layers(space.layers_of(pass_.subnet), rate, (seed, "dropout", step, number))
+        return replace(pass_, exits=exits, dropped=dropped)
 
     @staticmethod
     def _with_teachers(plan: Sequence[Planned], full: SubNet) -> list[Planned]:
         found: list[Planned] = []
         for share in dict.fromkeys(planned.share for planned in plan):
             passes = [planned for planned in plan if planned.share == share]
-            own = [planned for planned in passes if planned.run.subnet == full and planned.run.has_gradient]
-            learners = [planned for planned in passes if planned.run.subnet != full]
+            own = [planned for planned in passes if planned.pass_.subnet == full and planned.pass_.has_gradient]
+            learners = [planned for planned in passes if planned.pass_.subnet != full]
             teachers = [Planned(Pass(full, "teach"), share)] if learners and not own else []
             found += [*teachers, *own, *learners]
         return found
@@ -125,6 +125,6 @@ def dropped_layers(layers: Sequence[int], rate: float, key: tuple) -> tuple[int,
     )
 
 
-def layers_that_run(run: Pass, space: SubNetSpace) -> tuple[int, ...]:
+def layers_that_run(pass_: Pass, space: SubNetSpace) -> tuple[int, ...]:
     """Returns the numbers of the full network's layers that a pass runs, ascending."""
-    return tuple(layer for layer in space.layers_of(run.subnet) if layer not in run.dropped)
+    return tuple(layer for layer in space.layers_of(pass_.subnet) if layer not in pass_.dropped)

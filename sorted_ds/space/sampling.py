@@ -180,7 +180,7 @@ class Sampler:
 
     def sample(self, step: int) -> list[SubNet]:
         """Returns the sub-networks that one optimizer step trains, in the order in which they run."""
-        return [planned.run.subnet for planned in self.plan(step) if planned.run.has_gradient]
+        return [planned.pass_.subnet for planned in self.plan(step) if planned.pass_.has_gradient]
 
     def expected_visits(
         self,

@@ -45,7 +45,7 @@ def test_a_run_resumed_from_a_checkpoint_written_during_training_equals_the_unin
 SOURCES = {"stage1 on 2": (2, Leg(Case(1))), "stage3 on 3": (3, Leg(Case(3)))}
 SOURCES |= {"offload on 1": (1, Leg(Case(2, offload=True), micro_batch_rows=12))}
 TARGETS = [Leg(Case(0)), Leg(Case(1), 1), Leg(Case(2), 3), Leg(Case(3), 5)]
-"""Stages and micro-batch sizes. Of 5 rows, some micro-batches are not full."""
+"""Stages and micro-batch sizes. With 5 rows, some micro-batches are not full."""
 
 
 def train_first_half(ranks, legs: list[Leg], folders: list[str]) -> None:

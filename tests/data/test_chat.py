@@ -117,10 +117,14 @@ def test_the_baseline_counts_only_what_is_learned(chat_base, tmp_path):
         ({"messages": [{"content": "a"}]}, r"has no role in message 1\.", "a message without a role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            r"has content that is no text in message 1\.",
-            "content that is no text",
+            r"has content that is not text in message 1\.",
+            "content that is not text",
         ),
-        ({"messages": turns("a", "b"), "tools": "add"}, r'has no list of objects in "tools"\.', "tools that are"),
+        (
+            {"messages": turns("a", "b"), "tools": "add"},
+            r'has something else than a list of objects in "tools"\.',
+            "tools that are",
+        ),
         ({"messages": turns("a\ud83d", "b")}, r"has a text with half a character", "half a character"),
         (
             {"messages": turns("a", "b", "c", "d")},

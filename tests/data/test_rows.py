@@ -123,7 +123,8 @@ def test_rows_are_dealt_in_the_fewest_forwards_and_the_smallest_shape(arguments,
 def test_a_step_whose_shares_would_have_different_numbers_of_rows_is_refused(step_rows, num_shares, nearest):
     with pytest.raises(UserError) as raised:
         deal(step_rows, num_shares, 4, 1)
-    cannot = f"batch.step_rows = {step_rows} cannot be divided by sampling.subnets_per_step = {num_shares}."
+    shares = f"{num_shares} equal shares (sampling.subnets_per_step / sampling.subnets_per_share)"
+    cannot = f"batch.step_rows = {step_rows} cannot be cut into {shares}."
     assert str(raised.value) == f"{cannot} Nearest that can: {nearest}."
 
 

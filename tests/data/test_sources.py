@@ -61,7 +61,7 @@ def test_a_missing_path_is_refused_with_its_key_and_absolute_path(tmp_path, monk
 def test_a_folder_without_such_files_is_refused(tmp_path):
     write(tmp_path, a_dot_rst="a")
     with pytest.raises(
-        UserError, match=r"^data\.text: .* holds no file ending in \.txt, \.md\. Correct data\.suffixes"
+        UserError, match=r"^data\.text: .* holds no file ending in \.txt, \.md\. To read those that end in \.rst, set"
     ):
         find_files([tmp_path], [], [".txt", ".md"])
     with pytest.raises(UserError, match=r"^data\.files: .* holds no file ending in \.jsonl, .* Correct data\.files"):

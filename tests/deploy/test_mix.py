@@ -55,7 +55,7 @@ def test_a_sub_network_that_would_own_what_was_never_trained_cannot_be_cut():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("d3-g2-f80", r"d3-g2-f80 cannot be cut from this family\. Nearest that can: d3-g3-f80, "),
+        ("d3-g2-f80", r"d3-g2-f80 cannot be cut from this family\. Nearest that can: d3-g3-f80 \(never trained\), "),
         ("d3-g1-f81", r"d3-g1-f81 cannot be cut from this family\. Nearest that can: d3-g1-f80"),
         ("d5-g1-f80", r"d5-g1-f80 cannot be cut from this family\. Nearest that can: d4-g1-f80"),
         ("d3-f80", "whose sub-networks are named like d4-g4-f112"),

@@ -13,7 +13,7 @@ from sorted_ds.base.errors import UserError
 from sorted_ds.commands.cli import main
 from sorted_ds.families import family_of
 from sorted_ds.nested.load import build
-from sorted_ds.run.build import check_run
+from sorted_ds.run.checks import check_run
 from sorted_ds.run.plan import make_plan
 from sorted_ds.run.run_file import load_run
 from tests.launched import SETTINGS, copied, run_dir

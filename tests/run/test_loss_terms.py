@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from sorted_ds.commands.cli import main
 from sorted_ds.nested import costs_of
 from sorted_ds.nested.costs import head_flops
-from sorted_ds.run.build import check_run, sampler_of
+from sorted_ds.run.build import sampler_of
+from sorted_ds.run.checks import check_run
 from sorted_ds.run.plan import make_plan
 from sorted_ds.run.run_file import load_run
 from tests.batches import LLAMA

@@ -29,9 +29,9 @@ class Recorder:
     def __init__(self):
         self.forwards, self.gradients = [], []
 
-    def forward(self, batch, run: Pass, teacher=None) -> Outcome:
-        self.forwards.append((run, int(batch["x"])))
-        return Outcome((10 * batch["x"]).requires_grad_() if run.has_gradient else None)
+    def forward(self, batch, pass_: Pass, teacher=None) -> Outcome:
+        self.forwards.append((pass_, int(batch["x"])))
+        return Outcome((10 * batch["x"]).requires_grad_() if pass_.has_gradient else None)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.gradients.append(float(loss.detach()))
@@ -55,7 +55,7 @@ def test_losses_and_gradients_are_those_of_the_passes_with_a_gradient():
     engine = Recorder()
     losses = accumulate(engine, PLAN, BATCHES, num_targets=100.0, teaching=Teaching())
     assert engine.forwards == [(run, batch.num_targets) for run, batch in passes_of(PLAN, BATCHES)]
-    assert [(each.run.subnet, float(each.nll), each.num_targets) for each in losses] == [
+    assert [(each.pass_.subnet, float(each.nll), each.num_targets) for each in losses] == [
         *((FULL, 30.0, 3), (SMALL, 30.0, 3)),
         *((FULL, 50.0, 5), (SMALL, 50.0, 5)),
         (SMALL, 70.0, 7),

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.run.build import check_run
+from sorted_ds.run.checks import check_run
 from sorted_ds.run.plan import make_plan, state_bytes
 from sorted_ds.run.run_file import load_run
 from tests.runs import run_file
@@ -126,7 +126,7 @@ def test_an_8b_network_is_planned_in_seconds(tmp_path):
         (
             "step_rows = 8",
             "step_rows = 9",
-            r"batch\.step_rows = 9 cannot be divided by sampling\.subnets_per_step = 4\. Nearest that can: 8, 12\.",
+            r"batch\.step_rows = 9 cannot be cut into 4 equal shares \(.*\)\. Nearest that can: 8, 12\.",
         ),
         (
             "subnets_per_step = 4",

@@ -14,7 +14,7 @@ from sorted_ds.commands.cli import main
 from sorted_ds.deploy.license import base_of
 from sorted_ds.families import family_of, nest
 from sorted_ds.nested.importance import layer_order, sort_units, watched
-from sorted_ds.run.build import check_run
+from sorted_ds.run.checks import check_run
 from sorted_ds.run.model_config import require_sorted
 from sorted_ds.run.run_file import load_run
 from sorted_ds.run.sorting import Measured

@@ -16,7 +16,8 @@ from sorted_ds.base.shuffle import Shuffle
 from sorted_ds.cluster.launcher import free_port
 from sorted_ds.deploy.model_dir import ModelDir
 from sorted_ds.nested import costs_of
-from sorted_ds.run.build import check_run, sampler_of
+from sorted_ds.run.build import sampler_of
+from sorted_ds.run.checks import check_run
 from sorted_ds.run.learning_rate import lr_at
 from sorted_ds.run.plan import make_plan
 from sorted_ds.run.run_file import load_run

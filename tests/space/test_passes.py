@@ -44,7 +44,7 @@ def test_a_pass_exits_at_the_smaller_depths_of_the_space():
 
 def test_exits_are_taken_with_the_rate_and_are_pure_in_seed_and_step():
     sampler = [Sampler(list(SPACE), Policy(2, "full"), seed, loss=LossPasses(exit_rate=0.3)) for seed in (1, 1, 2)]
-    taken = [[planned.run.exits for step in range(2000) for planned in each.plan(step)] for each in sampler]
+    taken = [[planned.pass_.exits for step in range(2000) for planned in each.plan(step)] for each in sampler]
     assert taken[0] == taken[1] != taken[2]
     counts = Counter(exits for exits in taken[0])
     assert counts[(1, 2)] / 4000 == pytest.approx(0.09, abs=0.02)
@@ -83,16 +83,16 @@ def test_dropout_is_pure_in_seed_and_step_and_differs_between_passes():
     sampler = [Sampler(list(SPACE), Policy(4), seed, loss=LossPasses(layer_dropout=0.9)) for seed in (1, 1, 2)]
     plans = [[each.plan(step) for step in (5, 3, 5)] for each in sampler]
     assert plans[0] == plans[1] != plans[2]
-    dropped = [planned.run.dropped for step in range(30) for planned in sampler[0].plan(step)]
+    dropped = [planned.pass_.dropped for step in range(30) for planned in sampler[0].plan(step)]
     assert len(set(dropped)) > 3
 
 
 def test_a_dropped_layer_does_not_run():
-    [planned] = [p for p in applied(one_each(FULL), layer_dropout=0.99, step=1) if p.run.dropped]
-    assert layers_that_run(planned.run, SPACE) == tuple(n for n in range(4) if n not in planned.run.dropped)
-    assert layers_that_run(planned.run, SPACE)[0] == 0
+    [planned] = [p for p in applied(one_each(FULL), layer_dropout=0.99, step=1) if p.pass_.dropped]
+    assert layers_that_run(planned.pass_, SPACE) == tuple(n for n in range(4) if n not in planned.pass_.dropped)
+    assert layers_that_run(planned.pass_, SPACE)[0] == 0
 
 
 def test_a_teacher_and_an_evaluation_have_all_layers():
     plan = applied(one_each(DEEP, FULL), full_teaches=True, layer_dropout=0.99)
-    assert all(not planned.run.dropped for planned in plan if planned.run.subnet == FULL)
+    assert all(not planned.pass_.dropped for planned in plan if planned.pass_.subnet == FULL)

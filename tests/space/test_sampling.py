@@ -125,8 +125,8 @@ def test_each_sampled_sub_network_trains_on_a_share_of_its_own(strategy):
     for step in range(20):
         plan = sampler.plan(step)
         assert [planned.share for planned in plan] == [0, 1, 2, 3]
-        assert [planned.run.subnet for planned in plan] == sampler.sample(step)
-        assert all(planned.run.mode == "train" and planned.run.has_gradient for planned in plan)
+        assert [planned.pass_.subnet for planned in plan] == sampler.sample(step)
+        assert all(planned.pass_.mode == "train" and planned.pass_.has_gradient for planned in plan)
 
 
 def test_what_is_sampled_never_changes():
@@ -164,9 +164,9 @@ def test_a_strategy_may_run_several_passes_on_the_same_share(with_teacher):
     assert with_teacher.num_shares(step=3) == 2
     plan = with_teacher.plan(3)
     assert [planned.share for planned in plan] == [0, 0, 0, 1, 1, 1]
-    assert [planned.run.mode for planned in plan] == ["teach", "train", "train"] * 2
+    assert [planned.pass_.mode for planned in plan] == ["teach", "train", "train"] * 2
     assert plan == with_teacher.plan(3)
-    student = plan[2].run.subnet
+    student = plan[2].pass_.subnet
     assert list(map(str, plan[:3])) == ["d5-g1-f1/teach/0", "d5-g1-f1/train/0", f"{student}/train/0"]
 
 
@@ -245,7 +245,7 @@ def test_several_sub_networks_of_a_step_run_on_the_same_rows_the_larger_one_firs
     for step in range(20):
         plan = sampler.plan(step)
         assert [planned.share for planned in plan] == [0, 0, 0, 1, 1, 1]
-        depths = [planned.run.subnet.depth for planned in plan]
+        depths = [planned.pass_.subnet.depth for planned in plan]
         assert (depths[0], depths[3]) == (20, 20), "each share has the full network"
         assert depths[:3] == sorted(depths[:3], reverse=True)
     with pytest.raises(UserError, match=r"cannot be divided by sampling\.subnets_per_share = 4"):

@@ -45,10 +45,12 @@ def of_messages(where: str, fields: Fields, name: str) -> Conversation:
         if not isinstance(message.get("role"), str):
             raise BadRecordError(where, "a message without a role", f"has no role in message {number}")
         if not isinstance(message.get("content", ""), str):
-            raise BadRecordError(where, "content that is no text", f"has content that is no text in message {number}")
+            raise BadRecordError(where, "content that is not text", f"has content that is not text in message {number}")
     tools = _without_null(fields.get(TOOLS))
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise BadRecordError(where, "tools that are no list of objects", f'has no list of objects in "{TOOLS}"')
+        raise BadRecordError(
+            where, "tools that are not a list of objects", f'has something else than a list of objects in "{TOOLS}"'
+        )
     return Conversation(messages, tools or None)
 
 

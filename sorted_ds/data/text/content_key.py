@@ -54,7 +54,7 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 
 
 def hash_file(path: Path) -> str:
-    """Returns a hash of the file's content. A byte order mark, which is no text, changes the hash of its content."""
+    """Returns a hash of the file's content. A byte order mark is not part of the text, but it changes the hash."""
     try:
         with path.open("rb") as file:
             mark = file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK

@@ -1,7 +1,8 @@
 """The documents in the files: texts unchanged, and conversations as the tokenizer's chat template writes them.
 
 In: a `Source`, and how its records are read. Out: its documents in order, and counts of what was left out. A text file
-is one document, and each record of another file is one. A byte order mark at the start of a document is no text.
+is one document, and each record of another file is one. A byte order mark at the start of a document is not part of its
+text.
 """
 
 from collections import Counter
@@ -27,7 +28,7 @@ FIELDS: dict[Form, tuple[str, ...]] = {
 MOST_KEYS = 1_000
 """Number of different unread keys that are counted one by one."""
 KEY_CHARACTERS = 64
-"""Unread keys that begin with the same so many characters are counted as one."""
+"""Unread keys whose first characters, up to this number, are the same are counted as one."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Unread:
     """How many records `data.skip_bad` left out, by the reason."""
 
     def add_keys(self, keys: Iterable[str], num_records: int = 1) -> None:
-        """Counts keys that so many records have."""
+        """Counts keys that this number of records have."""
         for key in (key[:KEY_CHARACTERS] for key in keys):
             if key in self.keys or len(self.keys) < MOST_KEYS:
                 self.keys[key] += num_records

@@ -76,7 +76,7 @@ def _counted(numbers: Mapping[str, int]) -> str:
 
 
 def _most_frequent(numbers: Mapping[str, int], has_further: bool) -> str:
-    """Returns the `SHOWN_KEYS` most frequent with their numbers, and how many more there are, or "over" so many."""
+    """Returns the `SHOWN_KEYS` most frequent with their numbers, and how many more there are."""
     ranked = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
     shown = ", ".join(f"{what} ({number:,})" for what, number in ranked[:SHOWN_KEYS])
     more = len(ranked) - SHOWN_KEYS

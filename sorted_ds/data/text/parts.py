@@ -14,7 +14,7 @@ OVERLAP_CHARACTERS = 2**11
 """How far the text of a part reaches into each of its neighbours. A tokenizer's choice depends on less text, except in
 a longer word."""
 AGREEING_TOKENS = 8
-"""Two parts are joined where they have the same so many tokens before and after."""
+"""Two parts are joined where they have this number of equal tokens before and after."""
 
 
 @dataclass(frozen=True)

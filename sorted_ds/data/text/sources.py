@@ -6,7 +6,7 @@ files, each of which is one document, and files of records (records.py).
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from sorted_ds.data.text.data_sets import HUB_ID, hub_files, is_saved, saved_fil
 from sorted_ds.data.text.records import KINDS, kind_of
 
 TRAIN_SPLIT = "train"
+ENDING = "ending in "
+"""Stands before the suffix of files that are left out."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +91,32 @@ def _files_of(named: Path, key: str, suffixes: Sequence[str], left_out: Counter[
         if path.is_symlink() and not path.exists():
             left_out["a link to nothing"] += 1
         elif not path.name.endswith(tuple(suffixes)):
-            left_out[f"ending in {path.suffix}" if path.suffix else "without an ending"] += 1
+            left_out[f"{ENDING}{path.suffix}" if path.suffix else "without an ending"] += 1
         elif path.is_file():
             taken.append(path)
         else:
             left_out["not a file"] += 1
     if not taken:
-        change = "data.suffixes" if key == "data.text" else key
-        raise UserError(f"{key}: {named.absolute()} holds no file ending in {', '.join(suffixes)}. Correct {change}.")
+        raise UserError(
+            f"{key}: {named.absolute()} holds no file ending in {', '.join(suffixes)}. {_other_suffixes(key, left_out)}"
+        )
     once = _once(sorted(taken))
     if len(once) < len(taken):
         left_out["a second link to the same file"] += len(taken) - len(once)
     return once
 
 
+def _other_suffixes(key: str, left_out: Mapping[str, int]) -> str:
+    """Returns what to change if a folder holds no file with one of the suffixes."""
+    found = [what.removeprefix(ENDING) for what in left_out if what.startswith(ENDING)]
+    if key != "data.text" or not found:
+        return f"Correct {key}."
+    most = max(found, key=lambda suffix: left_out[ENDING + suffix])
+    return f'To read those that end in {most}, set data.suffixes = ["{most}"].'
+
+
 def _below(folder: Path, key: str) -> Iterator[Path]:
-    """Yields all below a folder that is no folder itself. It enters each folder once, also if links lead to it."""
+    """Yields all below a folder that is not a folder itself. It enters each folder once, also if links lead to it."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{key}: {error.filename} cannot be read ({error.strerror}). Make it readable, or move it.")

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from sorted_ds.base.errors import UserError
 
 NUM_POSITIONS = 2**64
-"""The hash of a document gives it one of so many positions."""
+"""The hash of a document gives it one of this number of positions."""
 
 
 @dataclass(frozen=True)
