@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from benchmarks.kept import append_rows, read_rows
 from sorted_ds.deploy.evaluate import data_folder
 from sorted_ds.deploy.family import TrainedFamily, load
-from sorted_ds.deploy.generate import padded
-from sorted_ds.deploy.speculative import Counts, Speculation
+from sorted_ds.deploy.generation.generate import padded
+from sorted_ds.deploy.generation.speculative import Counts, Speculation
 from sorted_ds.tasks import task_of
 
 PROMPT_TOKENS = (8, 32)

@@ -15,10 +15,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.commands.eval import device_of
-from sorted_ds.deploy.choose_draft import AUTO, choose_draft
 from sorted_ds.deploy.family import TrainedFamily, load
-from sorted_ds.deploy.generate import Completion, Options, generate
-from sorted_ds.deploy.speculative import Speculation
+from sorted_ds.deploy.generation.choose_draft import AUTO, choose_draft
+from sorted_ds.deploy.generation.generate import Completion, Options, generate
+from sorted_ds.deploy.generation.speculative import Speculation
 
 STDIN = "-"
 

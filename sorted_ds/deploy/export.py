@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced, share
+from sorted_ds.base.names import CARD
 from sorted_ds.data.loader import Batch
 from sorted_ds.deploy.card import model_card
 from sorted_ds.deploy.family import TrainedFamily, load, stored_dtype
@@ -79,7 +80,7 @@ def _write(plain: PreTrainedModel, task: Task, family: TrainedFamily, subnet: Su
     write_plain(plain, stored_dtype(family.where), task, source, trained.base, hidden)
     bound = LARGEST_RELATIVE_DIFFERENCE
     card = model_card(trained, subnet, family.architecture, plain.config, task, hidden, name, bound)
-    (hidden / "README.md").write_text(card, encoding="utf-8")
+    (hidden / CARD).write_text(card, encoding="utf-8")
 
 
 def write_plain(

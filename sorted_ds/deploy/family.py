@@ -18,13 +18,14 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from sorted_ds.base.errors import UserError, naming, reason_of
+from sorted_ds.base.names import CONFIG_JSON
 from sorted_ds.data.text.tokenizer import read_tokenizer
-from sorted_ds.deploy.choose_draft import AUTO, choose_draft
-from sorted_ds.deploy.drafts import draft_of
-from sorted_ds.deploy.generate import Options, generate
+from sorted_ds.deploy.generation.choose_draft import AUTO, choose_draft
+from sorted_ds.deploy.generation.drafts import draft_of
+from sorted_ds.deploy.generation.generate import Options, generate
+from sorted_ds.deploy.generation.speculative import Speculation
 from sorted_ds.deploy.model_dir import SORTED_JSON, Measured, ModelDir
 from sorted_ds.deploy.select import Budgets, parse_amount, select
-from sorted_ds.deploy.speculative import Speculation
 from sorted_ds.deploy.speed import Setting
 from sorted_ds.deploy.view import Cut, keep_owned, view
 from sorted_ds.families import family_of
@@ -35,7 +36,6 @@ from sorted_ds.nested.load import generation_config_of, reader_of
 from sorted_ds.nested.weights import OWNER_SEPARATOR
 from sorted_ds.space import SubNet, SubNetSpace
 
-CONFIG = "config.json"
 STORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The precisions in which weights may be stored."""
 COPY_AGAIN = "Copy the model's files again."
@@ -248,15 +248,15 @@ def stored_dtype(where: ModelDir) -> torch.dtype:
     stated = config_of(where).dtype or torch.float32
     dtype = getattr(torch, stated, None) if isinstance(stated, str) else stated
     if dtype not in STORED_DTYPES:
-        raise UserError(f"{where.model / CONFIG}: dtype {stated!r} is not a precision of weights. {COPY_AGAIN}")
+        raise UserError(f"{where.model / CONFIG_JSON}: dtype {stated!r} is not a precision of weights. {COPY_AGAIN}")
     return dtype
 
 
 def config_of(where: ModelDir) -> PreTrainedConfig:
     """Returns the config of a trained model. Raises: UserError when transformers refuses it."""
-    file = where.model / CONFIG
+    file = where.model / CONFIG_JSON
     if not file.is_file():
-        raise UserError(f"{where.model} has a {SORTED_JSON} but no {CONFIG}. {COPY_AGAIN}")
+        raise UserError(f"{where.model} has a {SORTED_JSON} but no {CONFIG_JSON}. {COPY_AGAIN}")
     with naming(file, COPY_AGAIN):
         config = AutoConfig.from_pretrained(where.model, local_files_only=True, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
@@ -275,7 +275,7 @@ def family_in(where: ModelDir, config: PreTrainedConfig, space: SubNetSpace) -> 
             family.auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
         check_space(space, family, config)
     except Exception as error:  # transformers raises many types, down to AssertionError
-        raise UserError(f"{where.model / CONFIG} cannot be used: {reason_of(error)}. {COPY_AGAIN}") from error
+        raise UserError(f"{where.model / CONFIG_JSON} cannot be used: {reason_of(error)}. {COPY_AGAIN}") from error
     return family
 
 

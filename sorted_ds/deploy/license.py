@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.base.names import CARD
 from sorted_ds.deploy.model_dir import CHECKPOINT, SCRATCH, SORTED_JSON, TRAINED_FROM, Base, ModelDir
 from sorted_ds.nested.hf_weights import LICENSE_WORDS
 
@@ -25,7 +26,6 @@ TEXT_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf", ".html")
 capital letters, as in LICENSE.MIT and COPYING.LESSER, is the name of a license."""
 LICENSE_FOLDERS = ("license", "licenses", "licence", "licences")
 """The names of folders, in any case, that hold nothing but licenses."""
-CARD = "README.md"
 HEADER = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 """The header of a model card: the text between its first two lines `---`."""
 LINK = "license_link"

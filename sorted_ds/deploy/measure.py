@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.shuffle import Shuffle
-from sorted_ds.deploy.cached import cache_key
 from sorted_ds.deploy.evaluate import choose_spread
 from sorted_ds.deploy.family import TrainedFamily
+from sorted_ds.deploy.generation.cached import cache_key
 from sorted_ds.deploy.model_dir import Measured
-from sorted_ds.deploy.predict import errors, fit, num_needed
+from sorted_ds.deploy.predict import predict_speeds
 from sorted_ds.deploy.speed import MeasuredOn, Setting, Speed
 from sorted_ds.space import SubNet
 
@@ -93,42 +93,8 @@ def measure(
     chosen = choose_spread(subnets, MEASURED_AT_MOST)
     runs = _run_in_turns(family, chosen, settings, report)
     by_setting = [{subnet: _speed(setting, runs[subnet, setting]) for subnet in chosen} for setting in settings]
-    all_speeds = [{**measured, **predict(measured, subnets)} for measured in by_setting]
+    all_speeds = [{**measured, **predict_speeds(measured, subnets)} for measured in by_setting]
     return {subnet: tuple(speeds[subnet] for speeds in all_speeds) for subnet in subnets}
-
-
-def predict(measured: Mapping[SubNet, Speed], subnets: Sequence[SubNet]) -> dict[SubNet, Speed]:
-    """Returns the speeds of those sub-networks that were not measured, from those that were, for one setting.
-
-    Nothing is predicted from too few to tell the error.
-    """
-    rest = [subnet for subnet in subnets if subnet not in measured]
-    if not rest or len(measured) < num_needed(rest[0]):
-        return {}
-    setting = next(iter(measured.values())).setting
-    columns = {name: {subnet: getattr(speed, name) for subnet, speed in measured.items()} for name in PREDICTED}
-    predictions = {name: fit(column) for name, column in columns.items()}
-    off = [error for name in PREDICTED_TIMES for error in errors(columns[name])]
-    return {
-        subnet: Speed(
-            batch=setting.batch,
-            context=setting.context,
-            prefill_ms=predictions["prefill_ms"](subnet),
-            prefill_spread_ms=None,
-            decode_ms=predictions["decode_ms"](subnet),
-            decode_spread_ms=None,
-            memory_bytes=round(predictions["memory_bytes"](subnet)),
-            cache_bytes=round(predictions["cache_bytes"](subnet)),
-            median_error=statistics.median(off),
-            largest_error=max(off),
-        )
-        for subnet in rest
-    }
-
-
-PREDICTED_TIMES = ("prefill_ms", "decode_ms")
-PREDICTED = (*PREDICTED_TIMES, "memory_bytes", "cache_bytes")
-"""The fields of a `Speed` that are predicted."""
 
 
 def measured_on(family: TrainedFamily) -> MeasuredOn:

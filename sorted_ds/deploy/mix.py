@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.base.names import ACCURACY, LOSS
 from sorted_ds.deploy.evaluate import evaluate_family
 from sorted_ds.deploy.family import TrainedFamily
-from sorted_ds.deploy.measure import predict
-from sorted_ds.deploy.model_dir import LOSS, Measured, Sorted
-from sorted_ds.deploy.predict import fit, inverse_sizes
-from sorted_ds.deploy.select import ACCURACY, Budgets, fitting
+from sorted_ds.deploy.model_dir import Measured, Sorted
+from sorted_ds.deploy.predict import fit, inverse_sizes, predict_speeds
+from sorted_ds.deploy.select import Budgets, fitting
 from sorted_ds.deploy.speed import Setting, Speed
 from sorted_ds.nested import costs_of
 from sorted_ds.space import SubNet
@@ -84,7 +84,7 @@ def _speeds(family: TrainedFamily, contents: Sorted, subnets: list[SubNet], sett
     """Returns predicted speeds. Raises: UserError if the table has too few measured ones."""
     known = {SubNet.parse(row.subnet): row.speed(setting) for row in contents.subnets}
     measured = {subnet: speed for subnet, speed in known.items() if speed is not None and speed.is_measured}
-    predicted = predict(measured, subnets)
+    predicted = predict_speeds(measured, subnets)
     if not predicted:
         raise UserError(
             f"{family.where.root} has measured speeds of {len(measured)} sub-networks, too few to predict others. Run "

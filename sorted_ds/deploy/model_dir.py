@@ -19,6 +19,7 @@ from typing import Any
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced
+from sorted_ds.base.names import LOSS
 from sorted_ds.deploy.score import Score, merged_scores
 from sorted_ds.deploy.speed import MeasuredOn, Setting, Speed, merged
 from sorted_ds.space import SubNet, SubNetSpace
@@ -29,8 +30,6 @@ SUBNETS_JSON = "subnets.json"
 PARETO_PNG = "pareto.png"
 TOKENS_DIR, FROM_RUN_DIR = "tokens_dir", "from_run_dir"
 """Keys of `Sorted.data`: the absolute path of the prepared data, and its path relative to the run's directory."""
-LOSS = "loss"
-"""The name of the metric that every task has (`tasks.LOSS`, which this module cannot import without torch)."""
 
 
 TRAINED_FROM, SCRATCH, CHECKPOINT = "trained_from", "scratch", "checkpoint"

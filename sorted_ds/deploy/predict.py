@@ -4,13 +4,18 @@ In: measured values by sub-network. Out: a function of a sub-network, and its er
 The model is linear in what a cost or a loss is made of.
 """
 
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from sorted_ds.deploy.speed import Speed
 from sorted_ds.space import SubNet
 from sorted_ds.space.axes import DEPTH
 
+PREDICTED_TIMES = ("prefill_ms", "decode_ms")
+PREDICTED = (*PREDICTED_TIMES, "memory_bytes", "cache_bytes")
+"""The fields of a `Speed` that are predicted."""
 Prediction = Callable[[SubNet], float]
 Terms = Callable[[SubNet], list[float]]
 """Returns the parts of which a prediction is the weighted sum."""
@@ -53,3 +58,32 @@ def num_needed(subnet: SubNet) -> int:
 
 def _without(values: Mapping[SubNet, float], left_out: SubNet) -> dict[SubNet, float]:
     return {subnet: value for subnet, value in values.items() if subnet != left_out}
+
+
+def predict_speeds(measured: Mapping[SubNet, Speed], subnets: Sequence[SubNet]) -> dict[SubNet, Speed]:
+    """Returns the speeds of those sub-networks that were not measured, from those that were, for one setting.
+
+    Nothing is predicted from too few to tell the error.
+    """
+    rest = [subnet for subnet in subnets if subnet not in measured]
+    if not rest or len(measured) < num_needed(rest[0]):
+        return {}
+    setting = next(iter(measured.values())).setting
+    columns = {name: {subnet: getattr(speed, name) for subnet, speed in measured.items()} for name in PREDICTED}
+    predictions = {name: fit(column) for name, column in columns.items()}
+    off = [error for name in PREDICTED_TIMES for error in errors(columns[name])]
+    return {
+        subnet: Speed(
+            batch=setting.batch,
+            context=setting.context,
+            prefill_ms=predictions["prefill_ms"](subnet),
+            prefill_spread_ms=None,
+            decode_ms=predictions["decode_ms"](subnet),
+            decode_spread_ms=None,
+            memory_bytes=round(predictions["memory_bytes"](subnet)),
+            cache_bytes=round(predictions["cache_bytes"](subnet)),
+            median_error=statistics.median(off),
+            largest_error=max(off),
+        )
+        for subnet in rest
+    }

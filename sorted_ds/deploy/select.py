@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.base.names import ACCURACY
 from sorted_ds.deploy.model_dir import Measured, ModelDir, Sorted
 from sorted_ds.deploy.speed import Setting, Speed
 from sorted_ds.deploy.table import UNITS, human
 
 SIZES = {"": 1.0, "G": 1e9} | {unit.upper(): size for unit, size in UNITS}
 """The units in which a budget may be written. G and B both mean 1e9."""
-ACCURACY = "accuracy"
-"""The name of the metric that `--min-accuracy` bounds."""
 
 
 def parse_amount(text: str) -> float:

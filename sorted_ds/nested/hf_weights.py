@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.base.names import CONFIG_JSON
 from sorted_ds.nested.save import OWNED_FILE
 from sorted_ds.nested.weights import OWNER_SEPARATOR, Slice
 
@@ -255,7 +256,7 @@ def resolve_source(init: str, asks_hub: bool = True) -> Path:
     Raises: UserError if `init` is neither a directory nor a hub id, or cannot be downloaded.
     """
     if Path(init).is_dir():
-        if not (Path(init) / "config.json").is_file():
+        if not (Path(init) / CONFIG_JSON).is_file():
             raise UserError(f"{init} has no config.json. Name a Hugging Face model directory.")
         return Path(init)
     try:

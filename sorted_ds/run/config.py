@@ -22,8 +22,6 @@ SCRATCH = "scratch"
 """The value of `model.init` for random weights."""
 FULL_TEACHES = "full"
 """The value of `loss.teacher` for the full network itself."""
-TRAIN_TOKENIZER = "train"
-"""The value of `data.tokenizer` for a tokenizer that is trained on the run's text."""
 
 
 class Model(Section):

@@ -15,6 +15,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from sorted_ds.base.errors import UserError, naming, reason_of
+from sorted_ds.base.names import CONFIG_JSON
 from sorted_ds.deploy.model_dir import SORTED_JSON
 from sorted_ds.families import family_of
 from sorted_ds.nested.hf_weights import fingerprint, resolve_source
@@ -165,7 +166,7 @@ def checkpoint_config(source: Path, key: str) -> PreTrainedConfig:
 
     `key`: the key of the run file that names the checkpoint. Raises: UserError when the config cannot be used.
     """
-    file, advice = source / "config.json", f"Correct the file, or name another checkpoint in {key}."
+    file, advice = source / CONFIG_JSON, f"Correct the file, or name another checkpoint in {key}."
     with naming(file, advice):
         config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     family = family_of(config.model_type)

@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.run.config import FULL_TEACHES, SCRATCH, TRAIN_TOKENIZER, Run
+from sorted_ds.base.names import TRAIN_A_TOKENIZER
+from sorted_ds.run.config import FULL_TEACHES, SCRATCH, Run
 from sorted_ds.run.data_config import DataFiles
 from sorted_ds.run.section import Section
 
@@ -120,7 +121,7 @@ def _with_absolute_paths(run: Run, path: Path) -> Run:
     teacher = run.loss.teacher if run.loss.teacher == FULL_TEACHES else local_or_id(run.loss.teacher)
     run_dir, at, step = run.checkpoint.branch.rpartition("@")
     branch = f"{absolute(Path(run_dir))}@{step}" if at and run_dir else run.checkpoint.branch
-    tokenizer = run.data.tokenizer or (TRAIN_TOKENIZER if init == SCRATCH else init)
+    tokenizer = run.data.tokenizer or (TRAIN_A_TOKENIZER if init == SCRATCH else init)
 
     def found(files: DataFiles) -> dict[str, Any]:
         named = [str(absolute(Path(p))) if absolute(Path(p)).exists() else p for p in files.files]
@@ -131,7 +132,7 @@ def _with_absolute_paths(run: Run, path: Path) -> Run:
             **found(run.data),
             "sources": [source.model_copy(update=found(source)) for source in run.data.sources],
             "cache_dir": absolute(run.data.cache_dir),
-            "tokenizer": tokenizer if tokenizer == TRAIN_TOKENIZER else local_or_id(tokenizer),
+            "tokenizer": tokenizer if tokenizer == TRAIN_A_TOKENIZER else local_or_id(tokenizer),
         }
     )
     return run.model_copy(

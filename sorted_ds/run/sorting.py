@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import claim, remove_unfinished, replaced, share
+from sorted_ds.base.names import CARD
 from sorted_ds.data.loader import Batch, Rows
 from sorted_ds.deploy.export import write_plain
 from sorted_ds.deploy.license import base_of
@@ -42,7 +43,6 @@ from sorted_ds.tasks import LOSS, Prepared, SummedLoss, Task, task_of
 
 LARGEST_RELATIVE_DIFFERENCE = 1e-4
 """The largest difference between the logits before and after sorting, divided by the largest logit, in fp32."""
-CARD = "README.md"
 
 
 @dataclass(frozen=True)

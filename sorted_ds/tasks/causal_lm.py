@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from sorted_ds.base.errors import UserError
+from sorted_ds.base.names import ACCURACY, LOSS, TRAIN_A_TOKENIZER
 from sorted_ds.data.loader import NO_TARGET, Batch, MicroBatch
 from sorted_ds.data.mixture import JoinedRows
 from sorted_ds.data.rows import PackedRows, Row, cut_of
@@ -25,7 +26,7 @@ from sorted_ds.data.text.documents import Reading
 from sorted_ds.data.text.mixed import ALONE, MixedText, Text, describe, find_mixed, open_text, texts_of, write_mixed
 from sorted_ds.data.text.notes import notes_of
 from sorted_ds.data.text.pieces import Piece, pieces_of
-from sorted_ds.data.text.prepare import TRAIN_A_TOKENIZER, DataSpec, find_prepared, prepare
+from sorted_ds.data.text.prepare import DataSpec, find_prepared, prepare
 from sorted_ds.data.text.tokenizer import (
     Vocabulary,
     leads_with_bos,
@@ -38,7 +39,7 @@ from sorted_ds.data.text.tokenizer import (
 from sorted_ds.data.text.tokens import TokenizedText
 from sorted_ds.nested.family import Family
 from sorted_ds.tasks.losses import Parts, Teacher, Terms, attach_loss_head
-from sorted_ds.tasks.task import LOSS, Baseline, Metric, Report, Sums, Totals, mean_of
+from sorted_ds.tasks.task import Baseline, Metric, Report, Sums, Totals, mean_of
 
 PROBE_TOKENS = 64
 PROBE_RANDOM_ROWS = 3
@@ -56,7 +57,6 @@ model = {auto_class}.from_pretrained(folder)
 inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
 NOT_AUTOMATIC = "# AutoTokenizer would read the tokenizer as that of the model's family, and give other ids."
-ACCURACY = "accuracy"
 SIDES = ("training", "validation")
 ISOLATING = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "granite")
 """The families in which position ids that start again isolate documents: a document's logits are the same bits whatever

@@ -13,14 +13,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from sorted_ds.base.names import LOSS
 from sorted_ds.data.loader import Batch, MicroBatch, Rows
 from sorted_ds.data.text.pieces import Piece
 from sorted_ds.nested.family import Family
 from sorted_ds.space.passes import Mode
 from sorted_ds.tasks.losses import Parts, Teacher, Terms
-
-LOSS = "loss"
-"""The name of the sum that training minimizes, in nats, and of the metric that is its mean."""
 
 Sums = dict[str, tuple[Tensor, Tensor]]
 """Name -> (sum, count) over a batch, the loss first. Means are computed from the totals over all batches and ranks."""

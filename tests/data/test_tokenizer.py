@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.data.text import parts as parts_module
+from sorted_ds.data.text import long_documents
 from sorted_ds.data.text.encode import Encoding, encode_part, encode_texts
-from sorted_ds.data.text.parts import Joiner, PartTokens, Span, cut
+from sorted_ds.data.text.long_documents import Joiner, PartTokens, Span, cut
 from sorted_ds.data.text.tokenizer import (
     TRAINING_CHARACTERS,
     Vocabulary,
@@ -280,7 +280,7 @@ def test_a_long_text_in_parts_has_the_tokens_of_the_whole(make, text):
 
 
 def test_parts_are_joined_in_their_overlap_and_not_cut(monkeypatch):
-    monkeypatch.setattr(parts_module, "_hard_cut", None)
+    monkeypatch.setattr(long_documents, "_hard_cut", None)
     tokenizer = byte_level([LONG_TEXTS["code"]])
     assert encode_in_parts(tokenizer, LONG_TEXTS["code"], 7_000)
 
@@ -310,7 +310,7 @@ def test_parts_that_never_agree_are_cut_at_their_border(before):
 
 
 def test_at_a_hard_cut_tokens_come_from_the_part_in_which_they_start(monkeypatch):
-    monkeypatch.setattr(parts_module, "_joint", lambda left, right: None)
+    monkeypatch.setattr(long_documents, "_joint", lambda left, right: None)
     text = "".join(f"w{k % 7 + 1} " for k in range(4_000))
     assert encode_in_parts(words_of(9), text, 1_200) == [*(k % 7 + 1 for k in range(4_000)), 9999]
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, TextStreamer
 
 from sorted_ds import UserError, load
 from sorted_ds.commands.cli import main
-from sorted_ds.deploy.choose_draft import choose_draft
 from sorted_ds.deploy.export import export
-from sorted_ds.deploy.generate import Options, generate
-from sorted_ds.deploy.speculative import Speculation
+from sorted_ds.deploy.generation.choose_draft import choose_draft
+from sorted_ds.deploy.generation.generate import Options, generate
+from sorted_ds.deploy.generation.speculative import Speculation
 from tests.trained import set_keys, tokenizer, trained_run
 
 PROMPTS = ["def f(x):", "import", "a"]
@@ -175,10 +175,10 @@ def test_the_fastest_is_chosen_and_plain_decoding_where_nothing_is_faster(run, m
     family = load(run)
     for fast, chosen in ((3.0, "d2-g3-f80"), (0.5, None)):
         monkeypatch.setattr(
-            "sorted_ds.deploy.choose_draft.generate",
+            "sorted_ds.deploy.generation.choose_draft.generate",
             lambda model, *args, fast=fast, **kwargs: speed_of(model, fast),
         )
-        monkeypatch.setattr("sorted_ds.deploy.choose_draft._tokens_per_second", lambda write: write())
+        monkeypatch.setattr("sorted_ds.deploy.generation.choose_draft._tokens_per_second", lambda write: write())
         found = choose_draft(family.full, family.space, "d4-g4-f112", family.tokenizer, PROMPTS, Options())
         assert found.draft == chosen
         assert found.speeds["d2-g3-f80"] == fast

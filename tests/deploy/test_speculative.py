@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from sorted_ds import SubNetSpace, UserError, view
-from sorted_ds.deploy import speculative
-from sorted_ds.deploy.cached import Cached
-from sorted_ds.deploy.drafts import OwnDraft, SharedDraft, draft_of, new_layers
-from sorted_ds.deploy.speculative import LONGEST_DRAFT, DraftLength, Speculation
+from sorted_ds.deploy.generation import speculative
+from sorted_ds.deploy.generation.cached import Cached
+from sorted_ds.deploy.generation.drafts import OwnDraft, SharedDraft, draft_of, new_layers
+from sorted_ds.deploy.generation.speculative import LONGEST_DRAFT, DraftLength, Speculation
 from tests.drafts import ENDS, agreeing_model, padded_prompts
 from tests.families import SPACE, VARIANTS, tiny_config, tiny_model
 

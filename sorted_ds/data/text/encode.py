@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from sorted_ds.base.errors import UserError
 from sorted_ds.data.rows import BEGINS, TARGET
 from sorted_ds.data.text.document import Document
-from sorted_ds.data.text.parts import Joiner, Part, PartTokens, cut
+from sorted_ds.data.text.long_documents import Joiner, Part, PartTokens, cut
 
 BATCH_CHARACTERS = 2**20
 """Size of the text that a worker gets at a time: about half a second of work, for which a tokenizer takes 100 to 200

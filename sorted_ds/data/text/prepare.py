@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sorted_ds.base.errors import UserError
 from sorted_ds.base.files import replaced
+from sorted_ds.base.names import TRAIN_A_TOKENIZER
 from sorted_ds.data.chat.template import ChatTemplate
 from sorted_ds.data.text.content_key import content_key
 from sorted_ds.data.text.document import Document
@@ -30,9 +31,6 @@ from sorted_ds.data.text.tokenizer import (
     vocabulary_of,
 )
 from sorted_ds.data.text.tokens import TOKENIZER_DIR, Counts, TokenizedText, open_tokens, write_meta
-
-TRAIN_A_TOKENIZER = "train"
-"""The value of `data.tokenizer` with which a tokenizer is trained on the run's text."""
 
 
 @dataclass(frozen=True)

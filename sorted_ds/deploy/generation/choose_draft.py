@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sorted_ds.deploy.drafts import can_share, draft_of
-from sorted_ds.deploy.generate import Completion, Options, generate
-from sorted_ds.deploy.speculative import Speculation
+from sorted_ds.deploy.generation.drafts import can_share, draft_of
+from sorted_ds.deploy.generation.generate import Completion, Options, generate
+from sorted_ds.deploy.generation.speculative import Speculation
 from sorted_ds.deploy.view import view
 from sorted_ds.families import family_of
 from sorted_ds.nested import Family

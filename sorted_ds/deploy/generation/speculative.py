@@ -18,8 +18,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.deploy.drafts import Draft
-from sorted_ds.deploy.rows import Rows
+from sorted_ds.deploy.generation.drafts import Draft
+from sorted_ds.deploy.generation.rows import Rows
 
 LONGEST_DRAFT = 16
 """The most tokens of a draft whose length follows acceptance."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.deploy.cached import Cached
+from sorted_ds.deploy.generation.cached import Cached
 from sorted_ds.deploy.view import tail_view, view
 from sorted_ds.families import family_of
 from sorted_ds.nested import Family

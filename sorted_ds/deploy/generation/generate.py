@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.deploy.speculative import Speculation
+from sorted_ds.deploy.generation.speculative import Speculation
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Writes text with a sub-network, with or without a smaller one that proposes tokens."""
