@@ -28,8 +28,8 @@ class Model(Section):
     """The full network."""
 
     init: str = SCRATCH
-    """Where the first weights come from: `"scratch"` for random ones, or the Hugging Face directory or hub id of a
-    checkpoint with safetensors."""
+    """Where the first weights come from: `"scratch"` for random ones, the Hugging Face directory or hub id of a
+    checkpoint with safetensors, or the directory of another run."""
     sort: bool = False
     """Sorts the attention groups and channels of `init` by importance before the first step, and finds an order of its
     layers for `space.layer_order = "model"`, as `sorted-ds sort` does. Training begins with the sorted model, which is
@@ -280,6 +280,9 @@ class Engine(Section):
 class Run(Section):
     """The contents of a run file."""
 
+    extends: str = ""
+    """Another run file, whose keys hold where this one has none. Tables are merged key by key. Relative paths in the
+    other file start at its own folder."""
     seed: int = 0
     """The seed of the first weights, of the order of the rows and of the sampled sub-networks."""
     run_dir: Path = Path("runs/{name}")

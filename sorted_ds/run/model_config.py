@@ -114,7 +114,7 @@ def layer_order_of(run: Run) -> list[int]:
     path = source / SORTED_JSON
     try:
         order = json.loads(path.read_text(encoding="utf-8"))["layer_order"]
-        return [int(number) for number in order]
+        return [int(number) for number in order or ()]  # a family that was trained without an order has null
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'space.layer_order = "model", but {path} has no layer order. Set model.sort = true, or name the layers.'

@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from sorted_ds.base.errors import UserError
-from sorted_ds.base.names import TRAIN_A_TOKENIZER
+from sorted_ds.base.names import CONFIG_JSON, TRAIN_A_TOKENIZER
+from sorted_ds.deploy.model_dir import MODEL_FOLDER
 from sorted_ds.run.config import FULL_TEACHES, SCRATCH, Run
 from sorted_ds.run.data_config import DataFiles
 from sorted_ds.run.section import Section
@@ -23,16 +24,86 @@ from sorted_ds.run.section import Section
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     """Returns the checked contents of a run file. Relative paths, also in overrides, start at the run file's folder.
 
-    Raises: UserError for a missing or damaged file, an unknown key, or a value of the wrong type.
+    A run file may extend another one. Raises: UserError for a missing or damaged file, an unknown key, or a value of
+    the wrong type.
     """
-    fields = _read_toml(path)
+    fields = _read_extended(path)
     for text in overrides:
         _override(fields, text)
+    if EXTENDS in fields:
+        raise UserError(f"{EXTENDS} was set by an override. Write it into the run file.")
     try:
         run = Run.model_validate(fields)
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
     return _with_absolute_paths(run, path)
+
+
+def _read_extended(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """Returns the contents of a run file, on top of those of the file that its key `extends` names.
+
+    `above`: the files that extend this one. Relative paths of a file that is extended start at its own folder.
+    """
+    fields = _read_toml(path)
+    if EXTENDS not in fields:
+        return fields
+    base = fields.pop(EXTENDS)
+    if not isinstance(base, str):
+        raise UserError(f"{path}: {EXTENDS} = {base!r} is not a path. Name one run file.")
+    file = (path.parent / Path(base).expanduser()).resolve()
+    if file in (path.resolve(), *above):
+        raise UserError(f"{path}: {EXTENDS} = {base!r} leads back to the file itself. Name another run file.")
+    below = _read_extended(file, (path.resolve(), *above))
+    return _merged(_with_paths_from(below, file.parent), fields)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Returns the keys of both. Tables are merged key by key, and every other value of `above` replaces that below."""
+    both = below | above
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            both[key] = _merged(below[key], above[key])
+    return both
+
+
+def _with_paths_from(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns the contents of a run file with its relative paths made absolute. They are not checked yet."""
+
+    def absolute(value: Any, must_exist: bool) -> Any:
+        if isinstance(value, list):
+            return [absolute(each, must_exist) for each in value]
+        if not isinstance(value, str) or value in WORDS:
+            return value
+        found = (folder / Path(value).expanduser()).resolve()
+        return str(found) if found.exists() or not must_exist else value
+
+    def changed(value: Any, path: tuple[str, ...]) -> Any:
+        if path in PATHS or path in NAMES:
+            return absolute(value, must_exist=path in NAMES)
+        if isinstance(value, dict):
+            return {key: changed(own, (*path, key)) for key, own in value.items()}
+        if isinstance(value, list):
+            return [changed(own, path) if isinstance(own, dict) else own for own in value]
+        return value
+
+    return changed(fields, ())
+
+
+EXTENDS = "extends"
+"""The key of a run file that names the run file which it changes."""
+FILES = tuple((*where, "text") for where in (("data",), ("data", "sources")))
+PATHS = (*FILES, ("run_dir",), ("data", "cache_dir"), ("checkpoint", "branch"), ("engine", "deepspeed"))
+"""The keys that are paths."""
+WORDS = ("", SCRATCH, FULL_TEACHES, TRAIN_A_TOKENIZER)
+"""Values of these keys that are neither paths nor ids."""
+NAMES = (
+    *((*where, "files") for where in (("data",), ("data", "sources"))),
+    ("data", "jsonl"),
+    ("data", "tokenizer"),
+    ("model", "init"),
+    ("loss", "teacher"),
+)
+"""The keys that are paths where one exists, and otherwise ids of the hub or words."""
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -115,7 +186,8 @@ def _with_absolute_paths(run: Run, path: Path) -> Run:
         return (folder / value.expanduser()).resolve()
 
     def local_or_id(value: str) -> str:
-        return str(absolute(Path(value))) if value and absolute(Path(value)).is_dir() else value
+        folder = absolute(Path(value))
+        return str(_model_in(folder)) if value and folder.is_dir() else value
 
     init = SCRATCH if run.model.init == SCRATCH else local_or_id(run.model.init)
     teacher = run.loss.teacher if run.loss.teacher == FULL_TEACHES else local_or_id(run.loss.teacher)
@@ -145,6 +217,13 @@ def _with_absolute_paths(run: Run, path: Path) -> Run:
             "engine": run.engine.model_copy(update={"deepspeed": absolute(run.engine.deepspeed)}),
         }
     )
+
+
+def _model_in(folder: Path) -> Path:
+    """Returns the directory of the model: of a run's directory, the one that the run has written."""
+    written = folder / MODEL_FOLDER
+    is_run = not (folder / CONFIG_JSON).is_file() and (written / CONFIG_JSON).is_file()
+    return written if is_run else folder
 
 
 MOVED = {

@@ -1,5 +1,6 @@
 """The run file: what is read, what is derived, and the one-line error of each mistake."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,42 @@ def test_every_key_has_a_meaning():
             continue
         assert section.__doc__
         assert all(key.description for key in section.model_fields.values()), name
+
+
+def test_a_run_file_extends_another_one_and_paths_start_at_their_own_file(tmp_path):
+    base = run_file(tmp_path / "base")
+    above = tmp_path / "above" / "mine.toml"
+    above.parent.mkdir()
+    above.write_text('extends = "../base/tiny.toml"\nseed = 5\n[space]\ndepths = [3]\n[train]\nsteps = 7\n')
+    below, run = load_run(base), load_run(above, ["batch.step_rows=16"])
+    assert (run.data.text, run.data.vocab_size) == (below.data.text, 300)
+    assert run.engine.deepspeed == base.parent / "zero.json"
+    assert (run.seed, run.train.steps, run.batch.step_rows, run.batch.row_tokens) == (5, 7, 16, 32)
+    assert run.space.sizes == {**below.space.sizes, "depths": [3]}
+    assert run.run_dir == above.parent / "runs" / "mine"
+    further = tmp_path / "above" / "further.toml"
+    further.write_text('extends = "mine.toml"\n[data]\ntext = ["other"]\n')
+    assert load_run(further).data.text == [above.parent / "other"]
+    assert load_run(further).seed == 5
+
+
+@pytest.mark.parametrize(
+    ("written", "overrides", "message"),
+    [
+        ('extends = "mine.toml"', [], "leads back to the file itself. Name another run file."),
+        ('extends = "gone.toml"', [], "gone.toml cannot be read: No such file or directory. Name an existing file."),
+        ("extends = 3", [], "extends = 3 is not a path. Name one run file."),
+        (
+            'extends = "tiny.toml"',
+            ["extends=other.toml"],
+            "extends was set by an override. Write it into the run file.",
+        ),
+        ('extends = "tiny.toml"\n[train]\nstep = 3', [], "unknown key 'train.step'. Did you mean 'train.steps'?"),
+    ],
+)
+def test_a_run_file_that_extends_wrongly_is_one_line(tmp_path, written, overrides, message):
+    run_file(tmp_path)
+    path = tmp_path / "mine.toml"
+    path.write_text(written)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_run(path, overrides)
