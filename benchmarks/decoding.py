@@ -46,7 +46,7 @@ def prompts(family: TrainedFamily, number: int) -> list[list[int]]:
         raise SystemExit(f"the validation rows hold {len(parts)} prompts. Ask for at most so many.")
     lengths = random.Random(0)
     return [
-        [int(token) for token in rows[row][first : first + lengths.randint(*PROMPT_TOKENS)]]
+        [int(token) for token in rows[row].ids[first : first + lengths.randint(*PROMPT_TOKENS)]]
         for row, first in parts[:number]
     ]
 
