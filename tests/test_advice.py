@@ -91,6 +91,7 @@ def checkpoint(*overrides: str, variant: str = "llama", **keys: object) -> Break
     def break_it(folder: Path) -> Overrides:
         trained_run(folder / "base", variant)
         set_keys(folder / "base" / "model" / "config.json", **keys)
+        (folder / "base" / "model" / "sorted.json").unlink()  # an ordinary checkpoint, which no run has written
         text = (folder / "tiny.toml").read_text()
         start, stop = text.index("[model]"), text.index("[sampling]")
         space = "[space]\ndepths = [1, 4]\ngroups = [1, 4]\nffn = [32, 112]\n"
