@@ -375,6 +375,7 @@ def _natural(text: str) -> int:
 
 
 def _at_least(least: int, text: str) -> int:
-    if not text.lstrip("-").isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least {least}")
-    return int(text)
+    with suppress(ValueError):
+        if (number := int(text)) >= least:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least {least}")

@@ -56,10 +56,11 @@ def first_rows(settings: Run, number: int) -> list[Shown]:
     order = order_of(settings, rows)
     shown = []
     for position in range(min(number, len(rows))):
-        pieces = task.pieces(data, rows[order.row_at(position)])
+        row = order.row_at(position)
+        pieces = task.pieces(data, rows[row])
         num_targets = sum(len(piece.ids) for piece in pieces if piece.is_target)
-        source = rows.name_of(order.row_at(position)) if isinstance(rows, JoinedRows) else ""
-        shown.append(Shown(order.row_at(position), num_targets, pieces, source))
+        source = rows.name_of(row) if isinstance(rows, JoinedRows) else ""
+        shown.append(Shown(row, num_targets, pieces, source))
     return shown
 
 

@@ -128,7 +128,7 @@ class Mixture:
     num_rows: Mapping[str, int]
     """The number of rows of each source, by name."""
     weights: Mapping[int, Sequence[float]]
-    """Those of the sources in the order of `num_rows`, by the first step at which they hold. Step 0 is there."""
+    """The weights of the sources, in the order of `num_rows`, by the first step at which they hold, from step 0 on."""
     seed: int
     step_rows: int
 

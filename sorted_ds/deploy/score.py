@@ -16,7 +16,7 @@ class Score:
     task: str
     """The name of the task, or of a group of tasks, like `arc_easy`."""
     metric: str
-    """As lm_eval names it, like `acc`. If the task filters the answers, the filter's name follows after a comma."""
+    """The name that lm_eval gives it, like `acc`. The name of a filter of answers, if there is one, follows a comma."""
     value: float
     stderr: float | None
     """The standard error, None where lm_eval states none."""

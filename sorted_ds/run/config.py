@@ -7,11 +7,7 @@ else: tools/reference.py writes docs/run-file.md from it. Each number is stated 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    create_model,
-    model_validator,
-)
+from pydantic import Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from sorted_ds.run.data_config import Data

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -118,7 +117,7 @@ class CausalLM:
 
     def summary(self, data: Text) -> str:
         texts = texts_of(data).values()
-        train, validation = (sum(len(each) for each in side) for side in zip(*map(_sides, texts), strict=True))
+        train, validation = (sum(len(text.train) for text in texts), sum(len(text.validation) for text in texts))
         vocab_size = next(iter(texts)).vocab_size
         return f"{train:,} training and {validation:,} validation tokens, vocabulary {vocab_size:,}"
 
@@ -308,10 +307,6 @@ def _tokenizer_dir(data: Text) -> Path:
     return next(iter(texts_of(data).values())).tokenizer_dir
 
 
-def _sides(text: TokenizedText) -> tuple[np.ndarray, np.ndarray]:
-    return text.train, text.validation
-
-
 def _packed(text: TokenizedText, row_tokens: int, side: str, isolate: bool, name: str = ALONE) -> PackedRows:
     tokens, marks = {
         "training": (text.train, text.train_marks),
@@ -342,8 +337,10 @@ def _naming_source(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        prefix = f"data.sources, {name}: " if name else ""
-        raise UserError(prefix + str(error)) from error.__cause__
+        if not name:
+            raise
+        where = f"data.sources, {name}: "
+        raise UserError(where + str(error)) from error.__cause__
 
 
 def _spec(run: Any, files: Any, is_alone: bool) -> DataSpec:
